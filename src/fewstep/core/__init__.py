@@ -1,0 +1,1 @@
+"""Tasks, the inner loop, the meta-gradient, and the recipes made of them."""

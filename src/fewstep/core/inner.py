@@ -1,0 +1,106 @@
+"""The inner loop: adaptation of a batch of tasks, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.core.errors import InputError
+from fewstep.core.network import TaskNetwork, Tensors
+from fewstep.core.parts import InnerRate
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of the trajectory of a batch of tasks.
+
+    Args:
+        step: k, how many inner steps led here.
+        theta: Parameters after them, each (tasks, *shape).
+        buffers: Buffers after them, each (tasks, *shape).
+        support_losses: Support losses that those steps descended, `step` of (tasks,).
+    """
+
+    step: int
+    theta: Tensors
+    buffers: Tensors
+    support_losses: tuple[Tensor, ...]
+
+
+def stack(tensors: Tensors, tasks: int) -> Tensors:
+    """Give every task the same tensors, without a copy: (*shape) to (tasks, *shape)."""
+    return {name: t.expand(tasks, *t.shape) for name, t in tensors.items()}
+
+
+def trajectory(
+    network: TaskNetwork,
+    theta: Tensors,
+    buffers: Tensors,
+    x: Tensor,
+    y: Tensor,
+    *,
+    adapted: tuple[str, ...],
+    inner_rate: InnerRate,
+    num_steps: int,
+    derivative_order: int,
+) -> Iterator[Point]:
+    """Yield theta[0], ..., theta[num_steps] of a batch of tasks.
+
+    theta[k+1] = theta[k] - alpha[k] * grad L_support(theta[k])
+
+    Args:
+        network: The module and its loss.
+        theta: Initial parameters, each (tasks, *shape).
+        buffers: Initial buffers, each (tasks, *shape).
+        x: Support inputs, (tasks, examples, ...).
+        y: Support targets, (tasks, examples, ...).
+        adapted: Names of the parameters to change; the others stay theta[0].
+        inner_rate: alpha.
+        num_steps: How many steps to take.
+        derivative_order: 2 keeps the graph of the inner gradients; 1 keeps none. Under
+            `torch.no_grad` with order 1, nothing outlives a step.
+
+    Raises:
+        InputError: an adapted parameter does not take part in the support loss.
+    """
+    point = Point(0, theta, buffers, ())
+    yield point
+    for step in range(num_steps):
+        with torch.enable_grad():
+            # Order 1 differentiates at a copy that knows nothing of how theta[k] came about.
+            at = theta if derivative_order == 2 else _leaves(theta, adapted)
+            losses, _, buffers = network(at, buffers, x, y)
+            # Tasks share no parameters, so the gradient of the sum is every task's own gradient.
+            gradients = torch.autograd.grad(
+                losses.sum(),
+                [at[name] for name in adapted],
+                create_graph=derivative_order == 2,
+                allow_unused=True,
+            )
+        gradient = dict(zip(adapted, _all_used(adapted, gradients), strict=True))
+        theta = {
+            name: p - inner_rate(name, step) * gradient[name] if name in gradient else p
+            for name, p in theta.items()
+        }
+        point = Point(step + 1, theta, buffers, (*point.support_losses, losses.detach()))
+        yield point
+
+
+def _leaves(theta: Tensors, adapted: tuple[str, ...]) -> Tensors:
+    detached = {name: p.detach() for name, p in theta.items()}
+    for name in adapted:
+        detached[name].requires_grad_()
+    return detached
+
+
+def _all_used(names: tuple[str, ...], gradients: tuple[Tensor | None, ...]) -> list[Tensor]:
+    unused = [f"`{n}`" for n, g in zip(names, gradients, strict=True) if g is None]
+    if unused:
+        raise InputError(
+            f"{', '.join(unused)} received no gradient from the support loss; leave out with "
+            "adapted=AdaptedParameters(exclude=(...))"
+        )
+    return [g for g in gradients if g is not None]

@@ -1,0 +1,84 @@
+"""A batch of few-shot tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fewstep.core.errors import InputError
+
+
+@dataclass(frozen=True)
+class TaskBatch:
+    """Support and query sets of several tasks, stacked along a leading task dimension.
+
+    A model adapts to a task on its support set and is judged on its query set.
+
+    Args:
+        x_support: Inputs to adapt on, (tasks, support examples, ...).
+        y_support: Their targets, (tasks, support examples, ...).
+        x_query: Inputs to judge by, (tasks, query examples, ...).
+        y_query: Their targets, (tasks, query examples, ...).
+
+    Raises:
+        InputError: the four do not share the number of tasks, or inputs and targets of one set
+            differ in their number of examples.
+    """
+
+    x_support: Tensor
+    y_support: Tensor
+    x_query: Tensor
+    y_query: Tensor
+
+    def __post_init__(self) -> None:
+        for name, x, y in (
+            ("support", self.x_support, self.y_support),
+            ("query", self.x_query, self.y_query),
+        ):
+            if x.ndim < 2 or y.ndim < 2 or x.shape[:2] != y.shape[:2]:
+                raise InputError(
+                    f"x_{name} {tuple(x.shape)} and y_{name} {tuple(y.shape)} must begin with the "
+                    "same (tasks, examples); add a leading task dimension with x[None] if missing"
+                )
+        if self.x_support.shape[0] != self.x_query.shape[0]:
+            raise InputError(
+                f"x_support holds {self.x_support.shape[0]} tasks and x_query "
+                f"{self.x_query.shape[0]}; every task needs both sets"
+            )
+
+    def __len__(self) -> int:
+        """Return the number of tasks."""
+        return self.x_support.shape[0]
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return x_support, y_support, x_query and y_query."""
+        return self.x_support, self.y_support, self.x_query, self.y_query
+
+    def split(self, tasks: int) -> list[TaskBatch]:
+        """Cut into batches of at most `tasks` tasks, in order."""
+        parts = [t.split(tasks) for t in self.tensors()]
+        return [TaskBatch(*chunk) for chunk in zip(*parts, strict=True)]
+
+    def to(self, device: torch.device | str) -> TaskBatch:
+        """Return the same tasks on `device`."""
+        return TaskBatch(*(t.to(device, non_blocking=True) for t in self.tensors()))
+
+    def batch(self, start: int, count: int) -> TaskBatch:
+        """Return `count` tasks from number `start` on, so that a batch serves as `Episodes`."""
+        if start + count > len(self):
+            raise InputError(
+                f"tasks {start} to {start + count - 1} were asked of a batch of {len(self)}; "
+                f"ask for at most {len(self)}"
+            )
+        return TaskBatch(*(t[start : start + count] for t in self.tensors()))
+
+
+class Episodes(Protocol):
+    """A source of tasks, in which task i is always the same."""
+
+    def batch(self, start: int, count: int) -> TaskBatch:
+        """Return tasks start, ..., start + count - 1."""
+        ...

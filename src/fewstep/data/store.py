@@ -1,0 +1,55 @@
+"""Images grouped by class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ClassStore:
+    """Images of many classes in one array; an episode is an index into it.
+
+    Args:
+        images: uint8, (images, channels, height, width); may be memory-mapped and shared between
+            the splits of one data set.
+        starts: int64, (classes,): index of each class's first image.
+        counts: int64, (classes,): how many images follow it.
+        names: Class names, for messages and pictures.
+    """
+
+    images: Tensor
+    starts: Tensor
+    counts: Tensor
+    names: tuple[str, ...]
+
+    @classmethod
+    def from_counts(cls, images: Tensor, counts: Sequence[int], names: Sequence[str]) -> ClassStore:
+        """Build from images that lie class after class, `counts[c]` of class c."""
+        count = torch.tensor(counts, dtype=torch.int64)
+        return cls(images, count.cumsum(0) - count, count, tuple(names))
+
+    def __len__(self) -> int:
+        """Return the number of classes."""
+        return len(self.names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        _, channels, height, width = self.images.shape
+        return channels, height, width
+
+    def select(self, classes: Sequence[int]) -> ClassStore:
+        """Return the store of some classes, by index, sharing the images."""
+        index = torch.as_tensor(classes, dtype=torch.int64, device=self.starts.device)
+        names = tuple(self.names[c] for c in classes)
+        return ClassStore(self.images, self.starts[index], self.counts[index], names)
+
+    def to(self, device: torch.device | str) -> ClassStore:
+        """Return the same store on `device`."""
+        return ClassStore(
+            self.images.to(device), self.starts.to(device), self.counts.to(device), self.names
+        )

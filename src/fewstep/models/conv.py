@@ -1,0 +1,175 @@
+"""Conv4, the four-block convolutional network of the few-shot papers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fewstep.core.errors import InputError
+
+Norm = Literal["batch", "layer", "none"]
+Downsample = Literal["max-pool", "stride"]
+Activation = Literal["relu", "leaky-relu"]
+Initialisation = Literal["xavier", "finn", "torch"]
+
+
+class ConvBlock(nn.Module):
+    """3x3 convolution, normalisation, activation, halving of the resolution.
+
+    With max-pooling the block computes pool(act(norm(conv(x)))) in a cheaper, equal order. The
+    activation rises monotonically, so it may follow the pool. Batch norm is affine in each channel,
+    z = gamma * (y - mean) / std + beta, so it may follow the pool too where gamma >= 0; where
+    gamma < 0, the sign goes into the filters, y -> -y, before the pool. Only the statistics are
+    taken at full resolution.
+
+    Args:
+        in_channels: Channels of the input.
+        filters: Channels of the output.
+        size: Height and width of the input, for layer norm, which has a parameter per element.
+        norm: "batch", "layer" (over channels, height and width, as in MAML++'s code) or "none".
+        downsample: "max-pool" 2x2 after a stride of 1, or a "stride" of 2 without pooling.
+        activation: "relu", or "leaky-relu" with slope 0.01.
+        bias: Give the convolution a bias. Batch norm by batch statistics cancels it.
+
+    Shapes: (examples, in_channels, size, size) to (examples, filters, size', size'), size' being
+        size // 2 after a pool and (size + 1) // 2 after a stride.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        filters: int,
+        size: int,
+        *,
+        norm: Norm,
+        downsample: Downsample,
+        activation: Activation,
+        bias: bool,
+    ) -> None:
+        super().__init__()
+        stride = 1 if downsample == "max-pool" else 2
+        conv_size = (size - 1) // stride + 1
+        self.conv = nn.Conv2d(in_channels, filters, 3, stride=stride, padding=1, bias=bias)
+        self.norm = {
+            "batch": lambda: nn.BatchNorm2d(filters),
+            "layer": lambda: nn.LayerNorm((filters, conv_size, conv_size)),
+            "none": nn.Identity,
+        }[norm]()
+        self.pool = nn.MaxPool2d(2) if downsample == "max-pool" else nn.Identity()
+        self.activation = nn.ReLU() if activation == "relu" else nn.LeakyReLU(0.01)
+        self.out_size = conv_size // 2 if downsample == "max-pool" else conv_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output."""
+        if isinstance(self.norm, nn.BatchNorm2d) and self.norm.training:
+            return self.activation(self._pool_then_normalise(x, self.norm))
+        return self.activation(self.pool(self.norm(self.conv(x))))
+
+    def _pool_then_normalise(self, x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+        gamma, beta = norm.weight, norm.bias
+        sign = torch.where(gamma < 0, -1.0, 1.0).to(gamma.dtype)
+        bias = None if self.conv.bias is None else self.conv.bias * sign
+        y = F.conv2d(
+            x, self.conv.weight * sign.view(-1, 1, 1, 1), bias, self.conv.stride, padding=1
+        )
+        mean = y.mean((0, 2, 3))
+        # E[y^2] - mean^2 reads y once less than the centred form; rounding may leave it below 0.
+        var = ((y * y).mean((0, 2, 3)) - mean * mean).clamp_min(0)
+        _update_running(norm, mean * sign, var, y.numel() // y.shape[1])
+        scale = gamma * sign * torch.rsqrt(var + norm.eps)
+        return torch.addcmul(
+            (beta - mean * scale).view(-1, 1, 1), self.pool(y), scale.view(-1, 1, 1)
+        )
+
+
+def _update_running(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+    """Update running statistics as `nn.BatchNorm2d` does, with the unbiased variance."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    assert norm.momentum is not None
+    with torch.no_grad():
+        norm.num_batches_tracked.add_(1)
+        unbiased = var.detach() * (count / max(count - 1, 1))
+        norm.running_mean.mul_(1 - norm.momentum).add_(mean.detach() * norm.momentum)
+        norm.running_var.mul_(1 - norm.momentum).add_(unbiased * norm.momentum)
+
+
+class Conv4(nn.Sequential):
+    """Four convolutional blocks and a linear layer.
+
+    Args:
+        in_channels: Channels of the images.
+        ways: Classes of a task, the outputs.
+        size: Height and width of the images.
+        filters: Channels of every block.
+        norm: As in `ConvBlock`.
+        downsample: "max-pool" flattens the last map, as for mini-ImageNet; "stride" takes its
+            spatial mean, as MAML's code does for Omniglot.
+        activation: As in `ConvBlock`.
+        bias: Give the convolutions a bias; off by default under batch norm, which cancels it.
+        initialisation: "xavier" (uniform, zero biases, as in MAML++'s code); "finn", the same with
+            a standard normal head, as MAML's code for Omniglot; "torch", PyTorch's defaults.
+
+    Raises:
+        InputError: images too small for four halvings, or `filters` or `ways` below 1.
+
+    Shapes: (examples, in_channels, size, size) to (examples, ways).
+
+    Deviation: MAML's TensorFlow batch norm has no scale and eps 1e-3; this has a scale and 1e-5.
+
+    Reference: Vinyals et al., Matching networks, NeurIPS 2016, arXiv:1606.04080.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        ways: int,
+        size: int,
+        *,
+        filters: int = 64,
+        norm: Norm = "batch",
+        downsample: Downsample = "max-pool",
+        activation: Activation = "relu",
+        bias: bool | None = None,
+        initialisation: Initialisation = "xavier",
+    ) -> None:
+        for name, value in (("filters", filters), ("ways", ways), ("in_channels", in_channels)):
+            if value < 1:
+                raise InputError(f"Conv4({name}={value}) must be at least 1")
+        blocks: list[nn.Module] = []
+        channels, resolution = in_channels, size
+        for _ in range(4):
+            block = ConvBlock(
+                channels,
+                filters,
+                resolution,
+                norm=norm,
+                downsample=downsample,
+                activation=activation,
+                bias=norm != "batch" if bias is None else bias,
+            )
+            blocks.append(block)
+            channels, resolution = filters, block.out_size
+            if resolution < 1:
+                raise InputError(f"Conv4(size={size}) cannot be halved 4 times; use 16 or more")
+        if downsample == "stride":
+            blocks.append(nn.AdaptiveAvgPool2d(1))
+            resolution = 1
+        super().__init__()
+        self.blocks = nn.Sequential(*blocks, nn.Flatten())
+        self.head = nn.Linear(filters * resolution**2, ways)
+        if initialisation != "torch":
+            self.apply(_xavier)
+        if initialisation == "finn":
+            nn.init.normal_(self.head.weight)
+
+
+def _xavier(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
