@@ -74,12 +74,14 @@ def trajectory(
             at = theta if derivative_order == 2 else _leaves(theta, adapted)
             losses, _, buffers = network(at, buffers, x, y)
             # Tasks share no parameters, so the gradient of the sum is every task's own gradient.
-            gradients = torch.autograd.grad(
-                losses.sum(),
-                [at[name] for name in adapted],
-                create_graph=derivative_order == 2,
-                allow_unused=True,
-            )
+            gradients: tuple[Tensor | None, ...] = (None,) * len(adapted)
+            if losses.requires_grad:  # else autograd would complain before _all_used can
+                gradients = torch.autograd.grad(
+                    losses.sum(),
+                    [at[name] for name in adapted],
+                    create_graph=derivative_order == 2,
+                    allow_unused=True,
+                )
         gradient = dict(zip(adapted, _all_used(adapted, gradients), strict=True))
         theta = {
             name: p - inner_rate(name, step) * gradient[name] if name in gradient else p

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,14 @@ class Metrics:
     """What one meta-gradient saw; tensors on the device, so that reading them is a choice.
 
     Args:
+        metric_name: "accuracy", "loss" or the name of the metric given to the learner.
         task_loss: Meta-loss of every task, (tasks,).
         task_metric: Metric on the query set at the last point that counts, (tasks,).
         support_loss: Support losses that the steps descended, (tasks, num_steps).
         query_loss: Query losses at the points that count, (tasks, points).
     """
 
+    metric_name: str
     task_loss: Tensor
     task_metric: Tensor
     support_loss: Tensor
@@ -46,11 +48,15 @@ class Metrics:
     @classmethod
     def cat(cls, chunks: list[Metrics]) -> Metrics:
         """Join the metrics of several chunks of one batch."""
-        return cls(*(torch.cat([getattr(c, f.name) for c in chunks]) for f in fields(cls)))
+        columns = zip(*(c._tensors() for c in chunks), strict=True)
+        return cls(chunks[0].metric_name, *(torch.cat(column) for column in columns))
 
     def detach(self) -> Metrics:
         """Return the same values without their graph."""
-        return Metrics(*(getattr(self, f.name).detach() for f in fields(self)))
+        return Metrics(self.metric_name, *(t.detach() for t in self._tensors()))
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.task_loss, self.task_metric, self.support_loss, self.query_loss
 
     def check_finite(self) -> None:
         """Raise at the first loss that is not finite.
@@ -138,6 +144,11 @@ class MetaLearner:
         """
         gradients, metrics, buffers = self._meta_gradient(batch)
         metrics.check_finite()
+        for name, gradient in gradients.items():
+            if not gradient.isfinite().all():
+                raise FloatingPointError(
+                    f"the meta-gradient of `{name}` is not finite, though every loss is"
+                )
         for name, parameter in self.parameters.items():
             parameter.grad = gradients[name]
         self.optimiser.step()
@@ -198,12 +209,46 @@ class MetaLearner:
                 queries = [self._query(point, chunk)[:2] for point in points]
                 losses.append(torch.stack([loss for loss, _ in queries], dim=1))
                 metrics.append(torch.stack([metric for _, metric in queries], dim=1))
-        metric = self._network.metric_for(chunk.y_query)
         return Scores(
-            metric_name="loss" if metric is self._network.loss else getattr(metric, "__name__", "metric"),
+            metric_name=self._network.metric_name(chunk.y_query),
             metric=torch.cat(metrics).cpu(),
             loss=torch.cat(losses).cpu(),
             statistics=normalisation_statistics(self.module),
+        )
+
+    def state_tensors(self) -> Tensors:
+        """Return all that training changes, by name: model, buffers and optimiser state."""
+        state = {f"model.{name}": p for name, p in self.module.named_parameters()}
+        state |= {f"model.{name}": b for name, b in self.module.named_buffers()}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimiser.state.get(parameter, {}).items():
+                state[f"optimiser.{name}.{key}"] = torch.as_tensor(value)
+        return {name: t.detach().clone() for name, t in state.items()}
+
+    def load_state_tensors(self, state: Tensors) -> None:
+        """Return to a state given by `state_tensors`.
+
+        Raises:
+            InputError: it is another model's.
+        """
+        model = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        saved = {n.removeprefix("model."): t for n, t in state.items() if n.startswith("model.")}
+        if differing := sorted(
+            n for n in model.keys() | saved.keys()
+            if n not in model or n not in saved or model[n].shape != saved[n].shape
+        ):  # fmt: skip
+            raise InputError(
+                f"the saved state is another model's: `{differing[0]}` does not fit; "
+                "build the model with the settings it was saved with"
+            )
+        with torch.no_grad():
+            for name, tensor in model.items():
+                tensor.copy_(saved[name])
+        names = enumerate(self.parameters)
+        per_parameter = {i: _below(state, f"optimiser.{name}.") for i, name in names}
+        groups = self.optimiser.state_dict()["param_groups"]
+        self.optimiser.load_state_dict(
+            {"state": {i: s for i, s in per_parameter.items() if s}, "param_groups": groups}
         )
 
     def _steps(self, num_steps: int | None) -> int:
@@ -257,11 +302,24 @@ class MetaLearner:
                 loss, metric, buffers = self._query(point, chunk)
                 losses.append(loss)
         query_loss = torch.stack(losses, dim=1)
-        weights = torch.tensor([w for w in v if w != 0]).to(query_loss)
+        weights = query_loss.new_tensor([w for w in v if w != 0])
         support_loss = torch.stack([query_loss.new_empty(len(chunk)), *point.support_losses], dim=1)
-        return Metrics(query_loss @ weights, metric, support_loss[:, 1:], query_loss), buffers
+        return (
+            Metrics(
+                self._network.metric_name(chunk.y_query),
+                query_loss @ weights,
+                metric,
+                support_loss[:, 1:],
+                query_loss,
+            ),
+            buffers,
+        )
 
 
 def _mean_over_tasks(chunks: list[Tensors]) -> Tensors:
     stacked = {name: torch.cat([c[name] for c in chunks]) for name in chunks[0]}
     return {n: b.mean(0) if b.is_floating_point() else b[0] for n, b in stacked.items()}
+
+
+def _below(state: Tensors, prefix: str) -> Tensors:
+    return {n.removeprefix(prefix): t.clone() for n, t in state.items() if n.startswith(prefix)}

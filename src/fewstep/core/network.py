@@ -82,6 +82,11 @@ class TaskNetwork:
         """Return the metric that is reported for such targets."""
         return self.metric or (self.loss if targets.is_floating_point() else accuracy)
 
+    def metric_name(self, targets: Tensor) -> str:
+        """Name the metric that is reported for such targets."""
+        metric = self.metric_for(targets)
+        return "loss" if metric is self.loss else getattr(metric, "__name__", "metric")
+
     def _loop(
         self, parameters: Tensors, buffers: Tensors, x: Tensor, y: Tensor
     ) -> tuple[Tensor, Tensor, Tensors]:

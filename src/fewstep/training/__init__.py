@@ -1,0 +1,1 @@
+"""Runs: settings, training, checkpoints, evaluation."""

@@ -1,0 +1,131 @@
+"""The commands about data: list, prepare, verify, show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from fewstep.cli.parse import value_of
+from fewstep.core.errors import InputError
+from fewstep.data.glyphs import Glyphs
+from fewstep.data.prepared import cache_folder, verify_prepared
+from fewstep.report.episode_picture import picture_episodes
+from fewstep.training.build import classification_episodes
+from fewstep.training.config import (
+    SOURCES,
+    ClassificationOptions,
+    Images,
+    SinusoidData,
+    Split,
+    preset,
+)
+
+ImageDataset = Literal["glyphs", "omniglot", "mini-imagenet", "folder"]
+
+_DESCRIPTIONS = {
+    "glyphs": "drawn characters made by a program; needs no files",
+    "omniglot": "handwritten characters; a folder, the two zips, or a download",
+    "mini-imagenet": "100 ImageNet classes at 84x84; a folder, tar parts or CSV splits of yours",
+    "folder": "your own images: --root with class/image or split/class/image",
+    "sinusoid": "regression; needs no files",
+}
+
+
+@dataclass(frozen=True)
+class DataList:
+    """List the data sets and where their prepared arrays are kept."""
+
+    def run(self, console: Console) -> None:
+        """Print the table."""
+        table = Table("data set", "what it is", "try it")
+        for name in SOURCES:
+            table.add_row(name, _DESCRIPTIONS[name], f"fewstep train --dataset {name}")
+        console.print(table)
+        console.print(f"prepared arrays: {cache_folder()}  ($FEWSTEP_CACHE moves them)",
+                      highlight=False, soft_wrap=True)  # fmt: skip
+        console.print("raw data: --root, or $FEWSTEP_DATA/<data set>", highlight=False)
+
+
+@dataclass(frozen=True)
+class DataPrepare:
+    """Read a data set once and store it as one memory-mapped array."""
+
+    dataset: ImageDataset = "glyphs"
+    """Which data set."""
+    data: Images = Glyphs()
+    """Where it comes from."""
+
+    @classmethod
+    def default(cls, arguments: Sequence[str]) -> DataPrepare:
+        """Return the command for the data set that `arguments` name."""
+        return cls(*_dataset(arguments))
+
+    def run(self, console: Console) -> None:
+        """Prepare, and print what there is."""
+        stores = self.data.splits()
+        table = Table("split", "classes", "images", "image shape")
+        for split, store in stores.items():
+            images = int(store.counts.sum())
+            shape = "x".join(map(str, store.image_shape))
+            table.add_row(split, f"{len(store):,}", f"{images:,}", shape)
+        console.print(table)
+        console.print(f"next: fewstep data show --dataset {self.dataset}", highlight=False)
+
+
+@dataclass(frozen=True)
+class DataVerify:
+    """Compare every prepared array with its recorded checksum."""
+
+    def run(self, console: Console) -> None:
+        """Print a line for each array."""
+        names = verify_prepared(cache_folder())
+        for name in names:
+            console.print(f"{name}: as prepared", highlight=False)
+        if not names:
+            console.print("nothing is prepared yet; next: fewstep data prepare", highlight=False)
+
+
+@dataclass(frozen=True)
+class DataShow:
+    """Draw a few episodes as a PNG file."""
+
+    dataset: ImageDataset = "glyphs"
+    """Which data set."""
+    data: Images = Glyphs()
+    """Where it comes from."""
+    episodes: ClassificationOptions = ClassificationOptions()
+    """What an episode holds."""
+    split: Split = "train"
+    """Which split; val and test use the eval options."""
+    count: int = 3
+    """How many episodes."""
+    out: Path = Path("episodes.png")
+    """Picture to write."""
+
+    @classmethod
+    def default(cls, arguments: Sequence[str]) -> DataShow:
+        """Return the command for the data set that `arguments` name."""
+        return cls(*_dataset(arguments))
+
+    def run(self, console: Console) -> None:
+        """Draw."""
+        if self.count < 1:
+            raise InputError(f"count={self.count} must be at least 1 episode")
+        stores = self.data.splits()
+        episodes = classification_episodes(self.episodes, stores, self.split, 0, "cpu")
+        picture_episodes(episodes, self.count, self.out)
+        console.print(f"wrote {self.out}", highlight=False, soft_wrap=True)
+        console.print(f"next: fewstep train --dataset {self.dataset}", highlight=False)
+
+
+def _dataset(arguments: Sequence[str]) -> tuple[ImageDataset, Images]:
+    """Return the data set that `--dataset` names, and its source."""
+    config = preset(value_of(arguments, "--dataset") or "glyphs")
+    if isinstance(config.data, SinusoidData) or config.dataset == "sinusoid":
+        raise InputError("dataset 'sinusoid' has no images; choose glyphs, omniglot or another")
+    return config.dataset, config.data

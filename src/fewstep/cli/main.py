@@ -1,0 +1,79 @@
+"""The entry point: `fewstep COMMAND`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Protocol
+
+from rich.console import Console
+
+from fewstep.cli.data import DataList, DataPrepare, DataShow, DataVerify
+from fewstep.cli.parse import parse
+from fewstep.cli.runs import Evaluate, Plot, Resume, Train
+from fewstep.core.errors import InputError
+from fewstep.training.allocator import keep_freed_memory
+from fewstep.training.config import check_name
+from fewstep.training.trainer import TrainingStopped
+
+
+class Command(Protocol):
+    """A dataclass of options that can be run."""
+
+    def run(self, console: Console) -> None:
+        """Do what the command says."""
+        ...
+
+
+COMMANDS: dict[str, type[Command]] = {
+    "train": Train,
+    "resume": Resume,
+    "evaluate": Evaluate,
+    "plot": Plot,
+    "data list": DataList,
+    "data prepare": DataPrepare,
+    "data verify": DataVerify,
+    "data show": DataShow,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return 0, 2 after bad input, 1 when training had to stop."""
+    keep_freed_memory()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if not words or words[0] in ("-h", "--help") or words == ["data"]:
+            _help(Console())
+            return 0
+        name = " ".join(words[:2]) if words[0] == "data" else words[0]
+        check_name("command", name, COMMANDS)
+        options, rest = COMMANDS[name], words[len(name.split()) :]
+        make_default = getattr(options, "default", None)
+        default = make_default(rest) if make_default else None
+        command = parse(options, rest, prog=f"fewstep {name}", default=default)
+        command.run(Console())
+    except InputError as error:
+        print(f"fewstep: {error}", file=sys.stderr)
+        return 2
+    except TrainingStopped as error:
+        print(f"fewstep: training stopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fewstep: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _help(console: Console) -> None:
+    console.print("usage: fewstep COMMAND [OPTIONS]\n", markup=False)
+    for name, command in COMMANDS.items():
+        summary = (command.__doc__ or "").splitlines()[0]
+        console.print(f"  {name:<14}{summary}", highlight=False, markup=False)
+    console.print(
+        "\nfewstep COMMAND --help shows a command's options."
+        "\nStart with: fewstep train", highlight=False, markup=False
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

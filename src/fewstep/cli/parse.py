@@ -1,0 +1,97 @@
+"""From words on the command line to a command with its settings."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+
+from fewstep.core.errors import InputError
+from fewstep.training.config import RunConfig, option_arguments, preset
+from fewstep.training.run_folder import read_toml
+
+T = TypeVar("T")
+_STYLE = (
+    tyro.conf.AvoidSubcommands,  # a union's member is chosen by its tag, before parsing
+    tyro.conf.OmitArgPrefixes,
+    tyro.conf.FlagConversionOff,
+)
+
+
+def parse(options: type[T], arguments: Sequence[str], *, prog: str, default: T | None = None) -> T:
+    """Parse `arguments` into the dataclass `options`.
+
+    Raises:
+        InputError: the arguments do not fit; one line, with the nearest valid option.
+        SystemExit: code 0, after --help.
+    """
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(options, args=arguments, prog=prog, default=default, config=_STYLE)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise InputError(f"{_one_line(complaint.getvalue())}; see `{prog} --help`") from None
+
+
+def _one_line(box: str) -> str:
+    """Condense tyro's framed message: what is wrong, and the nearest valid option."""
+    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    text = " ".join(lines)
+    message = re.split(r" ?─{3,} ?", text)[0]
+    near = re.search(r"Perhaps you meant: (--[\w-]+)", text)
+    return message.rstrip(".") + (f"; did you mean {near[1]}?" if near else "")
+
+
+def run_config(arguments: Sequence[str]) -> RunConfig:
+    """Return the settings that `arguments` start from: a file's, or those of a data set.
+
+    --config, --dataset and --network choose which options and defaults there are, so they are
+    read before the rest.
+
+    Raises:
+        InputError: the file or a name in it is wrong.
+    """
+    dataset, network = value_of(arguments, "--dataset"), value_of(arguments, "--network")
+    file = value_of(arguments, "--config")
+    if file is None:
+        return preset(dataset or "glyphs", network)
+    config = load_config(Path(file))
+    for option, given, held in (
+        ("--dataset", dataset, config.dataset),
+        ("--network", network, config.network),
+    ):
+        if given not in (None, held):
+            raise InputError(f"{option} {given} contradicts {file}, which says {held}; drop one")
+    return config
+
+
+def load_config(path: Path) -> RunConfig:
+    """Read settings from a TOML file, as a run folder holds them.
+
+    Raises:
+        InputError: the file cannot be read, or holds an unknown key or a wrong value.
+    """
+    values = read_toml(path)
+    base = preset(values.get("dataset", "glyphs"), values.get("network"))
+    try:
+        return parse(RunConfig, option_arguments(values, base), prog="fewstep train", default=base)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def value_of(arguments: Sequence[str], option: str) -> str | None:
+    """Return the last value given to an option, as `--option value` or `--option=value`."""
+    value = None
+    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if word == option:
+            value = following
+        elif word.startswith(f"{option}="):
+            value = word.removeprefix(f"{option}=")
+    return value

@@ -1,0 +1,209 @@
+"""The commands that make runs and look at them: train, resume, evaluate, plot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from fewstep.cli.parse import load_config, run_config
+from fewstep.core.errors import InputError
+from fewstep.core.learner import MetaLearner
+from fewstep.core.scores import Scores
+from fewstep.report.curves import plot_runs
+from fewstep.report.sinusoid_fits import plot_sinusoid_fits
+from fewstep.training.build import Problem, build_learner, build_problem, resolve_device
+from fewstep.training.config import RunConfig, Split, to_dict
+from fewstep.training.evaluate import evaluate_run
+from fewstep.training.files import locked
+from fewstep.training.run_folder import RunFolder, command_line
+from fewstep.training.trainer import Trainer
+
+Checkpoint = Literal["best", "last"]
+
+
+@dataclass(frozen=True)
+class Train:
+    """Meta-train a model, then test its best checkpoint."""
+
+    settings: RunConfig
+    out: Path | None = None
+    """Folder of the run; runs/<dataset>-<recipe>-<number> if not given."""
+    config: Path | None = None
+    """TOML file with settings, such as a run's config.toml; options given here override it."""
+
+    @classmethod
+    def default(cls, arguments: Sequence[str]) -> Train:
+        """Return the command as the data set or the settings file sets it."""
+        return cls(run_config(arguments))
+
+    def run(self, console: Console) -> None:
+        """Make the run folder, train, test."""
+        device = resolve_device(self.settings.device)
+        config = replace(self.settings, device=device)
+        problem, learner = _build(config, device)
+        path = self.out or _free_folder(config)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"cannot make the folder {path}: {error.strerror}; choose another with --out"
+            ) from error
+        with locked(path):
+            run = RunFolder.create(path, to_dict(config), command_line(), device)
+            _train(config, run, problem, learner, console, device)
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Continue a run that was interrupted, or give it more iterations."""
+
+    run_folder: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run."""
+    iterations: int | None = None
+    """New total of outer updates."""
+
+    def run(self, console: Console) -> None:
+        """Train from the last checkpoint, test."""
+        run = RunFolder.open(self.run_folder)
+        with locked(run.path):
+            config = load_config(run.path / "config.toml")
+            if self.iterations is not None:
+                config = replace(config, iterations=self.iterations)
+            state = run.state()
+            if state is not None and state.iteration >= config.iterations:
+                raise InputError(
+                    f"{run.path} has done its {state.iteration} iterations; "
+                    f"pass --iterations with more than {state.iteration} to go on"
+                )
+            device = resolve_device(config.device)
+            problem, learner = _build(config, device)
+            run.save_settings(to_dict(config))
+            _train(config, run, problem, learner, console, device)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Score a run's checkpoint on new tasks, step by step."""
+
+    run_folder: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run."""
+    split: Split = "test"
+    """Classes to draw the tasks from."""
+    checkpoint: Checkpoint = "best"
+    """The one with the best validation score, or the last."""
+    tasks: int = 600
+    """How many tasks."""
+    steps: int | None = None
+    """Inner steps; the run's eval_steps if not given."""
+    device: str = "auto"
+    """"cpu", "cuda", ...; "auto" takes a GPU where there is one."""
+
+    def run(self, console: Console) -> None:
+        """Print the scores and write them into the run folder."""
+        run = RunFolder.open(self.run_folder)
+        config = load_config(run.path / "config.toml")
+        device = resolve_device(self.device)
+        problem, learner = _build(config, device)
+        scores = evaluate_run(
+            config,
+            run,
+            problem,
+            learner,
+            split=self.split,
+            checkpoint=self.checkpoint,
+            num_tasks=self.tasks,
+            num_steps=config.algorithm.eval_steps if self.steps is None else self.steps,
+            command=command_line(),
+            device=device,
+        )
+        console.print(_table(scores))
+        _say(console, f"{self.split}: {scores}")
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Draw the learning curves of one or several runs as a PNG file."""
+
+    run_folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders of the runs."""
+    out: Path | None = None
+    """Picture to write; curves.png in the first run's folder if not given."""
+
+    def run(self, console: Console) -> None:
+        """Draw."""
+        if not self.run_folders:
+            raise InputError("plot needs at least one run folder, such as runs/glyphs-maml-1")
+        runs = [RunFolder.open(path) for path in self.run_folders]
+        path = self.out or self.run_folders[0] / "curves.png"
+        plot_runs(runs, path)
+        _say(console, f"wrote {path}")
+
+
+def _build(config: RunConfig, device: str) -> tuple[Problem, MetaLearner]:
+    problem = build_problem(config, device)
+    return problem, build_learner(config, problem, device)
+
+
+def _train(
+    config: RunConfig,
+    run: RunFolder,
+    problem: Problem,
+    learner: MetaLearner,
+    console: Console,
+    device: str,
+) -> None:
+    _say(console, f"run folder: {run.path}  ({config.recipe} on {config.dataset}, {device})")
+    state = Trainer(config, run, problem, learner, console).train()
+    if state.iteration < config.iterations:
+        _say(console, f"stopped after iteration {state.iteration}; the checkpoint is written")
+        _say(console, f"next: fewstep resume {run.path}")
+        return
+    scores = evaluate_run(
+        config,
+        run,
+        problem,
+        learner,
+        split="test",
+        checkpoint="best",
+        num_tasks=config.test_tasks,
+        num_steps=config.algorithm.eval_steps,
+        command=command_line(),
+        device=device,
+    )
+    plot_runs([run], run.path / "curves.png")
+    if config.dataset == "sinusoid":
+        plot_sinusoid_fits(learner, run.path / "fits.png")
+        _say(console, f"fits: {run.path / 'fits.png'}")
+    console.print(_table(scores))
+    _say(console, f"test: {scores}")
+    _say(console, f"learning curves: {run.path / 'curves.png'}")
+    _say(console, f"next: fewstep evaluate {run.path} --steps 10   (score again, other settings)")
+    _say(console, f"      fewstep resume {run.path} --iterations {2 * config.iterations}")
+
+
+def _free_folder(config: RunConfig) -> Path:
+    number = 1
+    while (path := Path("runs") / f"{config.dataset}-{config.recipe}-{number}").exists():
+        number += 1
+    return path
+
+
+def _table(scores: Scores) -> Table:
+    table = Table(title=f"{scores.num_tasks} tasks, mean ± 95% interval")
+    table.add_column("inner steps", justify="right")
+    table.add_column(scores.metric_name, justify="right")
+    in_percent = scores.metric_name == "accuracy"
+    for step, (mean, ci) in enumerate(zip(scores.curve, scores.curve_ci95, strict=True)):
+        value = f"{100 * mean:.2f}% ± {100 * ci:.2f}" if in_percent else f"{mean:.4f} ± {ci:.4f}"
+        table.add_row(str(step), value)
+    return table
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

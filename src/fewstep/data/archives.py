@@ -1,0 +1,82 @@
+"""Image files by name, from folders and archives, which are never unpacked to the disk."""
+
+from __future__ import annotations
+
+import lzma
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from fewstep.core.errors import InputError
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
+
+
+def is_image(name: str) -> bool:
+    """Tell by its suffix whether a file is an image; hidden files are not.
+
+    >>> is_image("a/b.JPG"), is_image("a/._b.jpg"), is_image("a/labels.csv")
+    (True, False, False)
+    """
+    path = PurePosixPath(name)
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+
+
+def zip_images(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield name and content of every image of a zip file.
+
+    Raises:
+        InputError: it is missing, truncated or damaged, or names a path outside its folder.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                _check_inside(path, member.filename)
+                if is_image(member.filename):
+                    yield member.filename, archive.read(member)
+    except FileNotFoundError as error:
+        raise InputError(f"there is no file {path}; check the folder given with --root") from error
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+        raise _damaged(path, error) from error
+
+
+def tar_images(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield name and content of every image of a tar file, compressed or not.
+
+    Raises:
+        InputError: it is missing, truncated or damaged, or names a path outside its folder.
+    """
+    try:
+        with tarfile.open(path, mode="r|*") as archive:
+            for member in archive:
+                _check_inside(path, member.name)
+                file = archive.extractfile(member) if member.isfile() else None
+                if file is not None and is_image(member.name):
+                    yield member.name, file.read()
+    except FileNotFoundError as error:
+        raise InputError(f"there is no file {path}; check the folder given with --root") from error
+    except (tarfile.TarError, lzma.LZMAError, OSError, EOFError) as error:
+        raise _damaged(path, error) from error
+
+
+def folder_images(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield name, relative to `path`, and content of every image below a folder, sorted."""
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path).as_posix()
+        if file.is_file() and is_image(name):
+            yield name, file.read_bytes()
+
+
+def _check_inside(archive: Path, member: str) -> None:
+    path = PurePosixPath(member.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts:
+        raise InputError(
+            f"{archive} holds {member!r}, a path outside its folder; do not trust this archive, "
+            "and get another copy"
+        )
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return InputError(f"{path} is truncated or damaged ({reason}); download it again")

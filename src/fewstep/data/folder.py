@@ -1,0 +1,115 @@
+"""Any folder of images: `class/image` or `split/class/image`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from fewstep.core.errors import InputError
+from fewstep.data.archives import is_image
+from fewstep.data.counter_random import key_from_name, random_subset
+from fewstep.data.pixels import decode
+from fewstep.data.prepared import Pixels, RawClass, fingerprint, load_or_prepare
+from fewstep.data.store import ClassStore
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Images of your own.
+
+    Either `root/class/image`, whose classes are dealt out to train, val and test by a fixed draw,
+    or `root/split/class/image` with the splits named train, val and test. Classes may differ in
+    their number of images; deeper folders count towards the class they are in.
+
+    Raises:
+        InputError: the folder is missing or has no classes, or an image cannot be read.
+    """
+
+    root: Path | None = None
+    """The folder."""
+    size: int = 84
+    """Height and width that the images are brought to."""
+    colour: Literal["rgb", "grey"] = "rgb"
+    """Three channels or one."""
+    fractions: tuple[float, float, float] = (0.64, 0.16, 0.2)
+    """Shares of the classes for train, val and test, where the folder does not split them."""
+
+    def splits(self) -> dict[str, ClassStore]:
+        """Return the stores of train, val and test."""
+        if self.size < 1:
+            raise InputError(f"size={self.size} must be at least 1 pixel")
+        if min(self.fractions) <= 0 or abs(sum(self.fractions) - 1) > 1e-6:
+            raise InputError(f"fractions={self.fractions} must be positive and sum to 1")
+        if self.root is None or not self.root.is_dir():
+            raise InputError(
+                f"there is no folder {self.root or 'given'}; pass --root with class/image inside"
+            )
+        files = _files(self.root)
+        stamp = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for c in files.values() for f in c]
+        store = load_or_prepare(
+            f"folder-{self.root.resolve().name}-{self.size}",
+            fingerprint(self.root.resolve(), self.size, self.colour, list(files), stamp),
+            (3 if self.colour == "rgb" else 1, self.size, self.size),
+            partial(_read, files, self.size, self.colour),
+        )
+        return {s: store.select(c) for s, c in _deal(store.names, self.fractions).items()}
+
+
+def _files(root: Path) -> dict[str, list[Path]]:
+    """Return the images of every class, named `class` or `split/class`."""
+    folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    depth = 2 if set(SPLITS) <= set(folders) else 1
+    files: dict[str, list[Path]] = defaultdict(list)
+    for file in sorted(root.rglob("*")):
+        parts = file.relative_to(root).parts
+        if len(parts) > depth and is_image(file.name) and file.is_file():
+            files["/".join(parts[:depth])].append(file)
+    if not files:
+        raise InputError(
+            f"{root} has no image in class/image or split/class/image; sort the images into a "
+            "folder for each class"
+        )
+    return files
+
+
+def _read(files: dict[str, list[Path]], size: int, colour: str) -> list[RawClass]:
+    return [
+        RawClass(name, [partial(_decode_file, file, size, colour) for file in of_class])
+        for name, of_class in files.items()
+    ]
+
+
+def _decode_file(file: Path, size: int, colour: str) -> Pixels:
+    return decode(file.read_bytes(), str(file), size, "RGB" if colour == "rgb" else "L")
+
+
+def _deal(names: tuple[str, ...], fractions: tuple[float, float, float]) -> dict[str, list[int]]:
+    """Return the class numbers of train, val and test."""
+    if all(name.split("/")[0] in SPLITS and "/" in name for name in names):
+        return {
+            split: [i for i, name in enumerate(names) if name.split("/")[0] == split]
+            for split in SPLITS
+        }
+    total = len(names)
+    train, val = round(fractions[0] * total), round(fractions[1] * total)
+    if min(train, val, total - train - val) < 1:
+        raise InputError(
+            f"the folder's {total} classes are too few for train, val and test; add classes or "
+            "sort them into train/, val/ and test/"
+        )
+    order = random_subset(
+        key_from_name(0, "folder"),
+        total,
+        torch.tensor([total]),
+        torch.zeros(1, dtype=torch.int64),
+        largest=total,
+    )[0].tolist()
+    parts = (order[:train], order[train : train + val], order[train + val :])
+    return dict(zip(SPLITS, parts, strict=True))

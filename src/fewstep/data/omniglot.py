@@ -1,0 +1,162 @@
+"""Omniglot: 1,623 handwritten characters of 50 alphabets, 20 drawings each."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import numpy as np
+import pooch
+import torch
+from requests.exceptions import RequestException
+
+from fewstep.core.errors import InputError
+from fewstep.data.archives import folder_images, zip_images
+from fewstep.data.counter_random import key_from_name, random_subset
+from fewstep.data.pixels import decode
+from fewstep.data.prepared import Pixels, RawClass, cache_folder, fingerprint, load_or_prepare
+from fewstep.data.store import ClassStore
+
+PARTS = ("images_background", "images_evaluation")
+CLASSES, DRAWINGS = 1623, 20
+DOWNLOAD = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python/"
+MD5 = {
+    "images_background": "68d2efa1b9178cc56df9314c21c6e718",
+    "images_evaluation": "6b91aef0f799c5bb55b94e3f2daec811",
+}
+VALIDATION_ALPHABETS = frozenset(
+    {"Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)"}
+)
+TEST_ALPHABETS = frozenset(
+    {
+        "Kannada", "Keble", "Malayalam", "Manipuri", "Mongolian", "Old_Church_Slavonic_(Cyrillic)",
+        "Oriya", "Sylheti", "Syriac_(Serto)", "Tengwar", "Tibetan", "ULOG",
+    }
+)  # fmt: skip
+TEST_CHARACTERS = frozenset(f"Gurmukhi/character{number}" for number in (42, 43, 44, 45))
+RANDOM_SPLITS = {"finn": (1100, 100), "maml++": (1150, 50)}  # train and val classes of 1,623
+
+
+@dataclass(frozen=True)
+class Omniglot:
+    """Omniglot from a folder, the two zips, or a checksummed download.
+
+    Strokes are 255 and the background is 0, the papers' 1 - pixel.
+
+    Raises:
+        InputError: the files are missing or damaged, or are not Omniglot.
+
+    Deviation: the classes of the splits "finn" and "maml++" are numbers from the papers, but drawn
+        by us, once for all runs; their code shuffles the order in which it happens to list files.
+
+    Reference: Lake, Salakhutdinov and Tenenbaum, Science 2015; split "vinyals": Vinyals et al.,
+        Matching networks, NeurIPS 2016, in the lists published with Prototypical networks.
+    """
+
+    root: Path | None = None
+    """Folder with the two zips or what they hold; else $FEWSTEP_DATA/omniglot; else a download."""
+    split: Literal["vinyals", "finn", "maml++"] = "vinyals"
+    """Classes of train/val/test: 1028/172/423 by alphabet, 1100/100/423 or 1150/50/423 drawn."""
+    size: int = 28
+    """Height and width of the images."""
+
+    def splits(self) -> dict[str, ClassStore]:
+        """Return the stores of train, val and test."""
+        if self.size < 1:
+            raise InputError(f"size={self.size} must be at least 1 pixel")
+        sources = _sources(self.root)
+        stamp = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sources]
+        source = fingerprint(self.size, stamp)
+        store = load_or_prepare(
+            f"omniglot-{self.size}",
+            source,
+            (1, self.size, self.size),
+            partial(_read, sources, self.size),
+        )
+        return {name: store.select(c) for name, c in _classes(self.split, store.names).items()}
+
+
+def _sources(root: Path | None) -> list[Path]:
+    """Return the two zips, or the two folders, to read."""
+    if root is None and (data := os.environ.get("FEWSTEP_DATA")):
+        folder = Path(data) / "omniglot"
+        root = folder if folder.is_dir() else None
+    if root is None:
+        return [_download(part) for part in PARTS]
+    for candidates in ([root / p for p in PARTS], [root / f"{p}.zip" for p in PARTS]):
+        if all(c.exists() for c in candidates):
+            return candidates
+    missing = [f"{p}.zip" for p in PARTS if not (root / f"{p}.zip").exists()]
+    raise InputError(
+        f"{root} lacks {' and '.join(missing)}; put the two Omniglot zips, or the folders they "
+        "hold, there, or leave out --root to download them"
+    )
+
+
+def _download(part: str) -> Path:
+    try:
+        file = pooch.retrieve(
+            f"{DOWNLOAD}{part}.zip",
+            known_hash=f"md5:{MD5[part]}",
+            fname=f"{part}.zip",
+            path=cache_folder() / "downloads",
+            progressbar=False,
+        )
+    except (RequestException, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise InputError(
+            f"could not download {part}.zip ({reason}); get images_background.zip and "
+            "images_evaluation.zip another way and pass their folder with --root"
+        ) from error
+    return Path(file)
+
+
+def _read(sources: Sequence[Path], size: int) -> list[RawClass]:
+    images: dict[str, list[tuple[str, bytes]]] = defaultdict(list)
+    for source in sources:
+        entries = folder_images(source) if source.is_dir() else zip_images(source)
+        for name, content in entries:
+            path = PurePosixPath(name)
+            images["/".join(path.parts[-3:-1])].append((f"{source}: {name}", content))
+    wrong = [name for name, drawings in images.items() if len(drawings) != DRAWINGS]
+    if len(images) != CLASSES or wrong:
+        found = f"{wrong[0]} has {len(images[wrong[0]])} drawings" if wrong else f"{len(images)}"
+        raise InputError(
+            f"{sources[0].parent} is not the whole of Omniglot, {CLASSES} characters of {DRAWINGS} "
+            f"drawings (found: {found}{'' if wrong else ' characters'}); get the two zips again"
+        )
+    return [
+        RawClass(name, [partial(_inverted, content, file, size) for file, content in sorted(images[name])])
+        for name in sorted(images)
+    ]
+
+
+def _inverted(content: bytes, name: str, size: int) -> Pixels:
+    return np.subtract(255, decode(content, name, size, "L"), dtype=np.uint8)
+
+
+def _classes(split: str, names: Sequence[str]) -> dict[str, list[int]]:
+    """Return the class numbers of train, val and test."""
+    if split in RANDOM_SPLITS:
+        train, val = RANDOM_SPLITS[split]
+        key = key_from_name(0, f"omniglot/{split}")
+        population = torch.tensor([len(names)])
+        order = random_subset(
+            key, len(names), population, torch.zeros(1, dtype=torch.int64), largest=len(names)
+        )[0].tolist()
+        parts = (order[:train], order[train : train + val], order[train + val :])
+    else:
+        alphabets = [name.split("/")[0] for name in names]
+        test = [
+            i for i, (name, alphabet) in enumerate(zip(names, alphabets, strict=True))
+            if alphabet in TEST_ALPHABETS or name in TEST_CHARACTERS
+        ]  # fmt: skip
+        val_classes = [i for i, alphabet in enumerate(alphabets) if alphabet in VALIDATION_ALPHABETS]
+        held_out = {*test, *val_classes}
+        parts = ([i for i in range(len(names)) if i not in held_out], val_classes, test)
+    return dict(zip(("train", "val", "test"), parts, strict=True))

@@ -1,0 +1,147 @@
+"""Image sets prepared once: a memory-mapped uint8 array and a small file that describes it."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pooch
+import torch
+from numpy.typing import NDArray
+from rich.progress import track
+
+from fewstep.core.errors import InputError
+from fewstep.data.store import ClassStore
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class RawClass:
+    """A class before preparation.
+
+    Args:
+        name: Class name.
+        readers: A function for each image, which returns its pixels, (channels, height, width).
+    """
+
+    name: str
+    readers: Sequence[Callable[[], Pixels]]
+
+
+def cache_folder() -> Path:
+    """Return where prepared arrays are kept: $FEWSTEP_CACHE, or the user's cache folder."""
+    return Path(os.environ.get("FEWSTEP_CACHE") or pooch.os_cache("fewstep"))
+
+
+def fingerprint(*parts: object) -> str:
+    """Return a short name for what a prepared set was made from."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
+def load_or_prepare(
+    name: str, source: str, shape: tuple[int, int, int], read: Callable[[], Sequence[RawClass]]
+) -> ClassStore:
+    """Return a prepared set, preparing it first if this source has not been prepared.
+
+    Args:
+        name: Data set name, the beginning of the file name.
+        source: `fingerprint` of the source and the options; another one is prepared anew.
+        shape: Channels, height and width of every image.
+        read: Lists the classes; called only to prepare.
+
+    Raises:
+        InputError: what `read` raises, or the disk is full.
+    """
+    stem = cache_folder() / f"{name}-{source}"
+    if not stem.with_suffix(".json").exists():
+        _prepare(stem, shape, read())
+    return _load(stem)
+
+
+def verify_prepared(folder: Path) -> list[str]:
+    """Compare every prepared array in `folder` with its recorded checksum.
+
+    Returns:
+        Names of the arrays.
+
+    Raises:
+        InputError: one differs.
+    """
+    descriptions = sorted(folder.glob("*.json"))
+    for path in descriptions:
+        array = path.with_suffix(".npy")
+        recorded = json.loads(path.read_text())["sha256"]
+        if not array.exists() or _sha256(array) != recorded:
+            raise InputError(
+                f"{array} differs from what was prepared; remove {path} to prepare it again"
+            )
+    return [path.stem for path in descriptions]
+
+
+def _load(stem: Path) -> ClassStore:
+    try:
+        description = json.loads(stem.with_suffix(".json").read_text())
+        images = np.load(stem.with_suffix(".npy"), mmap_mode="c")
+        if len(images) != sum(description["counts"]):
+            raise ValueError("its length is wrong")
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"the prepared set {stem} is damaged ({error}); remove {stem}.json to prepare it again"
+        ) from error
+    return ClassStore.from_counts(
+        torch.from_numpy(images), description["counts"], description["names"]
+    )
+
+
+def _prepare(stem: Path, shape: tuple[int, int, int], classes: Sequence[RawClass]) -> None:
+    """Write the array, then the description that makes it count."""
+    total = sum(len(c.readers) for c in classes)
+    needed = total * int(np.prod(shape))
+    temporary = None
+    try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(stem.parent).free < needed:
+            raise OSError(errno.ENOSPC, "no space left")
+        with tempfile.NamedTemporaryFile(dir=stem.parent, prefix=".new-", delete=False) as file:
+            temporary = Path(file.name)
+            header = {"descr": "|u1", "fortran_order": False, "shape": (total, *shape)}
+            np.lib.format.write_array_header_2_0(file, header)
+            readers = [read for c in classes for read in c.readers]
+            for read in track(readers, f"preparing {stem.name}", transient=True):
+                file.write(read().tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        description = {
+            "names": [c.name for c in classes],
+            "counts": [len(c.readers) for c in classes],
+            "sha256": _sha256(temporary),
+        }
+        temporary.replace(stem.with_suffix(".npy"))
+        with tempfile.NamedTemporaryFile(
+            "w", dir=stem.parent, prefix=".new-", delete=False
+        ) as text:
+            temporary = Path(text.name)
+            json.dump(description, text)
+        temporary.replace(stem.with_suffix(".json"))
+    except OSError as error:
+        raise InputError(
+            f"cannot write {needed} bytes to {stem.parent}: {error.strerror}; free some space or "
+            "set FEWSTEP_CACHE to another folder"
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,80 @@
+"""Learning curves of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fewstep.core.errors import InputError
+from fewstep.report.figure import save_figure
+from fewstep.training.run_folder import RunFolder
+
+Series = list[dict[str, Any]]
+
+
+def plot_runs(runs: Sequence[RunFolder], path: Path) -> None:
+    """Draw training and validation curves of runs on shared axes.
+
+    Training curves are running means over 2% of the run; validation shows the mean and its 95%
+    interval over the validation tasks.
+
+    Args:
+        runs: Runs of one kind of problem.
+        path: PNG file to write.
+
+    Raises:
+        InputError: a run has logged nothing, or the runs report different metrics.
+    """
+    series = {run.path.name: run.metrics() for run in runs}
+    names = {name: _metric_name(lines, name) for name, lines in series.items()}
+    if len(set(names.values())) > 1:
+        raise InputError(
+            "the runs report different metrics "
+            f"({', '.join(f'{run}: {m}' for run, m in names.items())}); plot them apart"
+        )
+    metric = next(iter(names.values()))
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for number, (name, lines) in enumerate(series.items()):
+        colour = f"C{number}"
+        _draw_smoothed(left, lines, "loss", colour, name)
+        _draw_validation(right, lines, metric, colour, name)
+    left.set(xlabel="iteration", ylabel="query loss after adaptation", title="training", yscale="log")
+    percent = " (%)" if metric == "accuracy" else ""
+    right.set(xlabel="iteration", ylabel=f"{metric}{percent}", title="validation, 95% interval")
+    if metric == "loss":
+        right.set_yscale("log")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    save_figure(figure, path)
+
+
+def _metric_name(lines: Series, run: str) -> str:
+    for line in lines:
+        for key in line:
+            if key.startswith("val_") and key not in ("val_ci95", "val_tasks"):
+                return key.removeprefix("val_")
+    raise InputError(f"run {run} has no validation yet, so there is nothing to plot; train longer")
+
+
+def _draw_smoothed(axes: Axes, lines: Series, key: str, colour: str, name: str) -> None:
+    points = [(m["iteration"], m[key]) for m in lines if key in m]
+    x, y = np.array(points).T
+    window = max(1, len(y) // 50)
+    smooth = np.convolve(y, np.ones(window) / window, mode="valid")
+    axes.plot(x[window - 1 :], smooth, color=colour, label=name)
+
+
+def _draw_validation(axes: Axes, lines: Series, metric: str, colour: str, name: str) -> None:
+    key = f"val_{metric}"
+    scale = 100 if metric == "accuracy" else 1
+    points = [(m["iteration"], scale * m[key], scale * m["val_ci95"]) for m in lines if key in m]
+    x, y, ci = np.array(points).T
+    axes.plot(x, y, color=colour, marker="o", markersize=3, label=name)
+    axes.fill_between(x, y - ci, y + ci, color=colour, alpha=0.2, linewidth=0)

@@ -1,0 +1,54 @@
+"""Sinusoid fits before and after adaptation, the figure of the MAML paper."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from fewstep.core.learner import MetaLearner
+from fewstep.data.sinusoid import SinusoidEpisodes
+from fewstep.report.figure import save_figure
+
+STEPS = {0: ("C7", ":"), 1: ("C0", "--"), 5: ("C2", "-."), 10: ("C1", "-")}
+
+
+def plot_sinusoid_fits(learner: MetaLearner, path: Path, curves: int = 3) -> None:
+    """Draw fits before and after 1, 5 and 10 steps, from 5 points (above) and from 10 (below).
+
+    Args:
+        learner: A trained sinusoid learner.
+        path: PNG file to write.
+        curves: Test sinusoids, a column for each.
+    """
+    figure = Figure(figsize=(4 * curves, 6.5), layout="constrained")
+    axes = figure.subplots(2, curves, sharex=True, squeeze=False)
+    line = torch.linspace(-5, 5, 200)[:, None]
+    for row, shots in enumerate((5, 10)):
+        episodes = SinusoidEpisodes("test", shots=shots, queries=1)
+        batch = episodes.batch(0, curves)
+        amplitudes, phases = episodes.curve(0, curves)
+        for column in range(curves):
+            axis = axes[row][column]
+            x, y = batch.x_support[column], batch.y_support[column]
+            truth = amplitudes[column] * torch.sin(line - phases[column])
+            axis.plot(line, truth, color="C3", linewidth=1.5, label="truth")
+            for steps, (colour, style) in STEPS.items():
+                with torch.no_grad():
+                    fit = learner.adapt(x, y, num_steps=steps)(line)
+                axis.plot(line, fit, color=colour, linestyle=style, label=_steps(steps))
+            axis.plot(x, y, "^", color="k", markersize=5, label="support")
+            axis.set_title(f"task {column}, {shots} points", fontsize=9)
+            axis.grid(alpha=0.3)
+    for axis in axes[1]:
+        axis.set_xlabel("x")
+    for first in axes[:, 0]:
+        first.set_ylabel("y")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6)
+    save_figure(figure, path)
+
+
+def _steps(steps: int) -> str:
+    return "before" if steps == 0 else f"{steps} step{'s' if steps > 1 else ''}"

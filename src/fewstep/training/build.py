@@ -1,0 +1,109 @@
+"""From settings to the objects they stand for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from fewstep.core.errors import InputError
+from fewstep.core.learner import MetaLearner
+from fewstep.core.tasks import Episodes
+from fewstep.data.episodes import ClassificationEpisodes
+from fewstep.data.sinusoid import SinusoidEpisodes
+from fewstep.data.store import ClassStore
+from fewstep.training.config import (
+    ClassificationOptions,
+    RegressionOptions,
+    RunConfig,
+    SinusoidData,
+    Split,
+)
+
+EVAL_SEED = 0  # validation and test tasks are the same for every run, so that runs compare
+
+
+def resolve_device(name: str) -> str:
+    """Return the device to use.
+
+    Raises:
+        InputError: it does not exist here.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"device {name!r} cannot be used ({reason}); use --device cpu or auto"
+        ) from error
+    return name
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Episodes of every split, and what a model needs to know of them."""
+
+    episodes: dict[Split, Episodes]
+    image_shape: tuple[int, int, int] | None
+    outputs: int
+
+
+def build_problem(config: RunConfig, device: str) -> Problem:
+    """Load the data and set up the episodes of train, val and test.
+
+    Raises:
+        InputError: the data cannot be had, or do not hold such episodes.
+    """
+    if isinstance(config.data, SinusoidData):
+        assert isinstance(config.episodes, RegressionOptions)
+        points = {"shots": config.episodes.shots, "queries": config.episodes.queries}
+        episodes: dict[Split, Episodes] = {
+            "train": SinusoidEpisodes("train", **points, seed=config.seed, device=device),
+            "val": SinusoidEpisodes("val", **points, seed=EVAL_SEED, device=device),
+            "test": SinusoidEpisodes("test", **points, seed=EVAL_SEED, device=device),
+        }
+        return Problem(episodes, None, 1)
+    assert isinstance(config.episodes, ClassificationOptions)
+    stores = config.data.splits()
+    episodes = {
+        "train": classification_episodes(config.episodes, stores, "train", config.seed, device),
+        "val": classification_episodes(config.episodes, stores, "val", EVAL_SEED, device),
+        "test": classification_episodes(config.episodes, stores, "test", EVAL_SEED, device),
+    }
+    return Problem(episodes, stores["train"].image_shape, config.episodes.ways)
+
+
+def classification_episodes(
+    options: ClassificationOptions,
+    stores: dict[str, ClassStore],
+    split: Split,
+    seed: int,
+    device: str,
+) -> ClassificationEpisodes:
+    """Set up the episodes of one split, with the training or the evaluation options."""
+    is_train = split == "train"
+    return ClassificationEpisodes(
+        stores[split].to(device),
+        split,
+        ways=options.ways,
+        shots=options.shots,
+        queries=options.queries if is_train else options.eval_queries,
+        rotations=options.rotations if is_train else options.eval_rotations,
+        seed=seed,
+    )
+
+
+def build_learner(config: RunConfig, problem: Problem, device: str) -> MetaLearner:
+    """Build the model, its initial parameters drawn from the seed, and its learner."""
+    torch.manual_seed(config.seed)  # on the CPU, so that every device starts alike
+    module = config.model.build(problem.image_shape, problem.outputs).to(device)
+    return MetaLearner(
+        module,
+        config.algorithm.build(config.recipe),
+        F.mse_loss if config.dataset == "sinusoid" else F.cross_entropy,
+        chunk_size=config.chunk_size,
+    )

@@ -1,0 +1,321 @@
+"""The settings of a run: one definition for the command line, the run's file and the docs."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from fewstep.core.algorithm import Algorithm, fomaml, maml
+from fewstep.core.errors import InputError
+from fewstep.core.parts import AdaptedParameters
+from fewstep.data.episodes import Rotations
+from fewstep.data.folder import ImageFolder
+from fewstep.data.glyphs import Glyphs
+from fewstep.data.mini_imagenet import MiniImageNet
+from fewstep.data.omniglot import Omniglot
+from fewstep.models.conv import Activation, Conv4, Downsample, Initialisation, Norm
+from fewstep.models.mlp import fully_connected, sinusoid_mlp
+
+Split = Literal["train", "val", "test"]
+Images = Glyphs | Omniglot | MiniImageNet | ImageFolder
+
+
+@dataclass(frozen=True)
+class SinusoidData:
+    """Sinusoid regression; needs no files."""
+
+
+@dataclass(frozen=True)
+class ClassificationOptions:
+    """What an N-way K-shot episode holds."""
+
+    ways: int = 5
+    """Classes of an episode."""
+    shots: int = 1
+    """Support images of each class."""
+    queries: int = 5
+    """Query images of each class, in training."""
+    eval_queries: int = 15
+    """Query images of each class, in validation and test."""
+    rotations: Rotations = "none"
+    """Training: turn no image, make every quarter turn a class, or turn classes per episode."""
+    eval_rotations: Rotations = "none"
+    """The same in validation and test."""
+
+
+@dataclass(frozen=True)
+class RegressionOptions:
+    """What a regression episode holds."""
+
+    shots: int = 10
+    """Support points."""
+    queries: int = 10
+    """Query points, in training, validation and test."""
+
+
+@dataclass(frozen=True)
+class Conv4Options:
+    """Four convolutional blocks and a linear layer."""
+
+    filters: int = 64
+    """Channels of every block."""
+    norm: Norm = "batch"
+    """Normalisation of every block."""
+    downsample: Downsample = "max-pool"
+    """Halve by max-pooling, or by stride with a spatial mean before the head."""
+    activation: Activation = "relu"
+    """Activation of every block."""
+    conv_bias: bool = False
+    """Give the convolutions a bias; batch norm cancels it."""
+    initialisation: Initialisation = "xavier"
+    """Initial weights: Xavier, Xavier with a normal head (MAML's code), or PyTorch's."""
+
+    def build(self, image_shape: tuple[int, int, int], outputs: int) -> nn.Module:
+        """Return the network for such images."""
+        channels, height, width = image_shape
+        if height != width:
+            raise InputError(f"conv4 needs square images, but these are {height}x{width}")
+        return Conv4(
+            channels,
+            outputs,
+            height,
+            filters=self.filters,
+            norm=self.norm,
+            downsample=self.downsample,
+            activation=self.activation,
+            bias=self.conv_bias,
+            initialisation=self.initialisation,
+        )
+
+
+@dataclass(frozen=True)
+class FullyConnectedOptions:
+    """Four hidden layers with batch norm, the paper's network without convolutions."""
+
+    def build(self, image_shape: tuple[int, int, int], outputs: int) -> nn.Module:
+        """Return the network for such images."""
+        channels, height, width = image_shape
+        return fully_connected(channels * height * width, outputs)
+
+
+@dataclass(frozen=True)
+class SinusoidMLPOptions:
+    """Two hidden layers, the paper's regression network."""
+
+    hidden: int = 40
+    """Units of each hidden layer."""
+
+    def build(self, image_shape: tuple[int, int, int] | None, outputs: int) -> nn.Module:
+        """Return the network."""
+        return sinusoid_mlp(self.hidden)
+
+
+@dataclass(frozen=True)
+class MamlOptions:
+    """MAML and first-order MAML."""
+
+    num_steps: int = 5
+    """Inner steps, in training."""
+    eval_steps: int = 5
+    """Inner steps, in validation and test."""
+    inner_lr: float = 0.1
+    """Inner learning rate, for losses that are means over the examples."""
+    outer_lr: float = 1e-3
+    """Rate of the outer Adam."""
+    not_adapted: tuple[str, ...] = ()
+    """Patterns of parameter names that the inner loop leaves alone, such as "*.norm.*"."""
+
+    def build(self, recipe: Literal["maml", "fomaml"]) -> Algorithm:
+        """Return the algorithm."""
+        make = {"maml": maml, "fomaml": fomaml}[recipe]
+        adapted = AdaptedParameters(exclude=self.not_adapted)
+        return make(self.num_steps, self.inner_lr, self.outer_lr, adapted)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Every setting of a training run."""
+
+    dataset: Literal["glyphs", "omniglot", "mini-imagenet", "folder", "sinusoid"] = "glyphs"
+    """What to learn; sets the defaults of everything below."""
+    network: Literal["conv4", "fully-connected", "sinusoid-mlp"] = "conv4"
+    """The model."""
+    recipe: Literal["maml", "fomaml"] = "maml"
+    """The method."""
+    data: Glyphs | Omniglot | MiniImageNet | ImageFolder | SinusoidData = field(
+        default_factory=Glyphs
+    )
+    """Where the data come from."""
+    episodes: ClassificationOptions | RegressionOptions = field(
+        default_factory=ClassificationOptions
+    )
+    """What a task is."""
+    model: Conv4Options | FullyConnectedOptions | SinusoidMLPOptions = field(
+        default_factory=Conv4Options
+    )
+    """Options of the network."""
+    algorithm: MamlOptions = field(default_factory=MamlOptions)
+    """Options of the method."""
+    iterations: int = 1000
+    """Outer updates."""
+    tasks: int = 8
+    """Tasks of an iteration (meta-batch)."""
+    chunk_size: int = 8
+    """Tasks that go through the model at once; bounds memory, changes no result but rounding."""
+    val_every: int = 250
+    """Iterations between validations; each writes a checkpoint."""
+    val_tasks: int = 200
+    """Tasks of a validation."""
+    test_tasks: int = 600
+    """Tasks of the final test."""
+    seed: int = 0
+    """Seed of the initial parameters, of the training episodes and of dropout."""
+    device: str = "auto"
+    """"cpu", "cuda", "cuda:1", ...; "auto" takes a GPU where there is one."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("iterations", 1), ("tasks", 1), ("chunk_size", 1),
+            ("val_every", 1), ("val_tasks", 2), ("test_tasks", 2),
+        ):  # fmt: skip
+            if (value := getattr(self, name)) < least:
+                raise InputError(f"{name}={value} must be at least {least}")
+        wanted = (
+            ("dataset", "data", SOURCES[self.dataset]),
+            ("dataset", "episodes", _episode_options(self.dataset)),
+            ("network", "model", NETWORKS[self.network]),
+        )
+        for tag, part, expected in wanted:
+            if not isinstance(getattr(self, part), expected):
+                raise InputError(
+                    f"{tag}={getattr(self, tag)!r} goes with {part} of type {expected.__name__}, "
+                    f"not {type(getattr(self, part)).__name__}"
+                )
+        if (self.dataset == "sinusoid") != (self.network == "sinusoid-mlp"):
+            raise InputError(
+                f"network={self.network!r} does not fit dataset={self.dataset!r}; sinusoid takes "
+                "sinusoid-mlp, images take conv4 or fully-connected"
+            )
+
+
+SOURCES: dict[str, type] = {
+    "glyphs": Glyphs,
+    "omniglot": Omniglot,
+    "mini-imagenet": MiniImageNet,
+    "folder": ImageFolder,
+    "sinusoid": SinusoidData,
+}
+NETWORKS: dict[str, type] = {
+    "conv4": Conv4Options,
+    "fully-connected": FullyConnectedOptions,
+    "sinusoid-mlp": SinusoidMLPOptions,
+}
+
+
+def _episode_options(dataset: str) -> type:
+    return RegressionOptions if dataset == "sinusoid" else ClassificationOptions
+
+
+def preset(dataset: str = "glyphs", network: str | None = None) -> RunConfig:
+    """Return the default settings for a data set, and for a network other than its usual one.
+
+    Raises:
+        InputError: unknown name.
+    """
+    check_name("dataset", dataset, SOURCES)
+    if network is None:
+        network = "sinusoid-mlp" if dataset == "sinusoid" else "conv4"
+    check_name("network", network, NETWORKS)
+    base: dict[str, Any] = {
+        "dataset": dataset,
+        "network": network,
+        "data": SOURCES[dataset](),
+        "model": NETWORKS[network](),
+    }
+    return RunConfig(**base, **_problem_defaults(dataset, network))
+
+
+def _problem_defaults(dataset: str, network: str) -> dict[str, Any]:
+    """Return what a data set sets besides its source and model."""
+    one_step = MamlOptions(num_steps=1, eval_steps=3, inner_lr=0.4)
+    match dataset:
+        case "sinusoid":
+            return {
+                "episodes": RegressionOptions(),
+                "algorithm": MamlOptions(num_steps=1, eval_steps=10, inner_lr=0.01),
+                "iterations": 30_000,
+                "tasks": 25,
+                "chunk_size": 200,
+                "val_every": 2_000,
+            }
+        case "omniglot":
+            return {
+                "episodes": ClassificationOptions(rotations="classes"),
+                "algorithm": one_step,
+                "iterations": 8_000,
+                "val_every": 500,
+            }
+        case "glyphs":
+            return {"algorithm": one_step}
+        case _:
+            defaults: dict[str, Any] = {
+                "episodes": ClassificationOptions(queries=15),
+                "algorithm": MamlOptions(num_steps=5, eval_steps=10, inner_lr=0.05),
+                "iterations": 60_000,
+                "tasks": 4,
+                "val_every": 1_000,
+            }
+            if network == "conv4":
+                defaults["model"] = Conv4Options(filters=32)
+            return defaults
+
+
+def check_name(option: str, value: str, names: Iterable[str]) -> None:
+    """Raise InputError with the nearest valid name unless `value` is one of `names`."""
+    names = list(names)
+    if value not in names:
+        near = difflib.get_close_matches(value, names, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(names)}"
+        raise InputError(f"unknown {option} {value!r}; {hint}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a configuration as nested plain values; what is None is left out, as TOML asks."""
+    plain: dict[str, Any] = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value):
+            plain[f.name] = to_dict(value)
+        elif isinstance(value, Path):
+            plain[f.name] = str(value)
+        elif isinstance(value, tuple):
+            plain[f.name] = list(value)
+        elif value is not None:
+            plain[f.name] = value
+    return plain
+
+
+def option_arguments(values: Mapping[str, Any], default: Any) -> list[str]:
+    """Turn a file's values into command-line arguments, so that one parser reads both.
+
+    Args:
+        values: Nested values, as `to_dict` gives and TOML holds.
+        default: The configuration whose fields they must name.
+
+    Raises:
+        InputError: an unknown key, with the nearest valid one.
+    """
+    arguments: list[str] = []
+    for key, value in values.items():
+        check_name("key", key, [f.name for f in fields(default)])
+        if isinstance(value, Mapping):
+            arguments += option_arguments(value, getattr(default, key))
+            continue
+        words = value if isinstance(value, list) else [value]
+        arguments += [f"--{key.replace('_', '-')}", *map(str, words)]
+    return arguments

@@ -1,0 +1,64 @@
+"""What a person sees while a run trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+
+class Display:
+    """A progress bar on a terminal; elsewhere only the lines that are printed.
+
+    Args:
+        console: Where to print.
+        total: Iterations of the run.
+        done: Iterations done before.
+        tasks: Tasks of an iteration.
+    """
+
+    def __init__(self, console: Console, total: int, done: int, tasks: int) -> None:
+        self.console = console
+        self._tasks = tasks
+        self._smooth: dict[str, float] = {}
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._bar = self._progress.add_task("training", total=total, completed=done, rate="")
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show the bar for a while."""
+        with self._progress:
+            yield
+
+    def advance(self, metric_name: str, loss: float, metric: float, seconds: float) -> None:
+        """Count an iteration and show smoothed values of what it gave."""
+        for key, value in (("loss", loss), ("metric", metric), ("seconds", seconds)):
+            self._smooth[key] = 0.95 * self._smooth.get(key, value) + 0.05 * value
+        text = f"loss {self._smooth['loss']:.3f}"
+        if metric_name == "accuracy":
+            text += f"  accuracy {100 * self._smooth['metric']:.1f}%"
+        rate = f"{self._tasks / self._smooth['seconds']:.0f} tasks/s"
+        self._progress.update(self._bar, advance=1, description=text, rate=rate)
+
+    def print(self, text: str) -> None:
+        """Print a line above the bar."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,226 @@
+"""A run is a folder: settings, environment, metrics, checkpoints and scores."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+import fewstep
+from fewstep.core.errors import InputError
+from fewstep.training.files import write_atomically
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run stands: the small file that says which checkpoints are valid.
+
+    Args:
+        iteration: Outer updates done at the last checkpoint; the next episode follows from it.
+        last: File name of the last checkpoint.
+        best: File name of the checkpoint with the best validation score.
+        best_iteration: Outer updates done at it.
+        best_score: Its mean validation metric; None before the first validation.
+    """
+
+    iteration: int
+    last: str
+    best: str
+    best_iteration: int
+    best_score: float | None
+
+
+class RunFolder:
+    """The files of one run.
+
+    config.toml, environment.json, state.json, metrics.jsonl, checkpoints/, tensorboard/, and a
+    JSON file for each evaluation.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics_file = path / "metrics.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self._checkpoints = path / "checkpoints"
+
+    @classmethod
+    def create(cls, path: Path, settings: dict[str, Any], command: str, device: str) -> RunFolder:
+        """Set up a new run in an existing folder.
+
+        Raises:
+            InputError: there is a run in it already, or the disk is full.
+        """
+        run = cls(path)
+        if (path / "config.toml").exists():
+            raise InputError(
+                f"{path} already holds a run; continue it with `fewstep resume {path}` or choose "
+                "another folder with --out"
+            )
+        run._checkpoints.mkdir(exist_ok=True)
+        write_json(path / "environment.json", environment(command, device))
+        run.save_settings(settings)
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Open the folder of an existing run.
+
+        Raises:
+            InputError: there is no run in it.
+        """
+        if not (path / "config.toml").is_file():
+            raise InputError(f"{path} holds no run (no config.toml); give a folder made by train")
+        return cls(path)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the resolved settings."""
+        return read_toml(self.path / "config.toml")
+
+    def save_settings(self, settings: dict[str, Any]) -> None:
+        """Write config.toml."""
+        write_atomically(self.path / "config.toml", tomli_w.dumps(settings).encode())
+
+    def state(self) -> State | None:
+        """Return where the run stands, or None before its first checkpoint."""
+        path = self.path / "state.json"
+        if not path.exists():
+            return None
+        try:
+            return State(**json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path} is damaged ({error}); the run must be started anew") from error
+
+    def save_checkpoint(self, tensors: dict[str, Tensor], previous: State | None,
+                        iteration: int, score: float | None, *, is_best: bool) -> State:  # fmt: skip
+        """Write a checkpoint, then the state that makes it count, then drop what is superseded.
+
+        A kill or a full disk at any point leaves the earlier checkpoint valid.
+        """
+        name = f"{iteration:08d}.safetensors"
+        contiguous = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+        write_atomically(self._checkpoints / name, save(contiguous))
+        if is_best or previous is None:
+            state = State(iteration, name, name, iteration, score)
+        else:
+            state = State(
+                iteration, name, previous.best, previous.best_iteration, previous.best_score
+            )
+        write_json(self.path / "state.json", asdict(state))
+        for file in self._checkpoints.iterdir():
+            if file.name not in (state.last, state.best):
+                file.unlink()
+        return state
+
+    def load_checkpoint(self, name: str) -> dict[str, Tensor]:
+        """Read a checkpoint by its file name.
+
+        Raises:
+            InputError: it is missing or damaged.
+        """
+        path = self._checkpoints / name
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"cannot read checkpoint {path}: {error}; is the run whole?") from error
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics.jsonl; a last line cut short by a kill is left out."""
+        if not self.metrics_file.exists():
+            return []
+        lines = self.metrics_file.read_text().split("\n")
+        return [json.loads(line) for line in lines[:-1]]
+
+    def truncate_metrics(self, iteration: int) -> None:
+        """Drop what was logged after `iteration`, which a resumed run will log again."""
+        kept = [m for m in self.metrics() if m["iteration"] <= iteration]
+        write_atomically(self.metrics_file, "".join(json_line(m) for m in kept).encode())
+
+
+def json_line(values: dict[str, Any]) -> str:
+    """Return one line of a JSON-lines file."""
+    return json.dumps(values) + "\n"
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON file atomically."""
+    write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        InputError: it is missing or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; check the path") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid TOML: {error}; mend or remove it") from error
+
+
+def environment(command: str, device: str) -> dict[str, Any]:
+    """Describe what a result depends on besides its settings."""
+    return {
+        "command": command,
+        "commit": _commit(),
+        "fewstep": fewstep.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "hardware": hardware(device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def hardware(device: str) -> str:
+    """Name the processor or the accelerator."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()} cores, {_processor()}"
+
+
+def _processor() -> str:
+    try:
+        lines: Iterable[str] = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = ()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """Return the commit of the source tree, marked when it has uncommitted changes."""
+    folder = Path(__file__).parent
+    try:
+        commit = _git("rev-parse", "HEAD", folder=folder)
+        changed = _git("status", "--porcelain", "--untracked-files=no", folder=folder)
+    except (OSError, subprocess.CalledProcessError):
+        return "not from a repository"
+    return commit + (" with changes" if changed else "")
+
+
+def _git(*arguments: str, folder: Path) -> str:
+    result = subprocess.run(
+        ["git", *arguments], cwd=folder, check=True, capture_output=True, text=True
+    )
+    return result.stdout.strip()
+
+
+def command_line() -> str:
+    """Return the command as typed."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -1,0 +1,180 @@
+"""Meta-training: iterations, validation, checkpoints, resumption."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+from rich.console import Console
+from torch.utils.tensorboard import SummaryWriter
+
+from fewstep.core.errors import InputError
+from fewstep.core.learner import MetaLearner, Metrics
+from fewstep.core.scores import Scores
+from fewstep.data.counter_random import key_from_name
+from fewstep.training.build import Problem
+from fewstep.training.config import RunConfig
+from fewstep.training.display import Display
+from fewstep.training.run_folder import RunFolder, State, json_line
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; what was saved is intact."""
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Trains a learner and keeps its run folder.
+
+    Iteration t trains on the episodes (t - 1) * tasks, ..., t * tasks - 1. Nothing else but the
+    checkpoint's tensors carries over from one iteration to the next, so a resumed run is the
+    uninterrupted run.
+
+    Args:
+        config: Settings.
+        run: Where to write.
+        problem: Episodes.
+        learner: What to train, as built from the settings.
+        console: Where to print.
+    """
+
+    config: RunConfig
+    run: RunFolder
+    problem: Problem
+    learner: MetaLearner
+    console: Console
+
+    def train(self) -> State:
+        """Train from the last checkpoint, or from the start, to the last iteration.
+
+        Returns:
+            Where the run stands: at the end, or where it was interrupted.
+
+        Raises:
+            TrainingStopped: a loss was not finite.
+            InputError: the disk is full.
+        """
+        state = self._restore()
+        config = self.config
+        display = Display(self.console, config.iterations, state.iteration, config.tasks)
+        with _Log(self.run, state.iteration) as log, display.shown(), _stop_signals() as stop:
+            for iteration in range(state.iteration + 1, config.iterations + 1):
+                started = time.perf_counter()
+                metrics = self._iterate(iteration)
+                loss, metric = metrics.loss.item(), metrics.metric.item()
+                seconds = time.perf_counter() - started
+                name = metrics.metric_name
+                log.write(iteration, {"loss": loss, name: metric, "seconds": round(seconds, 6)})
+                display.advance(name, loss, metric, seconds)
+                if iteration % config.val_every == 0 or iteration == config.iterations:
+                    state = self._validate(iteration, state, log, display)
+                elif stop:
+                    log.sync()
+                    state = self._checkpoint(iteration, state, None)
+                if stop:
+                    break
+        return state
+
+    def _restore(self) -> State:
+        state = self.run.state()
+        if state is None:
+            return self._checkpoint(0, None, None)
+        self.learner.load_state_tensors(self.run.load_checkpoint(state.last))
+        return state
+
+    def _iterate(self, iteration: int) -> Metrics:
+        batch = self.problem.episodes["train"].batch(
+            (iteration - 1) * self.config.tasks, self.config.tasks
+        )
+        torch.manual_seed(key_from_name(self.config.seed, f"iteration {iteration}"))  # for dropout
+        try:
+            return self.learner.step(batch)
+        except FloatingPointError as error:
+            state = self.run.state()
+            assert state is not None
+            raise TrainingStopped(
+                f"iteration {iteration}: {error}; the checkpoint of iteration {state.iteration} is "
+                f"kept in {self.run.path}; lower --inner-lr or --outer-lr"
+            ) from error
+
+    def _validate(self, iteration: int, state: State, log: _Log, display: Display) -> State:
+        scores = self.learner.evaluate(
+            self.problem.episodes["val"],
+            self.config.val_tasks,
+            num_steps=self.config.algorithm.eval_steps,
+        )
+        name = scores.metric_name
+        log.write(
+            iteration,
+            {f"val_{name}": scores.mean, "val_ci95": scores.ci95, "val_tasks": scores.num_tasks},
+        )
+        log.sync()
+        display.print(f"iteration {iteration}: validation {scores}")
+        return self._checkpoint(iteration, state, scores)
+
+    def _checkpoint(self, iteration: int, state: State | None, scores: Scores | None) -> State:
+        best = None if state is None else state.best_score
+        return self.run.save_checkpoint(
+            self.learner.state_tensors(),
+            state,
+            iteration,
+            None if scores is None else scores.mean,
+            is_best=scores is not None and scores.is_better_than(best),
+        )
+
+
+class _Log:
+    """Metrics of a run, to metrics.jsonl and TensorBoard, from `iteration` on."""
+
+    def __init__(self, run: RunFolder, iteration: int) -> None:
+        run.truncate_metrics(iteration)
+        self._file = run.metrics_file.open("a", buffering=1)  # a line at a time, to be followed
+        self._tensorboard = SummaryWriter(run.tensorboard, purge_step=iteration + 1)
+
+    def write(self, iteration: int, values: dict[str, float]) -> None:
+        self._file.write(json_line({"iteration": iteration, **values}))
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, iteration)
+
+    def sync(self) -> None:
+        """Bring the lines to the disk, before a checkpoint says that they are there."""
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise InputError(
+                f"cannot write {self._file.name}: {error.strerror}; the last checkpoint is intact, "
+                "so free some space and resume"
+            ) from error
+        self._tensorboard.flush()
+
+    def __enter__(self) -> _Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._tensorboard.close()
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Turn the first interrupt or termination into a wish to stop after this iteration."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,146 @@
+"""Mistakes are refused in one line that quotes what was given; nothing is left half done."""
+
+import re
+
+import pytest
+import torch
+from reference import MODELS, Case, Recurrent
+from torch import nn
+
+from fewstep import (
+    SGD,
+    Adam,
+    AdaptedParameters,
+    Algorithm,
+    ConstantRate,
+    InputError,
+    MetaLearner,
+    TaskBatch,
+    fomaml,
+    maml,
+)
+
+CASE = MODELS["mlp"]
+LOSSES = nn.CrossEntropyLoss(reduction="none")
+LSTM = Case(lambda: Recurrent(nn.LSTM(3, 4, batch_first=True)), (5, 3))
+
+
+def learner(algorithm: Algorithm | None = None, module=None, loss=CASE.loss, **options):
+    return MetaLearner(module or CASE.build(), algorithm or maml(2), loss, **options)
+
+
+def only(pattern: str, recipe=maml) -> Algorithm:
+    return recipe(2, adapted=AdaptedParameters(include=(pattern,)))
+
+
+class Spare(nn.Module):
+    """Has a parameter that takes no part in its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.spare = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def unused(algorithm: Algorithm) -> None:
+    learner(algorithm, Spare()).meta_gradient(CASE.batch())
+
+
+def batch_of(*shapes: tuple[int, ...]) -> TaskBatch:
+    return TaskBatch(*(torch.zeros(shape) for shape in shapes))
+
+
+MISTAKES = [
+    ("num_steps=-1 ", lambda: maml(num_steps=-1)),
+    ("derivative_order=3 ", lambda: Algorithm(1, ConstantRate(0.1), derivative_order=3)),
+    ("inner_lr=nan ", lambda: maml(inner_lr=float("nan"))),
+    ("inner_lr=inf ", lambda: fomaml(inner_lr=float("inf"))),
+    ("outer_lr=0.0 ", lambda: Adam(0.0)),
+    ("outer_lr=-0.1 ", lambda: SGD(-0.1)),
+    ("outer_lr=nan ", lambda: maml(outer_lr=float("nan"))),
+    ("chunk_size=0 ", lambda: learner(chunk_size=0)),
+    ("Linear has no", lambda: learner(module=nn.Linear(4, 3).requires_grad_(False))),
+    ("'heads.*' matches no parameter; the names are 0.weight", lambda: learner(only("heads.*"))),
+    ("'tail' matches no", lambda: learner(maml(adapted=AdaptedParameters(exclude=("tail",))))),
+    ("exclude=('*',)) leaves", lambda: learner(maml(adapted=AdaptedParameters(exclude=("*",))))),
+    ("num_tasks=1 ", lambda: learner().evaluate(CASE.batch(), 1)),
+    ("num_steps=-2 ", lambda: learner().evaluate(CASE.batch(), 3, num_steps=-2)),
+    ("num_steps=-3 ", lambda: learner().adapt(torch.ones(2, 4), torch.ones(2), num_steps=-3)),
+    ("tasks 2 to 4 were asked of a batch of 3", lambda: CASE.batch(3).batch(2, 3)),
+    ("tasks 0 to 3 were asked of a batch of 3", lambda: learner().evaluate(CASE.batch(3), 4)),
+    ("x_support (5, 4) and y_support (5,)", lambda: batch_of((5, 4), (5,), (5, 4), (5,))),
+    ("x_query (2, 6) and y_query (2, 5)", lambda: batch_of((2, 3), (2, 3), (2, 6), (2, 5))),
+    ("x_support holds 2 tasks and x_query 3", lambda: batch_of((2, 3), (2, 3), (3, 3), (3, 3))),
+    ("the loss returned shape (6,)", lambda: learner(loss=LOSSES).meta_gradient(CASE.batch())),
+    ("`rnn` (LSTM)", lambda: learner(module=LSTM.build()).meta_gradient(LSTM.batch())),
+    ("`spare.weight`, `spare.bias` received", lambda: unused(maml(2))),
+    ("`spare.weight`, `spare.bias` received", lambda: unused(fomaml(2))),
+    ("`spare.bias` received", lambda: unused(only("spare.bias"))),
+    ("`spare.bias` received", lambda: unused(only("spare.bias", fomaml))),
+    (
+        "`0.bias`",
+        lambda: learner(module=nn.Linear(2, 2)).load_state_tensors(learner().state_tensors()),
+    ),
+]
+
+
+@pytest.mark.parametrize(("quoted", "mistake"), MISTAKES, ids=[quoted for quoted, _ in MISTAKES])
+def test_message_is_one_line_that_quotes_the_mistake(quoted, mistake):
+    with pytest.raises(InputError, match=re.escape(quoted)) as caught:
+        mistake()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("vectorize", [True, False], ids=["vmap", "loop"])
+def test_other_errors_of_a_module_come_through(vectorize):
+    with pytest.raises(RuntimeError, match=r"7\b"):
+        learner(vectorize=vectorize).meta_gradient(Case(CASE.build, (7,)).batch())
+
+
+def to_the_bit(learner: MetaLearner) -> dict[str, bytes]:
+    return {name: t.numpy().tobytes() for name, t in learner.state_tensors().items()}
+
+
+def huge(batch: TaskBatch, which: str, task: int) -> TaskBatch:
+    getattr(batch, which)[task] = 1e200
+    return batch
+
+
+def squares(outputs, targets):
+    return (outputs - targets[:, None]).square().mean()
+
+
+@pytest.mark.parametrize("chunk_size", [1, 8])
+@pytest.mark.parametrize(
+    ("which", "message"),
+    [
+        ("x_support", "the support loss of task 1 at step 0 is inf"),
+        ("x_query", "the query loss of task 1 after the inner steps is inf"),
+    ],
+)
+def test_a_loss_that_is_not_finite_stops_the_step(which, message, chunk_size):
+    learner_ = learner(module=nn.Linear(4, 3), loss=squares, chunk_size=chunk_size)
+    learner_.step(CASE.batch())
+    before = to_the_bit(learner_)
+    with pytest.raises(FloatingPointError, match=message):
+        learner_.step(huge(CASE.batch(), which, task=1))
+    assert to_the_bit(learner_) == before
+
+
+def test_the_step_at_which_a_task_diverges_is_named():
+    diverging = learner(maml(3, inner_lr=1e200), nn.Linear(4, 3), squares)
+    with pytest.raises(FloatingPointError, match="support loss of task 0 at step 1 is inf"):
+        diverging.step(CASE.batch())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_step():
+    def root(outputs, targets):
+        return (0 * outputs).sum().sqrt()
+
+    learner_ = learner(maml(num_steps=0), nn.Linear(4, 3), root)
+    before = to_the_bit(learner_)
+    with pytest.raises(FloatingPointError, match="meta-gradient of `weight` is not finite"):
+        learner_.step(CASE.batch())
+    assert to_the_bit(learner_) == before

@@ -1,0 +1,89 @@
+import math
+import statistics
+
+import pytest
+import torch
+from reference import MODELS
+from torch.nn import functional as F
+
+from fewstep import MetaLearner, Scores, maml
+
+TASKS = [[0.0, 0.25], [0.5, 1.0], [0.25, 0.5], [0.25, 0.75]]
+
+
+def scores(metric_name: str = "accuracy") -> Scores:
+    metric = torch.tensor(TASKS)
+    return Scores(metric_name, metric, 2 * metric, "batch (transductive)")
+
+
+def test_mean_and_interval_of_every_step():
+    for step, column in enumerate(zip(*TASKS, strict=True)):
+        assert scores().curve[step] == pytest.approx(statistics.mean(column))
+        half_width = 1.96 * statistics.stdev(column) / math.sqrt(4)
+        assert scores().curve_ci95[step] == pytest.approx(half_width)
+    assert (scores().mean, scores().ci95) == (scores().curve[1], scores().curve_ci95[1])
+    assert (scores().num_tasks, scores().num_steps) == (4, 1)
+
+
+def test_summary_says_how_it_was_measured():
+    assert str(scores()) == (
+        "accuracy 62.50% ± 31.63 (95% interval; 4 tasks; 1 inner steps; "
+        "normalisation statistics: batch (transductive))"
+    )
+
+
+def test_dict_holds_plain_values():
+    assert scores().as_dict() == {
+        "metric": "accuracy",
+        "mean": 0.625,
+        "ci95": scores().ci95,
+        "num_tasks": 4,
+        "num_steps": 1,
+        "curve": [0.25, 0.625],
+        "curve_ci95": scores().curve_ci95,
+        "loss_curve": [0.5, 1.25],
+        "statistics": "batch (transductive)",
+    }
+
+
+@pytest.mark.parametrize(
+    ("metric_name", "other", "better"),
+    [
+        ("accuracy", None, True),
+        ("accuracy", 0.6, True),
+        ("accuracy", 0.7, False),
+        ("loss", 0.6, False),
+        ("loss", 0.7, True),
+    ],
+)
+def test_better_is_high_but_for_a_loss(metric_name, other, better):
+    assert scores(metric_name).is_better_than(other) is better
+
+
+@pytest.mark.parametrize(
+    ("model", "metric", "name", "statistics"),
+    [
+        ("mlp", None, "accuracy", "per example"),
+        ("batch norm", None, "accuracy", "batch (transductive)"),
+        ("sinusoid MLP", None, "loss", "per example"),
+        ("sinusoid MLP", F.l1_loss, "l1_loss", "per example"),
+    ],
+)
+def test_learner_names_what_it_measured(model, metric, name, statistics):
+    case = MODELS[model]
+    batch = case.batch()
+    learner = MetaLearner(case.build(), maml(1), case.loss, metric=metric)
+    measured = learner.evaluate(batch, 3)
+    assert (measured.metric_name, measured.statistics) == (name, statistics)
+    assert learner.meta_gradient(batch)[1].metric_name == name
+
+
+def test_metric_is_taken_on_the_query_set():
+    case = MODELS["sinusoid MLP"]
+    module, batch = case.build(), case.batch(tasks=2)
+    learner = MetaLearner(module, maml(0), case.loss, metric=F.l1_loss)
+    expected = torch.stack(
+        [F.l1_loss(module(x), y) for x, y in zip(batch.x_query, batch.y_query, strict=True)]
+    ).detach()
+    torch.testing.assert_close(learner.evaluate(batch, 2).metric[:, 0], expected)
+    torch.testing.assert_close(learner.meta_gradient(batch)[1].task_metric, expected)

@@ -1,0 +1,172 @@
+import pytest
+import torch
+
+from fewstep import InputError
+from fewstep.data.episodes import ClassificationEpisodes
+from fewstep.data.store import ClassStore
+
+COUNTS = [4, 9, 6, 12, 5, 7]
+CLASS_OF_IMAGE = torch.arange(len(COUNTS)).repeat_interleave(torch.tensor(COUNTS))
+CORNER = torch.tensor([[255, 0], [0, 0]], dtype=torch.uint8)  # shows how an image was turned
+
+
+def store_of(counts=COUNTS) -> ClassStore:
+    """Image i has one grey of value i in channel 0, and a bright corner in channel 1."""
+    images = torch.arange(sum(counts), dtype=torch.uint8)[:, None, None, None].repeat(1, 2, 2, 2)
+    images[:, 1] = CORNER
+    return ClassStore.from_counts(images, counts, [f"class-{c}" for c in range(len(counts))])
+
+
+def episodes(split="train", ways=3, shots=1, queries=3, **options) -> ClassificationEpisodes:
+    return ClassificationEpisodes(
+        store_of(), split, ways=ways, shots=shots, queries=queries, **options
+    )
+
+
+def drawn(x: torch.Tensor) -> torch.Tensor:
+    """Return the numbers of the images drawn, (tasks, examples)."""
+    return (255 * x[:, :, 0, 0, 0]).round().long()
+
+
+def turns(x: torch.Tensor) -> torch.Tensor:
+    """Return by how many quarters each image is turned, (tasks, examples)."""
+    turned = torch.stack([CORNER.rot90(k).flatten() for k in range(4)]) / 255
+    return (x[:, :, 1].flatten(2)[:, :, None] == turned).all(-1).long().argmax(-1)
+
+
+def same(one, other) -> list[bool]:
+    return [torch.equal(a, b) for a, b in zip(one.tensors(), other.tensors(), strict=True)]
+
+
+every_rotation = pytest.mark.parametrize("rotations", ["none", "classes", "episode"])
+
+
+@every_rotation
+def test_an_episode_depends_on_its_number_only(rotations):
+    source = episodes(rotations=rotations)
+    assert all(same(source.batch(0, 8).batch(3, 2), source.batch(3, 2)))
+    assert all(same(episodes(rotations=rotations).batch(3, 2), source.batch(3, 2)))
+
+
+@every_rotation
+@pytest.mark.parametrize("other", [{"seed": 1}, {"split": "test"}], ids=str)
+def test_another_seed_or_split_draws_other_episodes(rotations, other):
+    one = episodes(rotations=rotations).batch(0, 50)
+    two = episodes(rotations=rotations, **other).batch(0, 50)
+    assert (drawn(one.x_support) != drawn(two.x_support)).any(1).double().mean() > 0.9
+
+
+def test_drawing_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    episodes().batch(0, 5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@every_rotation
+@pytest.mark.parametrize(("ways", "shots", "queries"), [(2, 1, 3), (5, 2, 1), (6, 3, 1)])
+def test_composition_of_an_episode(rotations, ways, shots, queries):
+    batch = episodes(ways=ways, shots=shots, queries=queries, rotations=rotations).batch(0, 100)
+    assert batch.x_support.shape == (100, ways * shots, 2, 2, 2)
+    assert batch.x_query.shape == (100, ways * queries, 2, 2, 2)
+    labels = torch.arange(ways)
+    assert (batch.y_support == labels.repeat_interleave(shots)).all()
+    assert (batch.y_query == labels.repeat_interleave(queries)).all()
+
+    images = torch.cat(
+        [drawn(x).unflatten(1, (ways, -1)) for x in (batch.x_support, batch.x_query)], dim=2
+    )  # (tasks, ways, shots + queries)
+    classes = CLASS_OF_IMAGE[images]
+    assert (classes == classes[..., :1]).all(), "a label names one class"
+    ordered = images.sort().values
+    assert (ordered[..., 1:] > ordered[..., :-1]).all(), "no image twice, support or query"
+    drawn_classes = classes[..., 0]
+    if rotations == "classes":  # where a turned class is another class
+        drawn_classes = drawn_classes * 4 + turns(batch.x_support)[:, ::shots]
+    ordered = drawn_classes.sort().values
+    assert (ordered[:, 1:] > ordered[:, :-1]).all(), "no class twice"
+
+
+def test_pixels_are_scaled_to_one():
+    x = episodes().batch(0, 50).x_query
+    assert x.dtype == torch.float32
+    assert x[:, :, 1].unique().tolist() == [0.0, 1.0]
+    assert torch.equal(x[:, :, 0, 0, 0], drawn(x) / 255)
+
+
+def test_every_image_of_every_class_is_drawn_alike():
+    """Each class is drawn equally often, however many images it has; so is each of its images."""
+    batch = episodes(ways=2, shots=1, queries=3).batch(0, 6000)
+    images = torch.cat([drawn(batch.x_support), drawn(batch.x_query)], dim=1)
+    counts = torch.bincount(images.flatten(), minlength=sum(COUNTS)).double()
+    expected = (6000 * 2 * 4 / 6) / torch.tensor(COUNTS)[CLASS_OF_IMAGE]
+    assert ((counts - expected).abs() < 5 * expected.sqrt()).all()
+
+
+@pytest.mark.parametrize("way", [0, 2])
+def test_a_class_takes_any_label(way):
+    first = CLASS_OF_IMAGE[drawn(episodes().batch(0, 3000).x_support)[:, way]]
+    counts = torch.bincount(first, minlength=6)
+    assert (counts - 500).abs().max() < 5 * 500**0.5
+
+
+@pytest.mark.parametrize("rotations", ["classes", "episode"])
+def test_a_class_is_turned_as_a_whole(rotations):
+    batch = episodes(ways=3, shots=2, queries=2, rotations=rotations).batch(0, 1000)
+    support = turns(batch.x_support).unflatten(1, (3, 2))
+    query = turns(batch.x_query).unflatten(1, (3, 2))
+    together = torch.cat([support, query], dim=2)
+    assert (together == together[..., :1]).all()
+    for way in range(3):
+        counts = torch.bincount(together[:, way, 0], minlength=4)
+        assert (counts - 250).abs().max() < 5 * 250**0.5
+    assert (together[:, 0, 0] == together[:, 1, 0]).double().mean() < 0.3, "each on its own"
+
+
+def test_nothing_is_turned_by_default():
+    batch = episodes().batch(0, 20)
+    assert not turns(batch.x_support).any()
+    assert not turns(batch.x_query).any()
+
+
+def test_turned_classes_are_four_times_as_many():
+    assert len(episodes(ways=24, rotations="classes").batch(0, 2)) == 2
+    with pytest.raises(InputError, match=r"^ways=25 asks for more classes than the 24 .*$"):
+        episodes(ways=25, rotations="classes")
+
+
+def test_a_part_of_a_store_holds_its_own_classes():
+    part = store_of().select([5, 1, 3])
+    assert (len(part), part.names) == (3, ("class-5", "class-1", "class-3"))
+    batch = ClassificationEpisodes(part, "val", ways=3, shots=2, queries=5).batch(0, 200)
+    images = drawn(torch.cat([batch.x_support, batch.x_query], dim=1))
+    assert set(images.unique().tolist()) == set(
+        torch.isin(CLASS_OF_IMAGE, torch.tensor([5, 1, 3])).nonzero()[:, 0].tolist()
+    )
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ({"ways": 0}, "ways=0 must be at least 1"),
+        ({"shots": 0}, "shots=0 must be at least 1"),
+        ({"queries": -1}, "queries=-1 must be at least 1"),
+        ({"ways": 7}, "ways=7 asks for more classes than the 6 of the train split"),
+        (
+            {"shots": 2, "queries": 3},
+            "shots=2 and queries=3 need 5 images of every class, but class class-0 of the train "
+            "split has 4",
+        ),
+    ],
+    ids=str,
+)
+def test_refuses(mistake, message):
+    with pytest.raises(InputError, match=f"^{message}.*$"):
+        episodes(**mistake)
+
+
+@pytest.mark.parametrize("rotations", ["classes", "episode"])
+def test_turning_needs_squares(rotations):
+    oblong = ClassStore.from_counts(torch.zeros(8, 1, 2, 3, dtype=torch.uint8), [4, 4], "ab")
+    with pytest.raises(InputError, match=f"^rotations='{rotations}' .* are 2x3; .*$"):
+        ClassificationEpisodes(oblong, "train", ways=2, shots=1, queries=1, rotations=rotations)
+    ClassificationEpisodes(oblong, "train", ways=2, shots=1, queries=1).batch(0, 1)

@@ -1,0 +1,121 @@
+from dataclasses import fields, is_dataclass
+
+import pytest
+import tomli_w
+
+from fewstep.cli.parse import load_config, parse, run_config
+from fewstep.cli.runs import Train
+from fewstep.core.errors import InputError
+from fewstep.data.omniglot import Omniglot
+from fewstep.training.config import (
+    NETWORKS,
+    SOURCES,
+    ClassificationOptions,
+    MamlOptions,
+    RunConfig,
+    preset,
+    to_dict,
+)
+
+
+def _train(*arguments: str) -> Train:
+    return parse(Train, arguments, prog="fewstep train", default=Train.default(arguments))
+
+
+@pytest.mark.parametrize("dataset", SOURCES)
+def test_settings_survive_their_file(tmp_path, dataset):
+    config = preset(dataset)
+    path = tmp_path / "config.toml"
+    path.write_text(tomli_w.dumps(to_dict(config)))
+    assert load_config(path) == config
+
+
+def test_every_changed_setting_survives_the_file(tmp_path):
+    changed = (
+        "--dataset omniglot --root /data/o --split finn --size 32 --ways 20 --shots 5 --queries 2 "
+        "--eval-queries 3 --rotations episode --eval-rotations classes --filters 16 --norm layer "
+        "--downsample stride --activation leaky-relu --conv-bias True --initialisation torch "
+        "--recipe fomaml --num-steps 2 --eval-steps 3 --inner-lr 0.3 --outer-lr 0.01 "
+        "--not-adapted head.* --iterations 7 --tasks 3 --chunk-size 2 --val-every 4 --val-tasks 5 "
+        "--test-tasks 6 --seed 9 --device cpu"
+    )
+    settings = _train(*changed.split()).settings
+    path = tmp_path / "config.toml"
+    path.write_text(tomli_w.dumps(to_dict(settings)))
+    assert load_config(path) == settings
+    default = preset("omniglot")
+    for name, value in _leaves(settings):
+        if name not in ("dataset", "network"):
+            assert value != dict(_leaves(default))[name], f"{name} was not changed"
+
+
+def _leaves(config):
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value):
+            yield from ((f"{f.name}.{name}", v) for name, v in _leaves(value))
+        else:
+            yield f.name, value
+
+
+def test_the_data_set_sets_the_defaults_and_options_override_them():
+    train = _train("--dataset", "omniglot", "--split=finn", "--ways", "20")
+    assert train.settings.data == Omniglot(split="finn")
+    assert train.settings.episodes == ClassificationOptions(ways=20, rotations="classes")
+
+
+def test_the_file_gives_defaults_and_options_override_them(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text('dataset = "sinusoid"\niterations = 3\n[algorithm]\ninner_lr = 0.5\n')
+    settings = _train("--config", str(path), "--iterations", "4").settings
+    assert settings.iterations == 4
+    assert settings.algorithm == MamlOptions(num_steps=1, eval_steps=10, inner_lr=0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("iteratons = 3", "unknown key 'iteratons'; did you mean 'iterations'?"),
+        ("[algorithm]\ninner_rate = 3", "unknown key 'inner_rate'; did you mean 'inner_lr'?"),
+        ('iterations = "many"', "--iterations"),
+        ('dataset = "omniglott"', "unknown dataset 'omniglott'; did you mean 'omniglot'?"),
+        ("iterations = ", "is not valid TOML"),
+    ],
+)
+def test_a_wrong_file_is_refused_in_one_line(tmp_path, text, message):
+    path = tmp_path / "c.toml"
+    path.write_text(text)
+    with pytest.raises(InputError) as error:
+        run_config(["--config", str(path)])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--itrations", "3"], "did you mean --iterations?"),
+        (["--iterations", "x"], "--iterations"),
+        (["--iterations", "0"], "iterations=0 must be at least 1"),
+        (["--dataset", "sinusoid", "--ways", "3"], "--ways"),
+        (["--dataset", "omniglot", "--split", "lake"], "'lake'"),
+        (["--network", "conv5"], "unknown network 'conv5'; did you mean 'conv4'?"),
+        (["--dataset", "sinusoid", "--network", "conv4"], "network='conv4' does not fit"),
+    ],
+)
+def test_a_wrong_option_is_refused_in_one_line(arguments, message):
+    with pytest.raises(InputError) as error:
+        _train(*arguments)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_parts_must_fit_their_names():
+    with pytest.raises(InputError, match="dataset='omniglot' goes with data of type Omniglot"):
+        RunConfig(dataset="omniglot")
+
+
+def test_every_network_has_a_preset():
+    for network in set(NETWORKS) - {"sinusoid-mlp"}:
+        assert preset("omniglot", network).network == network
+    assert isinstance(preset("omniglot").data, Omniglot)

@@ -1,0 +1,62 @@
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fewstep.core.errors import InputError
+from fewstep.training.files import locked, write_atomically
+
+
+def test_replaces_a_file(tmp_path):
+    path = tmp_path / "f"
+    write_atomically(path, b"old")
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, failing):
+    path = tmp_path / "f"
+    write_atomically(path, b"old")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, failing, full)
+    monkeypatch.setattr("pathlib.Path.replace", full)
+    with pytest.raises(InputError, match=r"no space left .*the file that was there is intact"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_really_full_disk(tmp_path):
+    """A write that the file system refuses part of the way, by a limit on file sizes."""
+    path = tmp_path / "f"
+    path.write_bytes(b"old")
+    script = (
+        "import resource, signal, sys; from pathlib import Path\n"
+        "from fewstep.training.files import write_atomically\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        f"write_atomically(Path({str(path)!r}), b'x' * 5000)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "InputError: cannot write" in result.stderr
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_second_process_is_refused(tmp_path):
+    script = (
+        "from pathlib import Path; from fewstep.training.files import locked\n"
+        f"with locked(Path({str(tmp_path)!r})): pass\n"
+    )
+    with locked(tmp_path):
+        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert f"in use by process {os.getpid()}" in result.stderr
+    with locked(tmp_path):
+        pass

@@ -1,0 +1,113 @@
+"""A run that is killed and resumed is the run that was not."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from fewstep.cli.main import main
+
+ITERATIONS = 120
+KILLS = 20
+
+PROBLEMS = {
+    "sinusoid": "--dataset sinusoid --tasks 3 --chunk-size 2",
+    # batch norm: running statistics are part of the state
+    "images": "--dataset glyphs --network fully-connected --ways 3 --tasks 2 --eval-queries 2",
+}
+
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["fewstep.cli.main"])
+
+
+def _train(run: Path, problem: str) -> list[str]:
+    common = f"--iterations {ITERATIONS} --val-every 9 --val-tasks 4 --test-tasks 4 --device cpu"
+    return f"train {PROBLEMS[problem]} {common} --out {run}".split()
+
+
+def _quiet(arguments: list[str]) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os._exit(main(arguments))
+
+
+def _start(arguments: list[str]) -> multiprocessing.process.BaseProcess:
+    process = _processes.Process(target=_quiet, args=(arguments,))
+    process.start()
+    return process
+
+
+def _last_iteration(run: Path) -> int:
+    try:
+        lines = (run / "metrics.jsonl").read_text().split("\n")[:-1]
+    except FileNotFoundError:
+        return 0
+    return json.loads(lines[-1])["iteration"] if lines else 0
+
+
+def _content(run: Path) -> dict[str, object]:
+    """Return all that a run computed, without the seconds it took."""
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    scores = json.loads(next(run.glob("evaluation-test-*.json")).read_text())
+    return {
+        "state": (run / "state.json").read_bytes(),
+        "checkpoints": {p.name: p.read_bytes() for p in (run / "checkpoints").iterdir()},
+        "metrics": [{k: v for k, v in m.items() if k != "seconds"} for m in metrics],
+        "curve": scores["curve"],
+    }
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_killed_twenty_times_and_resumed_is_byte_for_byte_the_same(tmp_path, problem):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    reference = _start(_train(whole, problem))
+    reference.join()
+    assert reference.exitcode == 0
+
+    draw = random.Random(0)
+    for target in sorted(draw.sample(range(1, ITERATIONS), KILLS)):
+        is_new = not (killed / "config.toml").exists()
+        process = _start(_train(killed, problem) if is_new else ["resume", str(killed)])
+        while _last_iteration(killed) < target:
+            assert process.is_alive()
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.02))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    last = _start(["resume", str(killed)])
+    last.join()
+    assert last.exitcode == 0
+    assert _content(killed) == _content(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_writes_a_checkpoint_and_resumes_alike(tmp_path, number):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    reference, process = _start(_train(whole, "sinusoid")), _start(_train(stopped, "sinusoid"))
+    while _last_iteration(stopped) < 30:
+        assert process.is_alive()
+        time.sleep(0.002)
+    os.kill(process.pid, number)
+    process.join()
+    reference.join()
+    assert process.exitcode == 0
+    state = json.loads((stopped / "state.json").read_text())
+    assert state["iteration"] == _last_iteration(stopped) < ITERATIONS
+    assert main(["resume", str(stopped)]) == 0
+    assert _content(stopped) == _content(whole)
+
+
+def test_more_iterations_go_on_from_the_end(tmp_path):
+    whole, extended = tmp_path / "whole", tmp_path / "extended"
+    assert main(_train(whole, "sinusoid")) == 0
+    arguments = _train(extended, "sinusoid")
+    arguments[arguments.index("--iterations") + 1] = "45"
+    assert main(arguments) == 0
+    assert main(["resume", str(extended)]) == 2
+    assert main(["resume", str(extended), "--iterations", str(ITERATIONS)]) == 0
+    assert _content(extended) == _content(whole)
