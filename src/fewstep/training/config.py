@@ -242,7 +242,7 @@ def preset(dataset: str = "glyphs", network: str | None = None) -> RunConfig:
 
 def _problem_defaults(dataset: str, network: str) -> dict[str, Any]:
     """Return what a data set sets besides its source and model."""
-    one_step = MamlOptions(num_steps=1, eval_steps=3, inner_lr=0.4)
+    one_step = MamlOptions(num_steps=1, eval_steps=3, inner_lr=0.4, outer_lr=2e-3)
     match dataset:
         case "sinusoid":
             return {
@@ -255,13 +255,13 @@ def _problem_defaults(dataset: str, network: str) -> dict[str, Any]:
             }
         case "omniglot":
             return {
-                "episodes": ClassificationOptions(rotations="classes"),
+                "episodes": ClassificationOptions(queries=3, rotations="classes"),
                 "algorithm": one_step,
                 "iterations": 8_000,
                 "val_every": 500,
             }
         case "glyphs":
-            return {"algorithm": one_step}
+            return {"episodes": ClassificationOptions(queries=3), "algorithm": one_step}
         case _:
             defaults: dict[str, Any] = {
                 "episodes": ClassificationOptions(queries=15),
