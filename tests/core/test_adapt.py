@@ -13,8 +13,11 @@ RECIPES = {"maml": maml, "fomaml": fomaml}
 every_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 every_model = pytest.mark.parametrize("case", MODELS.values(), ids=MODELS)
 
-# PyTorch loops over the tasks inside vmap for a GRU cell, and says so.
-pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    # PyTorch loops over the tasks inside vmap for a GRU cell, and says so.
+    pytest.mark.filterwarnings("ignore:There is a performance drop"),
+]
 
 
 def plain_descent(module: nn.Module, loss, x: Tensor, y: Tensor, steps: int, lr: float):

@@ -7,8 +7,11 @@ from torch import nn
 
 from fewstep import InputError, MetaLearner, fomaml, maml
 
-# PyTorch loops over the tasks inside vmap for a GRU cell, and says so.
-pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    # PyTorch loops over the tasks inside vmap for a GRU cell, and says so.
+    pytest.mark.filterwarnings("ignore:There is a performance drop"),
+]
 
 RECIPES = {"maml": maml, "fomaml": fomaml}
 

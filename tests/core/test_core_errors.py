@@ -20,6 +20,8 @@ from fewstep import (
     maml,
 )
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 CASE = MODELS["mlp"]
 LOSSES = nn.CrossEntropyLoss(reduction="none")
 LSTM = Case(lambda: Recurrent(nn.LSTM(3, 4, batch_first=True)), (5, 3))

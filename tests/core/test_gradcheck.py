@@ -7,6 +7,8 @@ from torch.nn import functional as F
 
 from fewstep import AdaptedParameters, MetaLearner, TaskBatch, maml
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 
 @pytest.mark.parametrize("include", [("*",), ("2.*",)], ids=["all", "head only"])
 @pytest.mark.parametrize("vectorize", [True, False], ids=["vmap", "loop"])

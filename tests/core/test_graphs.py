@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fewstep import Algorithm, ConstantRate, MetaLearner
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 CASE = MODELS["mlp"]
 
 

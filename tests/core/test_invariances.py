@@ -7,6 +7,8 @@ from torch import nn
 
 from fewstep import MetaLearner, TaskBatch, fomaml, maml
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 CASE = MODELS["batch norm"]
 RECIPES = {"maml": maml, "fomaml": fomaml}
 every_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)

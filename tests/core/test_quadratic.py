@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from fewstep import SGD, Algorithm, ConstantRate, FinalStep, MetaLearner, TaskBatch, fomaml, maml
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 DIM, TASKS = 4, 3
 ALPHA = 0.02
 

@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from fewstep import MetaLearner, Scores, maml
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 TASKS = [[0.0, 0.25], [0.5, 1.0], [0.25, 0.5], [0.25, 0.75]]
 
 

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from fewstep import InputError
 from fewstep.models import Conv4, ConvBlock
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 CHANNELS, FILTERS = 2, 6
 SCALES = torch.tensor([1.5, 0.3, -0.7, -1e-3, 1e-3, -2.0])  # of batch norm: signs mixed
 

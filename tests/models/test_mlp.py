@@ -5,6 +5,8 @@ from torch import nn
 from fewstep import InputError
 from fewstep.models import fully_connected, sinusoid_mlp
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 
 def test_sinusoid_mlp_is_1_40_40_1():
     shapes = [tuple(p.shape) for p in sinusoid_mlp().parameters()]

@@ -48,12 +48,14 @@ def tar_images(path: Path) -> Iterator[tuple[str, bytes]]:
         InputError: it is missing, truncated or damaged, or names a path outside its folder.
     """
     try:
-        with tarfile.open(path, mode="r|*") as archive:
+        with tarfile.open(path, mode="r:*") as archive:
             for member in archive:
                 _check_inside(path, member.name)
                 file = archive.extractfile(member) if member.isfile() else None
                 if file is not None and is_image(member.name):
                     yield member.name, file.read()
+            while archive.fileobj and archive.fileobj.read(1 << 20):
+                pass  # to the end, where a compressed file that was cut short shows
     except FileNotFoundError as error:
         raise InputError(f"there is no file {path}; check the folder given with --root") from error
     except (tarfile.TarError, lzma.LZMAError, OSError, EOFError) as error:

@@ -1,0 +1,75 @@
+import io
+import tarfile
+import zipfile
+
+import pytest
+
+from fewstep.core.errors import InputError
+from fewstep.data.archives import folder_images, tar_images, zip_images
+
+
+def _zip(path, members):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+def _tar(path, members):
+    with tarfile.open(path, "w:xz") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+FORMATS = pytest.mark.parametrize(
+    ("write", "read", "name"), [(_zip, zip_images, "a.zip"), (_tar, tar_images, "a.tar.xz")]
+)
+MEMBERS = {"c/1.png": bytes(range(256)) * 40, "c/2.JPG": b"two", "c/._2.jpg": b"", "list.csv": b"x"}
+
+
+@FORMATS
+def test_yields_the_images_and_only_them(tmp_path, write, read, name):
+    write(tmp_path / name, MEMBERS)
+    expected = {n: MEMBERS[n] for n in ("c/1.png", "c/2.JPG")}
+    assert dict(read(tmp_path / name)) == expected
+
+
+def test_a_folder_gives_the_same(tmp_path):
+    for name, content in MEMBERS.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    assert [n for n, _ in folder_images(tmp_path)] == ["c/1.png", "c/2.JPG"]
+
+
+@FORMATS
+@pytest.mark.parametrize("member", ["../evil.png", "/etc/evil.png", "a/../../evil.png"])
+def test_a_path_outside_the_folder_is_refused(tmp_path, write, read, name, member):
+    write(tmp_path / name, {member: b"x"})
+    with pytest.raises(InputError, match=r"evil\.png', a path outside its folder"):
+        list(read(tmp_path / name))
+
+
+@FORMATS
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 0.95])
+def test_a_truncated_archive_is_named(tmp_path, write, read, name, share):
+    write(tmp_path / name, MEMBERS)
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(InputError, match=f"{name} is truncated or damaged .*download it again"):
+        list(read(tmp_path / name))
+
+
+@FORMATS
+def test_a_missing_archive_is_named(tmp_path, write, read, name):
+    with pytest.raises(InputError, match=f"there is no file .*{name}"):
+        list(read(tmp_path / name))
+
+
+def test_a_changed_byte_in_a_zip_is_noticed(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:  # stored: only the checksum can tell
+        archive.writestr("c/1.png", b"pixels")
+    content = (tmp_path / "a.zip").read_bytes().replace(b"pixels", b"pixelz", 1)
+    (tmp_path / "a.zip").write_bytes(content)
+    with pytest.raises(InputError, match="truncated or damaged"):
+        list(zip_images(tmp_path / "a.zip"))

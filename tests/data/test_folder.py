@@ -1,0 +1,79 @@
+import pytest
+
+from fewstep.core.errors import InputError
+from fewstep.data.folder import ImageFolder
+from tests.data.conftest import write_images
+
+CLASSES = {f"class{i:02d}": 3 + i % 4 for i in range(10)}
+
+
+def test_classes_are_dealt_out_once_and_for_all(tmp_path):
+    write_images(tmp_path / "images", CLASSES)
+    splits = ImageFolder(tmp_path / "images", size=8).splits()
+    assert [len(splits[s]) for s in ("train", "val", "test")] == [6, 2, 2]
+    assert {n for s in splits.values() for n in s.names} == set(CLASSES)
+    for store in splits.values():
+        for name, start, count in zip(store.names, store.starts, store.counts, strict=True):
+            number = int(name[-2:])
+            assert count == CLASSES[name]
+            values = store.images[start : start + count].flatten(1)
+            assert values[:, 0].tolist() == [10 * number + i for i in range(CLASSES[name])]
+
+
+def test_a_split_folder_is_taken_as_it_is(tmp_path):
+    names = {"train/a": 2, "train/b": 3, "val/c": 2, "test/d": 4}
+    write_images(tmp_path, names)
+    splits = ImageFolder(tmp_path, size=8).splits()
+    assert {s: store.names for s, store in splits.items()} == {
+        "train": ("train/a", "train/b"), "val": ("val/c",), "test": ("test/d",),
+    }  # fmt: skip
+
+
+def test_other_files_do_not_count(tmp_path):
+    write_images(tmp_path, CLASSES)
+    (tmp_path / "class00" / "notes.txt").write_text("not an image")
+    counts = {n: c for s in ImageFolder(tmp_path, size=8).splits().values()
+              for n, c in zip(s.names, s.counts.tolist(), strict=True)}  # fmt: skip
+    assert counts == CLASSES
+
+
+def test_grey_images_have_one_channel(tmp_path):
+    write_images(tmp_path, CLASSES)
+    store = ImageFolder(tmp_path, size=8, colour="grey").splits()["train"]
+    assert store.image_shape == (1, 8, 8)
+
+
+def test_a_new_image_is_noticed(tmp_path):
+    write_images(tmp_path, CLASSES)
+    before = ImageFolder(tmp_path, size=8).splits()
+    write_images(tmp_path, CLASSES | {"class00": 9})
+    after = ImageFolder(tmp_path, size=8).splits()
+    total = [sum(int(s.counts.sum()) for s in splits.values()) for splits in (before, after)]
+    assert total[1] == total[0] + 6
+
+
+def test_a_corrupt_image_is_named(tmp_path):
+    write_images(tmp_path, CLASSES)
+    (tmp_path / "class03" / "001.png").write_bytes(b"<html>not found</html>")
+    with pytest.raises(InputError, match=r"class03/001\.png is not a readable image"):
+        ImageFolder(tmp_path, size=8).splits()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "there is no folder given; pass --root"),
+        ({"root": "nowhere"}, "there is no folder .*nowhere; pass --root"),
+        ({"root": "empty"}, "has no image in class/image"),
+        ({"root": "two"}, "2 classes are too few"),
+        ({"root": "two", "fractions": (0.5, 0.5, 0.5)}, "must be positive and sum to 1"),
+        ({"root": "two", "size": 0}, "size=0 must be at least 1"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(tmp_path, options, message):
+    (tmp_path / "empty").mkdir()
+    write_images(tmp_path / "two", {"a": 1, "b": 1})
+    if "root" in options:
+        options = options | {"root": tmp_path / options["root"]}
+    with pytest.raises(InputError, match=message):
+        ImageFolder(**options).splits()

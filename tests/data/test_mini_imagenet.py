@@ -1,0 +1,123 @@
+import csv
+import io
+import tarfile
+
+import pytest
+
+from fewstep.core.errors import InputError
+from fewstep.data import mini_imagenet
+from fewstep.data.mini_imagenet import CLASSES, MiniImageNet
+from tests.data.conftest import image_bytes, real_data
+
+ALL = [name for names in CLASSES.values() for name in names]
+
+
+@pytest.fixture(autouse=True)
+def two_images_a_class(monkeypatch):
+    monkeypatch.setattr(mini_imagenet, "IMAGES", 2)
+
+
+def _images(names):
+    """Return path and content of two images of each class, coloured by the class's number."""
+    return {
+        f"{name}/{name}0000000{i}.jpg": image_bytes(2 * ALL.index(name) + i, kind="PNG")
+        for name in names
+        for i in range(2)
+    }
+
+
+def _write_files(root, images):
+    for name, content in images.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+
+
+def _class_folders(root):
+    _write_files(root, _images(ALL))
+
+
+def _split_folders(root):
+    for split, names in CLASSES.items():
+        _write_files(root / split, _images(names))
+
+
+def _tar_parts(root):
+    for part, names in (("train-0", CLASSES["train"][:30]), ("train-1", CLASSES["train"][30:]),
+                        ("val", CLASSES["val"]), ("test", CLASSES["test"])):  # fmt: skip
+        with tarfile.open(root / f"{part}.tar.xz", "w:xz") as archive:
+            for name, content in _images(names).items():
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+
+
+def _csv_splits(root):
+    for split, names in CLASSES.items():
+        images = _images(names)
+        _write_files(root / "images", {n.split("/")[1]: c for n, c in images.items()})
+        with (root / f"{split}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("filename", "label"))
+            writer.writerows((n.split("/")[1], n.split("/")[0]) for n in images)
+
+
+LAYOUTS = [_class_folders, _split_folders, _tar_parts, _csv_splits]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_published_split(tmp_path, layout):
+    layout(tmp_path)
+    splits = MiniImageNet(tmp_path, size=8).splits()
+    assert [len(splits[s]) for s in ("train", "val", "test")] == [64, 16, 20]
+    for split, store in splits.items():
+        assert list(store.names) == CLASSES[split]
+        first = store.images[store.starts].flatten(1)[:, 0].tolist()
+        assert first == [2 * ALL.index(name) for name in CLASSES[split]]
+
+
+def test_a_missing_image_is_named(tmp_path):
+    _class_folders(tmp_path)
+    (tmp_path / ALL[70] / f"{ALL[70]}00000001.jpg").unlink()
+    with pytest.raises(InputError, match=f"holds 1 images of class {ALL[70]}"):
+        MiniImageNet(tmp_path).splits()
+
+
+def test_a_truncated_part_is_named(tmp_path):
+    _tar_parts(tmp_path)
+    part = tmp_path / "train-1.tar.xz"
+    part.write_bytes(part.read_bytes()[:-200])
+    with pytest.raises(InputError, match=r"train-1\.tar\.xz is truncated or damaged"):
+        MiniImageNet(tmp_path).splits()
+
+
+def test_a_corrupt_image_is_named(tmp_path):
+    _class_folders(tmp_path)
+    file = tmp_path / ALL[5] / f"{ALL[5]}00000001.jpg"
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(InputError, match=f"{file.name} is not a readable image"):
+        MiniImageNet(tmp_path).splits()
+
+
+def test_wrong_csv_columns_are_named(tmp_path):
+    _csv_splits(tmp_path)
+    (tmp_path / "val.csv").write_text("file,class\na.jpg,n01855672\n")
+    with pytest.raises(InputError, match="must have the columns filename,label, not file,class"):
+        MiniImageNet(tmp_path).splits()
+
+
+def test_no_folder_says_why_there_is_no_download(tmp_path):
+    with pytest.raises(InputError, match="ImageNet's terms allow no download; pass --root"):
+        MiniImageNet().splits()
+
+
+def test_the_lists_are_those_of_the_real_csv_files(real_mini_imagenet):
+    for split, names in CLASSES.items():
+        with (real_mini_imagenet / f"{split}.csv").open(newline="") as file:
+            labels = [row["label"] for row in csv.DictReader(file)]
+        assert sorted(set(labels)) == sorted(names)
+        assert len(labels) == 600 * len(names)
+
+
+@pytest.fixture(scope="module")
+def real_mini_imagenet():
+    return real_data("mini-imagenet")

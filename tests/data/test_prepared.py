@@ -1,0 +1,88 @@
+import errno
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from fewstep.core.errors import InputError
+from fewstep.data.prepared import RawClass, load_or_prepare, verify_prepared
+
+SHAPE = (1, 2, 3)
+
+
+def _classes():
+    """Return classes of 2 and 1 images with all different pixels."""
+    pixels = np.arange(18, dtype=np.uint8).reshape(3, *SHAPE)
+    return [
+        RawClass("a", [lambda: pixels[0], lambda: pixels[1]]),
+        RawClass("b", [lambda: pixels[2]]),
+    ]
+
+
+def _not_called():
+    raise AssertionError("a prepared set is not read again")
+
+
+def test_holds_the_images_class_after_class_and_reads_them_once(own_cache):
+    first = load_or_prepare("set", "v1", SHAPE, _classes)
+    again = load_or_prepare("set", "v1", SHAPE, _not_called)
+    for store in (first, again):
+        assert torch.equal(store.images, torch.arange(18).to(torch.uint8).reshape(3, *SHAPE))
+        assert store.names == ("a", "b")
+        assert store.starts.tolist() == [0, 2]
+        assert store.counts.tolist() == [2, 1]
+    assert sorted(p.name for p in own_cache.iterdir()) == ["set-v1.json", "set-v1.npy"]
+
+
+def test_another_source_is_prepared_anew():
+    load_or_prepare("set", "v1", SHAPE, _classes)
+    with pytest.raises(AssertionError, match="not read again"):
+        load_or_prepare("set", "v2", SHAPE, _not_called)
+
+
+def test_verify_finds_a_changed_byte(own_cache):
+    load_or_prepare("set", "v1", SHAPE, _classes)
+    assert verify_prepared(own_cache) == ["set-v1"]
+    path = own_cache / "set-v1.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    with pytest.raises(InputError, match=r"set-v1\.npy differs from what was prepared"):
+        verify_prepared(own_cache)
+
+
+def test_a_description_without_its_array_is_refused(own_cache):
+    load_or_prepare("set", "v1", SHAPE, _classes)
+    (own_cache / "set-v1.npy").write_bytes(b"short")
+    with pytest.raises(InputError, match=r"damaged .*remove .*set-v1\.json"):
+        load_or_prepare("set", "v1", SHAPE, _not_called)
+
+
+def test_an_image_that_fails_leaves_nothing(own_cache):
+    def broken():
+        raise InputError("x.png is not a readable image")
+
+    with pytest.raises(InputError, match=r"x\.png"):
+        load_or_prepare("set", "v1", SHAPE, lambda: [RawClass("a", [*_classes()[0].readers, broken])])
+    assert list(own_cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("moment", ["before", "while writing"])
+def test_a_full_disk_leaves_nothing(own_cache, monkeypatch, moment):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if moment == "before":
+        usage = shutil.disk_usage("/")
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=17))
+    else:
+        monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(InputError, match=r"cannot write 18 bytes to .*FEWSTEP_CACHE"):
+        load_or_prepare("set", "v1", SHAPE, _classes)
+    assert list(own_cache.iterdir()) == []
+
+
+def test_the_array_is_an_ordinary_npy_file(own_cache):
+    load_or_prepare("set", "v1", SHAPE, _classes)
+    assert np.load(own_cache / "set-v1.npy").shape == (3, *SHAPE)
+    assert json.loads((own_cache / "set-v1.json").read_text())["counts"] == [2, 1]
