@@ -3,7 +3,15 @@
 from fewstep.core.algorithm import Algorithm, fomaml, maml
 from fewstep.core.errors import InputError
 from fewstep.core.learner import MetaLearner, Metrics
-from fewstep.core.parts import SGD, Adam, AdaptedParameters, ConstantRate, FinalStep
+from fewstep.core.parts import (
+    SGD,
+    Adam,
+    AdaptedParameters,
+    Constant,
+    ConstantRate,
+    CosineAnnealing,
+    FinalStep,
+)
 from fewstep.core.scores import Scores
 from fewstep.core.tasks import Episodes, TaskBatch
 
@@ -14,7 +22,9 @@ __all__ = [
     "Adam",
     "AdaptedParameters",
     "Algorithm",
+    "Constant",
     "ConstantRate",
+    "CosineAnnealing",
     "Episodes",
     "FinalStep",
     "InputError",

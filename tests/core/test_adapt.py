@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from reference import MODELS, WAYS, Case, plain_meta_gradient, relative_error
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
 from fewstep import AdaptedParameters, MetaLearner, fomaml, maml
+from tests.core.reference import MODELS, WAYS, Case, plain_meta_gradient, relative_error
 
 RECIPES = {"maml": maml, "fomaml": fomaml}
 every_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)

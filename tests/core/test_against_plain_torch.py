@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from reference import MODELS, Case, Recurrent, plain_meta_gradient, relative_error
 from torch import nn
 
 from fewstep import InputError, MetaLearner, fomaml, maml
+from tests.core.reference import MODELS, Case, Recurrent, plain_meta_gradient, relative_error
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),

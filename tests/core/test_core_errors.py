@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-from reference import MODELS, Case, Recurrent
 from torch import nn
 
 from fewstep import (
@@ -19,6 +18,7 @@ from fewstep import (
     fomaml,
     maml,
 )
+from tests.core.reference import MODELS, Case, Recurrent
 
 pytestmark = pytest.mark.usefixtures("float64")
 

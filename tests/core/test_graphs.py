@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from reference import MODELS
 from torch import Tensor
 
 from fewstep import Algorithm, ConstantRate, MetaLearner
+from tests.core.reference import MODELS
 
 pytestmark = pytest.mark.usefixtures("float64")
 

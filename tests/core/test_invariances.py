@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from reference import MODELS, WAYS, Case, relative_error
 from torch import nn
 
 from fewstep import MetaLearner, TaskBatch, fomaml, maml
+from tests.core.reference import MODELS, WAYS, Case, relative_error
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -3,10 +3,10 @@ import statistics
 
 import pytest
 import torch
-from reference import MODELS
 from torch.nn import functional as F
 
 from fewstep import MetaLearner, Scores, maml
+from tests.core.reference import MODELS
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -53,8 +53,10 @@ def test_dict_holds_plain_values():
     [
         ("accuracy", None, True),
         ("accuracy", 0.6, True),
+        ("accuracy", 0.625, False),
         ("accuracy", 0.7, False),
         ("loss", 0.6, False),
+        ("loss", 0.625, False),
         ("loss", 0.7, True),
     ],
 )

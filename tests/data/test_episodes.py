@@ -48,12 +48,22 @@ def test_an_episode_depends_on_its_number_only(rotations):
     assert all(same(episodes(rotations=rotations).batch(3, 2), source.batch(3, 2)))
 
 
-@every_rotation
 @pytest.mark.parametrize("other", [{"seed": 1}, {"split": "test"}], ids=str)
-def test_another_seed_or_split_draws_other_episodes(rotations, other):
-    one = episodes(rotations=rotations).batch(0, 50)
-    two = episodes(rotations=rotations, **other).batch(0, 50)
-    assert (drawn(one.x_support) != drawn(two.x_support)).any(1).double().mean() > 0.9
+def test_another_seed_or_split_draws_by_chance_alone(other):
+    one, two = (
+        episodes(rotations="episode", **options).batch(0, 1000).x_support for options in ({}, other)
+    )
+    same_class = CLASS_OF_IMAGE[drawn(one)] == CLASS_OF_IMAGE[drawn(two)]
+    same_image = (drawn(one) == drawn(two))[same_class]  # of about 7 images
+    same_turn = turns(one) == turns(two)
+    for agree, chance in ((same_class, 1 / 6), (same_image, 1 / 6), (same_turn, 1 / 4)):
+        assert agree.double().mean() == pytest.approx(chance, abs=0.06)
+
+
+def test_classes_of_an_episode_draw_their_images_apart():
+    alike = ClassificationEpisodes(store_of([10] * 4), "train", ways=2, shots=1, queries=1)
+    image = drawn(alike.batch(0, 1000).x_support) % 10
+    assert (image[:, 0] == image[:, 1]).double().mean() == pytest.approx(0.1, abs=0.04)
 
 
 def test_drawing_leaves_the_random_state_alone():

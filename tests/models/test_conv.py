@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fewstep import InputError
 from fewstep.models import Conv4, ConvBlock
@@ -75,6 +76,19 @@ def test_first_and_second_derivatives_are_too(norm, downsample, activation, bias
     scale = max(float(g.detach().abs().max()) for g in results[1])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12 * scale)
+
+
+ACTIVATIONS = {"relu": F.relu, "leaky-relu": lambda z: F.leaky_relu(z, 0.01)}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("downsample", "stride"), [("max-pool", 1), ("stride", 2)])
+def test_layers_are_those_asked_for(activation, downsample, stride):
+    block, x = block_for("batch", downsample, activation), images()
+    y = F.conv2d(x, block.conv.weight, block.conv.bias, stride=stride, padding=1)
+    y = F.batch_norm(y, None, None, block.norm.weight, block.norm.bias, training=True)
+    y = ACTIVATIONS[activation](y)
+    torch.testing.assert_close(block(x), F.max_pool2d(y, 2) if stride == 1 else y)
 
 
 def test_gradient_of_the_gradient_of_batch_norm():

@@ -1,4 +1,4 @@
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 
 import pytest
 import tomli_w
@@ -10,7 +10,6 @@ from fewstep.data.omniglot import Omniglot
 from fewstep.training.config import (
     NETWORKS,
     SOURCES,
-    ClassificationOptions,
     MamlOptions,
     RunConfig,
     preset,
@@ -35,7 +34,7 @@ def test_every_changed_setting_survives_the_file(tmp_path):
         "--dataset omniglot --root /data/o --split finn --size 32 --ways 20 --shots 5 --queries 2 "
         "--eval-queries 3 --rotations episode --eval-rotations classes --filters 16 --norm layer "
         "--downsample stride --activation leaky-relu --conv-bias True --initialisation torch "
-        "--recipe fomaml --num-steps 2 --eval-steps 3 --inner-lr 0.3 --outer-lr 0.01 "
+        "--recipe fomaml --num-steps 2 --eval-steps 4 --inner-lr 0.3 --outer-lr 0.01 --outer-schedule constant "
         "--not-adapted head.* --iterations 7 --tasks 3 --chunk-size 2 --val-every 4 --val-tasks 5 "
         "--test-tasks 6 --seed 9 --device cpu"
     )
@@ -61,7 +60,9 @@ def _leaves(config):
 def test_the_data_set_sets_the_defaults_and_options_override_them():
     train = _train("--dataset", "omniglot", "--split=finn", "--ways", "20")
     assert train.settings.data == Omniglot(split="finn")
-    assert train.settings.episodes == ClassificationOptions(ways=20, rotations="classes")
+    assert train.settings.episodes == replace(
+        preset("omniglot").episodes, ways=20
+    )
 
 
 def test_the_file_gives_defaults_and_options_override_them(tmp_path):
@@ -94,10 +95,10 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--itrations", "3"], "did you mean --iterations?"),
+        (["--itrations", "3"], "unknown option '--itrations'; did you mean '--iterations'?"),
         (["--iterations", "x"], "--iterations"),
         (["--iterations", "0"], "iterations=0 must be at least 1"),
-        (["--dataset", "sinusoid", "--ways", "3"], "--ways"),
+        (["--dataset", "sinusoid", "--ways", "3"], "unknown option '--ways'"),
         (["--dataset", "omniglot", "--split", "lake"], "'lake'"),
         (["--network", "conv5"], "unknown network 'conv5'; did you mean 'conv4'?"),
         (["--dataset", "sinusoid", "--network", "conv4"], "network='conv4' does not fit"),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fewstep.cli.main import main
+from tests.data.conftest import write_images
 
 ITERATIONS = 120
 KILLS = 20
@@ -18,8 +19,15 @@ KILLS = 20
 PROBLEMS = {
     "sinusoid": "--dataset sinusoid --tasks 3 --chunk-size 2",
     # batch norm: running statistics are part of the state
-    "images": "--dataset glyphs --network fully-connected --ways 3 --tasks 2 --eval-queries 2",
+    "images": "--dataset folder --size 16 --network fully-connected --tasks 2 --chunk-size 2 "
+    "--ways 2 --queries 2 --eval-queries 2",
 }
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["fewstep.cli.main"])
@@ -27,16 +35,21 @@ _processes.set_forkserver_preload(["fewstep.cli.main"])
 
 def _train(run: Path, problem: str) -> list[str]:
     common = f"--iterations {ITERATIONS} --val-every 9 --val-tasks 4 --test-tasks 4 --device cpu"
-    return f"train {PROBLEMS[problem]} {common} --out {run}".split()
+    data = ""
+    if problem == "images":
+        data = f"--root {run.parent / 'images'}"
+        write_images(run.parent / "images", {f"c{i:02d}": 4 for i in range(12)})
+    return f"train {PROBLEMS[problem]} {data} {common} --out {run}".split()
 
 
-def _quiet(arguments: list[str]) -> None:
+def _quiet(arguments: list[str], environment: dict[str, str]) -> None:
+    os.environ.update(environment)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os._exit(main(arguments))
 
 
 def _start(arguments: list[str]) -> multiprocessing.process.BaseProcess:
-    process = _processes.Process(target=_quiet, args=(arguments,))
+    process = _processes.Process(target=_quiet, args=(arguments, dict(os.environ)))
     process.start()
     return process
 

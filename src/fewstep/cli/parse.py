@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
 from fewstep.core.errors import InputError
-from fewstep.training.config import RunConfig, option_arguments, preset
+from fewstep.training.config import RunConfig, check_name, option_arguments, preset
 from fewstep.training.run_folder import read_toml
 
 T = TypeVar("T")
@@ -30,6 +31,7 @@ def parse(options: type[T], arguments: Sequence[str], *, prog: str, default: T |
         InputError: the arguments do not fit; one line, with the nearest valid option.
         SystemExit: code 0, after --help.
     """
+    _check_options(options, arguments, default)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -41,12 +43,27 @@ def parse(options: type[T], arguments: Sequence[str], *, prog: str, default: T |
 
 
 def _one_line(box: str) -> str:
-    """Condense tyro's framed message: what is wrong, and the nearest valid option."""
-    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
-    text = " ".join(lines)
-    message = re.split(r" ?─{3,} ?", text)[0]
-    near = re.search(r"Perhaps you meant: (--[\w-]+)", text)
-    return message.rstrip(".") + (f"; did you mean {near[1]}?" if near else "")
+    """Condense tyro's framed message to what is wrong."""
+    text = " ".join(line.strip("│ ") for line in box.splitlines() if line.startswith("│"))
+    return re.split(r" ?─{3,} ?", text)[0].rstrip(".")
+
+
+def _check_options(options: type, arguments: Sequence[str], default: object) -> None:
+    """Raise InputError with the nearest valid name at the first unknown option."""
+    known = ["--help", *_names(options if default is None else default)]
+    for word in arguments:
+        name = word.partition("=")[0].replace("_", "-")
+        if name.startswith("--"):
+            check_name("option", name, known)
+
+
+def _names(options: Any) -> Iterator[str]:
+    for f in fields(options):
+        value = getattr(options, f.name, None)
+        if is_dataclass(value):
+            yield from _names(value)
+        else:
+            yield f"--{f.name.replace('_', '-')}"
 
 
 def run_config(arguments: Sequence[str]) -> RunConfig:

@@ -9,10 +9,12 @@ from fewstep.core.errors import InputError
 from fewstep.core.parts import (
     Adam,
     AdaptedParameters,
+    Constant,
     ConstantRate,
     FinalStep,
     InnerRate,
     OuterOptimiser,
+    OuterSchedule,
     QueryWeights,
 )
 
@@ -33,6 +35,7 @@ class Algorithm:
             and builds no second-order graph.
         adapted: The parameters that the inner loop changes.
         outer: The optimiser of phi.
+        outer_schedule: The course of its rate over training.
 
     Raises:
         InputError: `num_steps` is negative, or `derivative_order` is neither 1 nor 2.
@@ -44,6 +47,7 @@ class Algorithm:
     derivative_order: Literal[1, 2] = 2
     adapted: AdaptedParameters = field(default_factory=AdaptedParameters)
     outer: OuterOptimiser = field(default_factory=Adam)
+    outer_schedule: OuterSchedule = field(default_factory=Constant)
 
     def __post_init__(self) -> None:
         if self.num_steps < 0:

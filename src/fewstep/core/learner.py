@@ -121,6 +121,7 @@ class MetaLearner:
             )
         self._adapted = algorithm.adapted.choose(self.parameters)
         self.optimiser = algorithm.outer(list(self.parameters.values()))
+        self._outer_lrs = [group["lr"] for group in self.optimiser.param_groups]
         self._network = TaskNetwork(module, loss, metric, vectorize=vectorize)
 
     def meta_gradient(self, batch: TaskBatch) -> tuple[Tensors, Metrics]:
@@ -133,11 +134,15 @@ class MetaLearner:
         gradients, metrics, _ = self._meta_gradient(batch)
         return gradients, metrics
 
-    def step(self, batch: TaskBatch) -> Metrics:
+    def step(self, batch: TaskBatch, *, progress: float = 0.0) -> Metrics:
         """Do one iteration: the meta-gradient, then the outer update of phi and of the buffers.
 
         Running statistics of batch normalisation become the mean over tasks of those each task
         arrives at, so that the order of the tasks cannot matter.
+
+        Args:
+            batch: Tasks.
+            progress: Share of training done, from 0 to 1, which the outer schedule reads.
 
         Raises:
             FloatingPointError: a loss or a gradient is not finite; phi is left as it was.
@@ -151,6 +156,9 @@ class MetaLearner:
                 )
         for name, parameter in self.parameters.items():
             parameter.grad = gradients[name]
+        factor = self.algorithm.outer_schedule(progress)
+        for group, outer_lr in zip(self.optimiser.param_groups, self._outer_lrs, strict=True):
+            group["lr"] = outer_lr * factor
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         with torch.no_grad():

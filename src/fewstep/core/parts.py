@@ -106,6 +106,51 @@ class OuterOptimiser(Protocol):
         ...
 
 
+class OuterSchedule(Protocol):
+    """Slot of the outer rate's course over training."""
+
+    def __call__(self, progress: float) -> float:
+        """Return the factor on the outer rate; `progress` is the share of training done."""
+        ...
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The outer rate stays what it is."""
+
+    def __call__(self, progress: float) -> float:
+        """Return 1."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class CosineAnnealing:
+    """The outer rate falls along half a cosine (CA).
+
+    factor = final + (1 - final) * (1 + cos(pi * progress)) / 2
+
+    Args:
+        final: Factor at the end of training.
+
+    Raises:
+        InputError: `final` is not within 0 and 1.
+
+    Deviation: falls at every iteration; MAML++'s code keeps the rate constant within an epoch.
+
+    Reference: Loshchilov and Hutter, SGDR, ICLR 2017, arXiv:1608.03983.
+    """
+
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.final <= 1:
+            raise InputError(f"CosineAnnealing(final={self.final}) must be between 0 and 1")
+
+    def __call__(self, progress: float) -> float:
+        """Return the factor on the outer rate."""
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2
+
+
 def _check_outer_lr(outer_lr: float) -> None:
     if not (math.isfinite(outer_lr) and outer_lr > 0):
         raise InputError(f"outer_lr={outer_lr} must be a positive number, such as 0.001")

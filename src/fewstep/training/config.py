@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from fewstep.core.algorithm import Algorithm, fomaml, maml
 from fewstep.core.errors import InputError
-from fewstep.core.parts import AdaptedParameters
+from fewstep.core.parts import AdaptedParameters, Constant, CosineAnnealing
 from fewstep.data.episodes import Rotations
 from fewstep.data.folder import ImageFolder
 from fewstep.data.glyphs import Glyphs
@@ -127,6 +127,8 @@ class MamlOptions:
     """Inner learning rate, for losses that are means over the examples."""
     outer_lr: float = 1e-3
     """Rate of the outer Adam."""
+    outer_schedule: Literal["constant", "cosine"] = "constant"
+    """Keep that rate, or let it fall to nothing along half a cosine."""
     not_adapted: tuple[str, ...] = ()
     """Patterns of parameter names that the inner loop leaves alone, such as "*.norm.*"."""
 
@@ -134,7 +136,9 @@ class MamlOptions:
         """Return the algorithm."""
         make = {"maml": maml, "fomaml": fomaml}[recipe]
         adapted = AdaptedParameters(exclude=self.not_adapted)
-        return make(self.num_steps, self.inner_lr, self.outer_lr, adapted)
+        algorithm = make(self.num_steps, self.inner_lr, self.outer_lr, adapted)
+        schedule = {"constant": Constant, "cosine": CosineAnnealing}[self.outer_schedule]()
+        return replace(algorithm, outer_schedule=schedule)
 
 
 @dataclass(frozen=True)
@@ -237,12 +241,14 @@ def preset(dataset: str = "glyphs", network: str | None = None) -> RunConfig:
         "data": SOURCES[dataset](),
         "model": NETWORKS[network](),
     }
-    return RunConfig(**base, **_problem_defaults(dataset, network))
+    return RunConfig(**(base | _problem_defaults(dataset, network)))
 
 
 def _problem_defaults(dataset: str, network: str) -> dict[str, Any]:
     """Return what a data set sets besides its source and model."""
-    one_step = MamlOptions(num_steps=1, eval_steps=3, inner_lr=0.4, outer_lr=2e-3)
+    one_step = MamlOptions(
+        num_steps=1, eval_steps=3, inner_lr=0.4, outer_lr=3e-3, outer_schedule="cosine"
+    )
     match dataset:
         case "sinusoid":
             return {
@@ -257,8 +263,8 @@ def _problem_defaults(dataset: str, network: str) -> dict[str, Any]:
             return {
                 "episodes": ClassificationOptions(queries=3, rotations="classes"),
                 "algorithm": one_step,
-                "iterations": 8_000,
-                "val_every": 500,
+                "iterations": 9_000,
+                "val_every": 1_000,
             }
         case "glyphs":
             return {"episodes": ClassificationOptions(queries=3), "algorithm": one_step}
@@ -280,7 +286,7 @@ def check_name(option: str, value: str, names: Iterable[str]) -> None:
     names = list(names)
     if value not in names:
         near = difflib.get_close_matches(value, names, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(names)}"
+        hint = f"did you mean {near[0]!r}?" if near else f"valid are {', '.join(names)}"
         raise InputError(f"unknown {option} {value!r}; {hint}")
 
 

@@ -94,7 +94,7 @@ class Trainer:
         )
         torch.manual_seed(key_from_name(self.config.seed, f"iteration {iteration}"))  # for dropout
         try:
-            return self.learner.step(batch)
+            return self.learner.step(batch, progress=(iteration - 1) / self.config.iterations)
         except FloatingPointError as error:
             state = self.run.state()
             assert state is not None

@@ -1,0 +1,205 @@
+"""The commands as a person types them, in a process of this one's."""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fewstep.cli.main import COMMANDS, main
+from tests.data.conftest import write_images
+
+TINY = "--iterations 4 --val-every 2 --val-tasks 3 --test-tasks 3 --tasks 2 --device cpu"
+SINUSOID = f"train --dataset sinusoid {TINY}"
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("FEWSTEP_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _images(root: Path) -> str:
+    write_images(root, {f"c{i:02d}": 6 for i in range(20)})
+    options = "--ways 2 --queries 2 --eval-queries 2 --size 16 --filters 4 --rotations episode"
+    return f"train --dataset folder --root {root} {options} {TINY}"
+
+
+def _size(picture: Path | str) -> tuple[int, int]:
+    with Image.open(picture) as image:
+        return image.size
+
+
+def _refused(capsys, command: str) -> str:
+    assert main(command.split()) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+    return error
+
+
+def test_train_evaluate_plot(empty_folder, capsys):
+    assert main(SINUSOID.split()) == 0
+    run = Path("runs/sinusoid-maml-1")
+    out = capsys.readouterr().out
+    assert "test: loss" in out
+    assert "95% interval; 3 tasks; 10 inner steps" in out
+    assert "next: fewstep evaluate" in out
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [m["iteration"] for m in lines] == [1, 2, 2, 3, 4, 4]
+    assert list((run / "tensorboard").glob("events.*"))
+    assert tomllib.loads((run / "config.toml").read_text())["iterations"] == 4
+    for picture in ("curves.png", "fits.png"):
+        assert _size(run / picture) > (400, 200)
+
+    assert main(f"evaluate {run} --steps 2 --tasks 4 --split val --checkpoint last".split()) == 0
+    assert "4 tasks; 2 inner steps" in capsys.readouterr().out
+    saved = json.loads((run / "evaluation-val-last-2-steps.json").read_text())
+    assert len(saved["curve"]) == 3
+    assert saved["environment"]["command"]
+
+    assert main(SINUSOID.split()) == 0
+    assert main(f"plot {run} runs/sinusoid-maml-2 --out both.png".split()) == 0
+    assert _size("both.png") > (400, 200)
+
+
+def test_images_of_your_own(empty_folder, capsys):
+    assert main(_images(empty_folder / "mine").split()) == 0
+    assert "normalisation statistics: batch (transductive)" in capsys.readouterr().out
+
+
+def test_data_commands(empty_folder, capsys):
+    _images(empty_folder / "mine")
+    assert main(["data", "list"]) == 0
+    assert main(f"data prepare --dataset folder --root {empty_folder}/mine --size 16".split()) == 0
+    assert main("data show --dataset folder --root mine --size 16 --shots 2 --count 2".split()) == 0
+    assert _size("episodes.png") > (100, 100)
+    assert main(["data", "verify"]) == 0
+    assert ": as prepared" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*command.split(), "--help"])
+    assert stop.value.code == 0
+    assert "usage: fewstep" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["data"]])
+def test_help_names_every_command(words, capsys):
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert all(command in out for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("trian", "unknown command 'trian'; did you mean 'train'?"),
+        ("data shwo", "unknown command 'data shwo'; did you mean 'data show'?"),
+        (f"{SINUSOID} --itrations=3", "unknown option '--itrations'; did you mean '--iterations'?"),
+        (f"{SINUSOID} --device cuda:99", "device 'cuda:99' cannot be used"),
+        (f"{SINUSOID} --num-steps -1", "num_steps=-1 must be 0 or more"),
+        (f"{SINUSOID} --inner-lr nan", "inner_lr=nan must be a finite number"),
+        (f"{SINUSOID} --outer-lr 0", "outer_lr=0.0 must be a positive number"),
+        (f"{SINUSOID} --shots 0", "shots=0 must be at least 1"),
+        (f"{SINUSOID} --not-adapted nothing.*", "pattern 'nothing.*' matches no parameter"),
+        ("train --dataset omniglot --root nowhere", "nowhere lacks images_background.zip"),
+        ("train --dataset mini-imagenet", "ImageNet's terms allow no download"),
+        ("train --dataset folder", "pass --root"),
+        ("train --config absent.toml", "cannot read absent.toml"),
+        ("evaluate nowhere", "nowhere holds no run"),
+        ("resume nowhere", "nowhere holds no run"),
+        ("plot nowhere", "nowhere holds no run"),
+        ("plot", "plot needs at least one run folder"),
+        ("data show --dataset sinusoid", "dataset 'sinusoid' has no images"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(capsys, command, message):
+    assert message in _refused(capsys, command)
+    assert not list(Path("runs").glob("*/checkpoints/*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--ways 14", "ways=14 asks for more classes than the 13 of the train split"),
+        ("--shots 5", "shots=5 and queries=2 need 7 images of every class, but class c"),
+        ("--eval-queries 9", "queries=9 need 10 images of every class, but class c"),
+        ("--size 8", "cannot be halved 4 times"),
+    ],
+)
+def test_episodes_that_the_images_cannot_fill(empty_folder, capsys, options, message):
+    command = _images(empty_folder / "mine").replace("--rotations episode", "")
+    assert message in _refused(capsys, f"{command} {options}")
+
+
+def test_two_runs_in_one_folder(capsys):
+    assert main([*SINUSOID.split(), "--out", "here"]) == 0
+    before = {p: p.read_bytes() for p in Path("here").rglob("*") if p.is_file() and p.name != "lock"}
+    capsys.readouterr()
+    assert "here already holds a run; continue it with" in _refused(capsys, f"{SINUSOID} --out here")
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_two_runs_in_one_folder_at_once(empty_folder, capsys):
+    """The second is refused while the first goes on."""
+    first = subprocess.Popen(
+        [sys.executable, "-m", "fewstep", *SINUSOID.split(), "--iterations", "100000", "--out", "here"],
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        while not Path("here/metrics.jsonl").exists():
+            assert first.poll() is None
+        error = _refused(capsys, "resume here")
+        assert f"here is in use by process {first.pid}" in error
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(capsys):
+    command = f"{SINUSOID} --num-steps 3 --inner-lr 1e30 --out here"
+    assert main(command.split()) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    for part in ("iteration 1: the support loss of task 0 at step 1 is", "iteration 0 is kept"):
+        assert part in error
+    assert len(list(Path("here/checkpoints").iterdir())) == 1
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(monkeypatch, capsys):
+    """The second checkpoint meets a full disk; the run goes on from the first."""
+    write = os.fsync
+    calls = []
+
+    def fills_up(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 12:
+            raise OSError(28, "No space left on device")
+        write(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fills_up)
+    error = _refused(capsys, f"{SINUSOID} --out here")
+    assert "no space left to write" in error
+    monkeypatch.undo()
+    state = json.loads(Path("here/state.json").read_text())
+    assert (Path("here/checkpoints") / state["last"]).exists()
+    assert state["iteration"] < 4
+    assert main(["resume", "here"]) == 0
+
+
+@pytest.mark.parametrize("damage", ["state.json", "checkpoints"])
+def test_a_damaged_run_is_named(capsys, damage):
+    assert main([*SINUSOID.split(), "--out", "here"]) == 0
+    capsys.readouterr()
+    for file in [Path("here/state.json")] if damage == "state.json" else Path("here/checkpoints").iterdir():
+        file.write_bytes(file.read_bytes()[:20])
+    assert "here" in _refused(capsys, "evaluate here")
