@@ -78,7 +78,25 @@ def test_data_commands(empty_folder, capsys):
     _images(empty_folder / "mine")
     assert main(["data", "list"]) == 0
     assert main(f"data prepare --dataset folder --root {empty_folder}/mine --size 16".split()) == 0
-    assert main("data show --dataset folder --root mine --size 16 --shots 2 --count 2".split()) == 0
+    assert (
+        main(
+            [
+                "data",
+                "show",
+                "--dataset",
+                "folder",
+                "--root",
+                "mine",
+                "--size",
+                "16",
+                "--shots",
+                "2",
+                "--count",
+                "2",
+            ]
+        )
+        == 0
+    )
     assert _size("episodes.png") > (100, 100)
     assert main(["data", "verify"]) == 0
     assert ": as prepared" in capsys.readouterr().out
@@ -143,18 +161,22 @@ def test_episodes_that_the_images_cannot_fill(empty_folder, capsys, options, mes
 
 def test_two_runs_in_one_folder(capsys):
     assert main([*SINUSOID.split(), "--out", "here"]) == 0
-    before = {p: p.read_bytes() for p in Path("here").rglob("*") if p.is_file() and p.name != "lock"}
+    before = {
+        p: p.read_bytes() for p in Path("here").rglob("*") if p.is_file() and p.name != "lock"
+    }
     capsys.readouterr()
-    assert "here already holds a run; continue it with" in _refused(capsys, f"{SINUSOID} --out here")
+    assert "here already holds a run; continue it with" in _refused(
+        capsys, f"{SINUSOID} --out here"
+    )
     assert {p: p.read_bytes() for p in before} == before
 
 
 def test_two_runs_in_one_folder_at_once(empty_folder, capsys):
     """The second is refused while the first goes on."""
+    command = f"{SINUSOID} --iterations 100000 --out here"
     first = subprocess.Popen(
-        [sys.executable, "-m", "fewstep", *SINUSOID.split(), "--iterations", "100000", "--out", "here"],
-        stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+        [sys.executable, "-m", "fewstep", *command.split()], stdout=subprocess.DEVNULL
+    )
     try:
         while not Path("here/metrics.jsonl").exists():
             assert first.poll() is None
@@ -200,6 +222,8 @@ def test_a_full_disk_keeps_the_old_checkpoint(monkeypatch, capsys):
 def test_a_damaged_run_is_named(capsys, damage):
     assert main([*SINUSOID.split(), "--out", "here"]) == 0
     capsys.readouterr()
-    for file in [Path("here/state.json")] if damage == "state.json" else Path("here/checkpoints").iterdir():
+    for file in (
+        [Path("here/state.json")] if damage == "state.json" else Path("here/checkpoints").iterdir()
+    ):
         file.write_bytes(file.read_bytes()[:20])
     assert "here" in _refused(capsys, "evaluate here")

@@ -19,7 +19,8 @@ def test_drawings_are_grey_strokes_on_an_empty_ground():
         ink = (drawings > 0).float().mean((1, 2, 3))
         assert ((ink > 0.01) & (ink < 0.6)).all()
         assert ((drawings > 0) & (drawings < 255)).any(), "no antialiasing"
-        assert (drawings[:, :, 0].float().mean() < 8) and (drawings[..., 0].float().mean() < 8)
+        assert drawings[:, :, 0].float().mean() < 8
+        assert drawings[..., 0].float().mean() < 8
 
 
 def test_drawings_differ_but_less_than_classes_do():

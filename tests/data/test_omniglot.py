@@ -33,7 +33,10 @@ def small(monkeypatch):
 
 
 def _write_zips(root, drawings=2):
-    for part, alphabets in (("background", ("Greek", "Hebrew")), ("evaluation", ("Keble", "Gurmukhi"))):
+    for part, alphabets in (
+        ("background", ("Greek", "Hebrew")),
+        ("evaluation", ("Keble", "Gurmukhi")),
+    ):
         with zipfile.ZipFile(root / f"images_{part}.zip", "w") as archive:
             for alphabet in alphabets:
                 for d in range(drawings):
@@ -84,7 +87,7 @@ def test_a_missing_zip_is_named(tmp_path, small, missing):
 
 def test_too_few_drawings_are_named(tmp_path, small):
     _write_zips(tmp_path, drawings=1)
-    with pytest.raises(InputError, match="not the whole of Omniglot.*has 1 drawings"):
+    with pytest.raises(InputError, match=r"not the whole of Omniglot.*has 1 drawings"):
         Omniglot(tmp_path).splits()
 
 
@@ -116,12 +119,17 @@ def test_a_download_with_a_wrong_checksum_is_refused(tmp_path, monkeypatch):
             file.write(b"an error page in place of the zip")
 
     retrieve = pooch.retrieve
-    monkeypatch.setattr(pooch, "retrieve", lambda *a, **k: retrieve(*a, **k | {"downloader": fetch}))
-    with pytest.raises(InputError, match="could not download images_background.zip .*hash"):
+    monkeypatch.setattr(
+        pooch, "retrieve", lambda *a, **k: retrieve(*a, **k | {"downloader": fetch})
+    )
+    with pytest.raises(InputError, match=r"could not download images_background\.zip .*hash"):
         Omniglot().splits()
 
 
-@pytest.mark.parametrize(("split", "sizes"), [("vinyals", (1028, 172, 423)), ("finn", (1100, 100, 423)), ("maml++", (1150, 50, 423))])
+@pytest.mark.parametrize(
+    ("split", "sizes"),
+    [("vinyals", (1028, 172, 423)), ("finn", (1100, 100, 423)), ("maml++", (1150, 50, 423))],
+)
 def test_the_real_set(split, sizes, real_omniglot, monkeypatch):
     monkeypatch.setenv("FEWSTEP_CACHE", str(real_omniglot.cache))
     splits = Omniglot(real_omniglot.root, split=split).splits()

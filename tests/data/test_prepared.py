@@ -63,7 +63,9 @@ def test_an_image_that_fails_leaves_nothing(own_cache):
         raise InputError("x.png is not a readable image")
 
     with pytest.raises(InputError, match=r"x\.png"):
-        load_or_prepare("set", "v1", SHAPE, lambda: [RawClass("a", [*_classes()[0].readers, broken])])
+        load_or_prepare(
+            "set", "v1", SHAPE, lambda: [RawClass("a", [*_classes()[0].readers, broken])]
+        )
     assert list(own_cache.iterdir()) == []
 
 

@@ -34,8 +34,9 @@ def test_every_changed_setting_survives_the_file(tmp_path):
         "--dataset omniglot --root /data/o --split finn --size 32 --ways 20 --shots 5 --queries 2 "
         "--eval-queries 3 --rotations episode --eval-rotations classes --filters 16 --norm layer "
         "--downsample stride --activation leaky-relu --conv-bias True --initialisation torch "
-        "--recipe fomaml --num-steps 2 --eval-steps 4 --inner-lr 0.3 --outer-lr 0.01 --outer-schedule constant "
-        "--not-adapted head.* --iterations 7 --tasks 3 --chunk-size 2 --val-every 4 --val-tasks 5 "
+        "--recipe fomaml --num-steps 2 --eval-steps 4 --inner-lr 0.3 --outer-lr 0.01 "
+        "--outer-schedule constant --not-adapted head.* --iterations 7 --tasks 3 --chunk-size 2 "
+        "--val-every 4 --val-tasks 5 "
         "--test-tasks 6 --seed 9 --device cpu"
     )
     settings = _train(*changed.split()).settings
@@ -60,9 +61,7 @@ def _leaves(config):
 def test_the_data_set_sets_the_defaults_and_options_override_them():
     train = _train("--dataset", "omniglot", "--split=finn", "--ways", "20")
     assert train.settings.data == Omniglot(split="finn")
-    assert train.settings.episodes == replace(
-        preset("omniglot").episodes, ways=20
-    )
+    assert train.settings.episodes == replace(preset("omniglot").episodes, ways=20)
 
 
 def test_the_file_gives_defaults_and_options_override_them(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -57,7 +57,7 @@ class DataPrepare:
 
     dataset: ImageDataset = "glyphs"
     """Which data set."""
-    data: Images = Glyphs()
+    data: Images = field(default_factory=Glyphs)
     """Where it comes from."""
 
     @classmethod
@@ -96,9 +96,9 @@ class DataShow:
 
     dataset: ImageDataset = "glyphs"
     """Which data set."""
-    data: Images = Glyphs()
+    data: Images = field(default_factory=Glyphs)
     """Where it comes from."""
-    episodes: ClassificationOptions = ClassificationOptions()
+    episodes: ClassificationOptions = field(default_factory=ClassificationOptions)
     """What an episode holds."""
     split: Split = "train"
     """Which split; val and test use the eval options."""

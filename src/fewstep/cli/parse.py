@@ -35,7 +35,8 @@ def parse(options: type[T], arguments: Sequence[str], *, prog: str, default: T |
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(options, args=arguments, prog=prog, default=default, config=_STYLE)
+            start = tyro.MISSING_NONPROP if default is None else default
+            return tyro.cli(options, args=arguments, prog=prog, default=start, config=_STYLE)
     except SystemExit as stop:
         if not stop.code:
             raise

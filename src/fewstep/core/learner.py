@@ -226,7 +226,7 @@ class MetaLearner:
 
     def state_tensors(self) -> Tensors:
         """Return all that training changes, by name: model, buffers and optimiser state."""
-        state = {f"model.{name}": p for name, p in self.module.named_parameters()}
+        state: Tensors = {f"model.{name}": p for name, p in self.module.named_parameters()}
         state |= {f"model.{name}": b for name, b in self.module.named_buffers()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimiser.state.get(parameter, {}).items():
@@ -239,7 +239,8 @@ class MetaLearner:
         Raises:
             InputError: it is another model's.
         """
-        model = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        model: Tensors = {**dict(self.module.named_parameters())}
+        model |= dict(self.module.named_buffers())
         saved = {n.removeprefix("model."): t for n, t in state.items() if n.startswith("model.")}
         if differing := sorted(
             n for n in model.keys() | saved.keys()

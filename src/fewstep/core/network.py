@@ -44,7 +44,9 @@ class TaskNetwork:
         InputError: the module has a part that cannot be vectorised (when it is called).
     """
 
-    def __init__(self, module: nn.Module, loss: Loss, metric: Loss | None, *, vectorize: bool) -> None:
+    def __init__(
+        self, module: nn.Module, loss: Loss, metric: Loss | None, *, vectorize: bool
+    ) -> None:
         self.module = module
         self.loss = loss
         self.metric = metric
@@ -114,7 +116,11 @@ class TaskNetwork:
                 f"the loss returned shape {tuple(loss.shape)} for one task; it must return a "
                 "scalar, for instance the mean over the examples"
             )
-        return loss, self.metric_for(y)(outputs.detach(), y), {n: b.detach() for n, b in buffers.items()}
+        return (
+            loss,
+            self.metric_for(y)(outputs.detach(), y),
+            {n: b.detach() for n, b in buffers.items()},
+        )
 
     @contextmanager
     def mode(self, *, is_training: bool) -> Iterator[None]:

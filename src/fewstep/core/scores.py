@@ -48,12 +48,12 @@ class Scores:
     @property
     def curve(self) -> list[float]:
         """Mean metric after 0, 1, ... steps."""
-        return self.metric.double().mean(0).tolist()
+        return [float(mean) for mean in self.metric.double().mean(0)]
 
     @property
     def curve_ci95(self) -> list[float]:
         """Half widths of the 95% intervals of `curve`."""
-        return (1.96 * self.metric.double().std(0) / self.num_tasks**0.5).tolist()
+        return [1.96 * float(s) / self.num_tasks**0.5 for s in self.metric.double().std(0)]
 
     def is_better_than(self, mean: float | None) -> bool:
         """Tell whether this mean beats another: a loss is better low, any other metric high."""

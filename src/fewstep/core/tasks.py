@@ -59,7 +59,7 @@ class TaskBatch:
 
     def split(self, tasks: int) -> list[TaskBatch]:
         """Cut into batches of at most `tasks` tasks, in order."""
-        parts = [t.split(tasks) for t in self.tensors()]
+        parts = [torch.split(t, tasks) for t in self.tensors()]
         return [TaskBatch(*chunk) for chunk in zip(*parts, strict=True)]
 
     def to(self, device: torch.device | str) -> TaskBatch:

@@ -106,7 +106,7 @@ class ClassificationEpisodes:
             x = _turn(x, drawn // len(self.store))
         elif self.rotations == "episode":
             x = _turn(x, random_bits(self._key_turns, episode[:, None], way) % 4)
-        x_support, x_query = x.float().div_(255).split((self.shots, self.queries), dim=2)
+        x_support, x_query = torch.split(x.float().div_(255), [self.shots, self.queries], dim=2)
         y = way.expand(count, self.ways)
         return TaskBatch(
             x_support.flatten(1, 2),

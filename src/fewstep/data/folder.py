@@ -52,7 +52,9 @@ class ImageFolder:
                 f"there is no folder {self.root or 'given'}; pass --root with class/image inside"
             )
         files = _files(self.root)
-        stamp = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for c in files.values() for f in c]
+        stamp = [
+            (f.name, f.stat().st_size, f.stat().st_mtime_ns) for c in files.values() for f in c
+        ]
         store = load_or_prepare(
             f"folder-{self.root.resolve().name}-{self.size}",
             fingerprint(self.root.resolve(), self.size, self.colour, list(files), stamp),

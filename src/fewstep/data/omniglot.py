@@ -131,7 +131,10 @@ def _read(sources: Sequence[Path], size: int) -> list[RawClass]:
             f"drawings (found: {found}{'' if wrong else ' characters'}); get the two zips again"
         )
     return [
-        RawClass(name, [partial(_inverted, content, file, size) for file, content in sorted(images[name])])
+        RawClass(
+            name,
+            [partial(_inverted, content, file, size) for file, content in sorted(images[name])],
+        )
         for name in sorted(images)
     ]
 
@@ -156,7 +159,9 @@ def _classes(split: str, names: Sequence[str]) -> dict[str, list[int]]:
             i for i, (name, alphabet) in enumerate(zip(names, alphabets, strict=True))
             if alphabet in TEST_ALPHABETS or name in TEST_CHARACTERS
         ]  # fmt: skip
-        val_classes = [i for i, alphabet in enumerate(alphabets) if alphabet in VALIDATION_ALPHABETS]
+        val_classes = [
+            i for i, alphabet in enumerate(alphabets) if alphabet in VALIDATION_ALPHABETS
+        ]
         held_out = {*test, *val_classes}
         parts = ([i for i in range(len(names)) if i not in held_out], val_classes, test)
     return dict(zip(("train", "val", "test"), parts, strict=True))

@@ -63,6 +63,6 @@ class SinusoidEpisodes:
         point = torch.arange(self.shots + self.queries, device=self.device)
         x = 10 * random_uniform(self._key_x, episode[:, None], point)[..., None] - 5
         y = amplitude * torch.sin(x - phase)
-        x_support, x_query = x.float().split((self.shots, self.queries), dim=1)
-        y_support, y_query = y.float().split((self.shots, self.queries), dim=1)
+        x_support, x_query = torch.split(x.float(), [self.shots, self.queries], dim=1)
+        y_support, y_query = torch.split(y.float(), [self.shots, self.queries], dim=1)
         return TaskBatch(x_support, y_support, x_query, y_query)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -53,11 +54,12 @@ class ConvBlock(nn.Module):
         stride = 1 if downsample == "max-pool" else 2
         conv_size = (size - 1) // stride + 1
         self.conv = nn.Conv2d(in_channels, filters, 3, stride=stride, padding=1, bias=bias)
-        self.norm = {
+        norms: dict[Norm, Callable[[], nn.Module]] = {
             "batch": lambda: nn.BatchNorm2d(filters),
             "layer": lambda: nn.LayerNorm((filters, conv_size, conv_size)),
             "none": nn.Identity,
-        }[norm]()
+        }
+        self.norm = norms[norm]()
         self.pool = nn.MaxPool2d(2) if downsample == "max-pool" else nn.Identity()
         self.activation = nn.ReLU() if activation == "relu" else nn.LeakyReLU(0.01)
         self.out_size = conv_size // 2 if downsample == "max-pool" else conv_size
@@ -65,8 +67,11 @@ class ConvBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output."""
         if isinstance(self.norm, nn.BatchNorm2d) and self.norm.training:
-            return self.activation(self._pool_then_normalise(x, self.norm))
-        return self.activation(self.pool(self.norm(self.conv(x))))
+            z = self._pool_then_normalise(x, self.norm)
+        else:
+            z = self.pool(self.norm(self.conv(x)))
+        activated: Tensor = self.activation(z)
+        return activated
 
     def _pool_then_normalise(self, x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
         gamma, beta = norm.weight, norm.bias

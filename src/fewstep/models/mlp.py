@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import nn
 
 from fewstep.core.errors import InputError
@@ -36,15 +38,21 @@ def fully_connected(in_features: int, ways: int) -> nn.Sequential:
         in_features: Pixels of an image, channels counted.
         ways: Classes of a task, the outputs.
 
+    Raises:
+        InputError: an argument is below 1.
+
     Shapes: (examples, ...) to (examples, ways).
 
     Deviation: weights are normal with deviation 0.01, not truncated at two deviations.
 
     Reference: Finn, Abbeel and Levine, ICML 2017, arXiv:1703.03400, section 5.2.
     """
+    for name, value in (("in_features", in_features), ("ways", ways)):
+        if value < 1:
+            raise InputError(f"fully_connected({name}={value}) must be at least 1")
     layers: list[nn.Module] = [nn.Flatten()]
     widths = (in_features, 256, 128, 64, 64)
-    for width, next_width in zip(widths, widths[1:], strict=False):
+    for width, next_width in pairwise(widths):
         layers += [nn.Linear(width, next_width), nn.BatchNorm1d(next_width), nn.ReLU()]
     layers.append(nn.Linear(widths[-1], ways))
     for layer in layers:

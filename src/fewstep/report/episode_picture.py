@@ -26,10 +26,17 @@ def picture_episodes(episodes: ClassificationEpisodes, count: int, path: Path) -
     figure = Figure(figsize=(min(width * count, 24), min(height, 24)), layout="constrained")
     axes = figure.subplots(1, 2 * count, width_ratios=[episodes.shots, episodes.queries] * count)
     for task in range(count):
-        sets = (("support", batch.x_support, episodes.shots), ("query", batch.x_query, episodes.queries))
+        sets = (
+            ("support", batch.x_support, episodes.shots),
+            ("query", batch.x_query, episodes.queries),
+        )
         for axis, (name, x, columns) in zip(axes[2 * task : 2 * task + 2], sets, strict=True):
-            axis.imshow(_mosaic(x[task].cpu(), episodes.ways, columns), cmap="gray_r", vmin=0, vmax=1)
-            axis.set_title(f"{name} {task}" if columns > 1 else f"{name[0].upper()}{task}", fontsize=8)
+            axis.imshow(
+                _mosaic(x[task].cpu(), episodes.ways, columns), cmap="gray_r", vmin=0, vmax=1
+            )
+            axis.set_title(
+                f"{name} {task}" if columns > 1 else f"{name[0].upper()}{task}", fontsize=8
+            )
             axis.set_axis_off()
     save_figure(figure, path)
 
@@ -37,6 +44,6 @@ def picture_episodes(episodes: ClassificationEpisodes, count: int, path: Path) -
 def _mosaic(images: Tensor, rows: int, columns: int) -> Tensor:
     """Lay (rows * columns, channels, h, w) out as one image, (rows * h, columns * w[, 3])."""
     channels, height, width = images.shape[1:]
-    grid = images.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2)
+    grid = images.reshape(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
     flat = grid.reshape(rows * height, columns * width, channels)
     return flat.squeeze(-1) if channels == 1 else torch.as_tensor(flat)

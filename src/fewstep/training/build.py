@@ -48,7 +48,7 @@ class Problem:
     """Episodes of every split, and what a model needs to know of them."""
 
     episodes: dict[Split, Episodes]
-    image_shape: tuple[int, int, int] | None
+    input_shape: tuple[int, ...]
     outputs: int
 
 
@@ -66,7 +66,7 @@ def build_problem(config: RunConfig, device: str) -> Problem:
             "val": SinusoidEpisodes("val", **points, seed=EVAL_SEED, device=device),
             "test": SinusoidEpisodes("test", **points, seed=EVAL_SEED, device=device),
         }
-        return Problem(episodes, None, 1)
+        return Problem(episodes, (1,), 1)
     assert isinstance(config.episodes, ClassificationOptions)
     stores = config.data.splits()
     episodes = {
@@ -100,7 +100,7 @@ def classification_episodes(
 def build_learner(config: RunConfig, problem: Problem, device: str) -> MetaLearner:
     """Build the model, its initial parameters drawn from the seed, and its learner."""
     torch.manual_seed(config.seed)  # on the CPU, so that every device starts alike
-    module = config.model.build(problem.image_shape, problem.outputs).to(device)
+    module = config.model.build(problem.input_shape, problem.outputs).to(device)
     return MetaLearner(
         module,
         config.algorithm.build(config.recipe),

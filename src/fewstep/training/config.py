@@ -75,9 +75,9 @@ class Conv4Options:
     initialisation: Initialisation = "xavier"
     """Initial weights: Xavier, Xavier with a normal head (MAML's code), or PyTorch's."""
 
-    def build(self, image_shape: tuple[int, int, int], outputs: int) -> nn.Module:
-        """Return the network for such images."""
-        channels, height, width = image_shape
+    def build(self, input_shape: tuple[int, ...], outputs: int) -> nn.Module:
+        """Return the network for images of (channels, height, width)."""
+        channels, height, width = input_shape
         if height != width:
             raise InputError(f"conv4 needs square images, but these are {height}x{width}")
         return Conv4(
@@ -97,9 +97,9 @@ class Conv4Options:
 class FullyConnectedOptions:
     """Four hidden layers with batch norm, the paper's network without convolutions."""
 
-    def build(self, image_shape: tuple[int, int, int], outputs: int) -> nn.Module:
-        """Return the network for such images."""
-        channels, height, width = image_shape
+    def build(self, input_shape: tuple[int, ...], outputs: int) -> nn.Module:
+        """Return the network for images of (channels, height, width)."""
+        channels, height, width = input_shape
         return fully_connected(channels * height * width, outputs)
 
 
@@ -110,7 +110,7 @@ class SinusoidMLPOptions:
     hidden: int = 40
     """Units of each hidden layer."""
 
-    def build(self, image_shape: tuple[int, int, int] | None, outputs: int) -> nn.Module:
+    def build(self, input_shape: tuple[int, ...], outputs: int) -> nn.Module:
         """Return the network."""
         return sinusoid_mlp(self.hidden)
 

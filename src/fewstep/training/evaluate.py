@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from typing import Any, Literal
 
+from fewstep.core.errors import InputError
 from fewstep.core.learner import MetaLearner
 from fewstep.core.scores import Scores
 from fewstep.training.build import Problem
 from fewstep.training.config import RunConfig, Split
 from fewstep.training.run_folder import RunFolder, environment, write_json
-from fewstep.core.errors import InputError
 
 
 def evaluate_run(

@@ -101,10 +101,19 @@ class RunFolder:
         try:
             return State(**json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
-            raise InputError(f"{path} is damaged ({error}); the run must be started anew") from error
+            raise InputError(
+                f"{path} is damaged ({error}); the run must be started anew"
+            ) from error
 
-    def save_checkpoint(self, tensors: dict[str, Tensor], previous: State | None,
-                        iteration: int, score: float | None, *, is_best: bool) -> State:  # fmt: skip
+    def save_checkpoint(
+        self,
+        tensors: dict[str, Tensor],
+        previous: State | None,
+        iteration: int,
+        score: float | None,
+        *,
+        is_best: bool,
+    ) -> State:
         """Write a checkpoint, then the state that makes it count, then drop what is superseded.
 
         A kill or a full disk at any point leaves the earlier checkpoint valid.
@@ -134,7 +143,9 @@ class RunFolder:
         try:
             return load_file(path)
         except (OSError, SafetensorError) as error:
-            raise InputError(f"cannot read checkpoint {path}: {error}; is the run whole?") from error
+            raise InputError(
+                f"cannot read checkpoint {path}: {error}; is the run whole?"
+            ) from error
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl; a last line cut short by a kill is left out."""
