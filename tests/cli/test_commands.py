@@ -197,24 +197,29 @@ def test_a_loss_that_is_not_finite_stops_the_run(capsys):
     assert len(list(Path("here/checkpoints").iterdir())) == 1
 
 
-def test_a_full_disk_keeps_the_old_checkpoint(monkeypatch, capsys):
-    """The second checkpoint meets a full disk; the run goes on from the first."""
-    write = os.fsync
-    calls = []
+@pytest.mark.parametrize("file", ["checkpoint", "state", "metrics"])
+def test_a_full_disk_keeps_the_old_checkpoint(monkeypatch, capsys, file):
+    """A write of iteration 2 meets a full disk; the run goes on from the start's checkpoint."""
+    folder = {"checkpoint": "here/checkpoints", "state": "here", "metrics": "here/metrics.jsonl"}
+    write, metrics_written = os.fsync, []
 
     def fills_up(descriptor):
-        calls.append(descriptor)
-        if len(calls) == 12:
+        target = Path(f"/proc/self/fd/{descriptor}").readlink()
+        name = str(target.parent if target.name.startswith(".new-") else target)
+        metrics_written.extend(["yes"] * name.endswith("metrics.jsonl"))
+        if metrics_written and name.endswith(folder[file]) and not target.is_dir():
             raise OSError(28, "No space left on device")
         write(descriptor)
 
-    monkeypatch.setattr(os, "fsync", fills_up)
-    error = _refused(capsys, f"{SINUSOID} --out here")
-    assert "no space left to write" in error
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fills_up)
+        error = _refused(capsys, f"{SINUSOID} --out here")
+    assert "o space left" in error
+    assert "intact" in error
     state = json.loads(Path("here/state.json").read_text())
+    assert state["iteration"] == 0
     assert (Path("here/checkpoints") / state["last"]).exists()
-    assert state["iteration"] < 4
+    assert not list(Path("here").rglob(".new-*"))
     assert main(["resume", "here"]) == 0
 
 

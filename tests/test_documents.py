@@ -1,0 +1,45 @@
+"""What the README and the docs say is true as far as a machine can tell."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def _blocks() -> list:
+    found = []
+    for page in PAGES:
+        blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+        found += [pytest.param(b, id=f"{page.name}-{i}") for i, b in enumerate(blocks)]
+    return found
+
+
+@pytest.mark.parametrize("block", _blocks())
+def test_python_examples_run(block, capsys):
+    exec(compile(block, "example", "exec"), {})
+    assert "95% interval" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+def test_the_ci_runs_the_readme_s_test_command():
+    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
+    for command in (".venv/bin/python -m pytest", '-c constraints.txt -e ".[dev]"'):
+        assert command in readme
+        assert command in ci
+
+
+def test_every_public_name_is_documented_and_exported():
+    import fewstep
+
+    for name in fewstep.__all__:
+        thing = getattr(fewstep, name)
+        assert thing.__doc__, name
