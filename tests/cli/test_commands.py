@@ -72,31 +72,21 @@ def test_train_evaluate_plot(empty_folder, capsys):
 def test_images_of_your_own(empty_folder, capsys):
     assert main(_images(empty_folder / "mine").split()) == 0
     assert "normalisation statistics: batch (transductive)" in capsys.readouterr().out
+    run = Path("runs/folder-maml-1")
+    assert main(f"evaluate {run} --tasks 3 --queries 3 --rotations classes".split()) == 0
+    saved = json.loads(
+        (run / "evaluation-test-best-10-steps-queries-3-rotations-classes.json").read_text()
+    )
+    assert saved["episodes"]["eval_queries"] == 3
+    assert saved["episodes"]["eval_rotations"] == "classes"
 
 
 def test_data_commands(empty_folder, capsys):
     _images(empty_folder / "mine")
     assert main(["data", "list"]) == 0
     assert main(f"data prepare --dataset folder --root {empty_folder}/mine --size 16".split()) == 0
-    assert (
-        main(
-            [
-                "data",
-                "show",
-                "--dataset",
-                "folder",
-                "--root",
-                "mine",
-                "--size",
-                "16",
-                "--shots",
-                "2",
-                "--count",
-                "2",
-            ]
-        )
-        == 0
-    )
+    options = "--size 16 --shots 2 --queries 2 --count 2"
+    assert main(f"data show --dataset folder --root mine {options}".split()) == 0
     assert _size("episodes.png") > (100, 100)
     assert main(["data", "verify"]) == 0
     assert ": as prepared" in capsys.readouterr().out

@@ -13,12 +13,12 @@ from rich.table import Table
 
 from fewstep.cli.parse import load_config, run_config
 from fewstep.core.errors import InputError
-from fewstep.core.learner import MetaLearner
 from fewstep.core.scores import Scores
+from fewstep.data.episodes import Rotations
 from fewstep.report.curves import plot_runs
 from fewstep.report.sinusoid_fits import plot_sinusoid_fits
-from fewstep.training.build import Problem, build_learner, build_problem, resolve_device
-from fewstep.training.config import RunConfig, Split, to_dict
+from fewstep.training.build import Experiment, resolve_device
+from fewstep.training.config import EpisodeOptions, RegressionOptions, RunConfig, Split, to_dict
 from fewstep.training.evaluate import evaluate_run
 from fewstep.training.files import locked
 from fewstep.training.run_folder import RunFolder, command_line
@@ -44,9 +44,8 @@ class Train:
 
     def run(self, console: Console) -> None:
         """Make the run folder, train, test."""
-        device = resolve_device(self.settings.device)
-        config = replace(self.settings, device=device)
-        problem, learner = _build(config, device)
+        config = replace(self.settings, device=resolve_device(self.settings.device))
+        experiment = Experiment.build(config)
         path = self.out or _free_folder(config)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -55,8 +54,8 @@ class Train:
                 f"cannot make the folder {path}: {error.strerror}; choose another with --out"
             ) from error
         with locked(path):
-            run = RunFolder.create(path, to_dict(config), command_line(), device)
-            _train(config, run, problem, learner, console, device)
+            run = RunFolder.create(path, to_dict(config), command_line(), config.device)
+            _train(experiment, run, console)
 
 
 @dataclass(frozen=True)
@@ -81,10 +80,9 @@ class Resume:
                     f"{run.path} has done its {state.iteration} iterations; "
                     f"pass --iterations with more than {state.iteration} to go on"
                 )
-            device = resolve_device(config.device)
-            problem, learner = _build(config, device)
+            experiment = Experiment.build(config)
             run.save_settings(to_dict(config))
-            _train(config, run, problem, learner, console, device)
+            _train(experiment, run, console)
 
 
 @dataclass(frozen=True)
@@ -101,6 +99,12 @@ class Evaluate:
     """How many tasks."""
     steps: int | None = None
     """Inner steps; the run's eval_steps if not given."""
+    shots: int | None = None
+    """Support examples of each class; the run's if not given."""
+    queries: int | None = None
+    """Query examples of each class; the run's if not given."""
+    rotations: Rotations | None = None
+    """Quarter turns of the images; the run's if not given."""
     device: str = "auto"
     """"cpu", "cuda", ...; "auto" takes a GPU where there is one."""
 
@@ -108,22 +112,33 @@ class Evaluate:
         """Print the scores and write them into the run folder."""
         run = RunFolder.open(self.run_folder)
         config = load_config(run.path / "config.toml")
-        device = resolve_device(self.device)
-        problem, learner = _build(config, device)
+        episodes, changes = self._episodes(config.episodes)
+        config = replace(config, episodes=episodes, device=self.device)
         scores = evaluate_run(
-            config,
+            Experiment.build(config),
             run,
-            problem,
-            learner,
             split=self.split,
             checkpoint=self.checkpoint,
             num_tasks=self.tasks,
             num_steps=config.algorithm.eval_steps if self.steps is None else self.steps,
-            command=command_line(),
-            device=device,
+            changes=changes,
         )
         console.print(_table(scores))
         _say(console, f"{self.split}: {scores}")
+
+    def _episodes(self, episodes: EpisodeOptions) -> tuple[EpisodeOptions, list[str]]:
+        """Return the run's episodes with what was asked for, and a word for each change."""
+        given = {"shots": self.shots, "queries": self.queries, "rotations": self.rotations}
+        given = {name: value for name, value in given.items() if value is not None}
+        changes = [f"{name}-{value}" for name, value in given.items()]
+        if isinstance(episodes, RegressionOptions):
+            if "rotations" in given:
+                raise InputError(f"rotations={self.rotations!r} needs images; leave it out")
+            prefix = ""
+        else:
+            prefix = "" if self.split == "train" else "eval_"
+        named = {n if n == "shots" else prefix + n: value for n, value in given.items()}
+        return replace(episodes, **named), changes
 
 
 @dataclass(frozen=True)
@@ -145,43 +160,28 @@ class Plot:
         _say(console, f"wrote {path}")
 
 
-def _build(config: RunConfig, device: str) -> tuple[Problem, MetaLearner]:
-    problem = build_problem(config, device)
-    return problem, build_learner(config, problem, device)
-
-
-def _train(
-    config: RunConfig,
-    run: RunFolder,
-    problem: Problem,
-    learner: MetaLearner,
-    console: Console,
-    device: str,
-) -> None:
-    _say(console, f"run folder: {run.path}  ({config.recipe} on {config.dataset}, {device})")
-    state = Trainer(config, run, problem, learner, console).train()
+def _train(experiment: Experiment, run: RunFolder, console: Console) -> None:
+    config = experiment.config
+    _say(console, f"run folder: {run.path}  ({config.recipe} on {config.dataset}, {config.device})")
+    state = Trainer(experiment, run, console).train()
     if state.iteration < config.iterations:
         _say(console, f"stopped after iteration {state.iteration}; the checkpoint is written")
         _say(console, f"next: fewstep resume {run.path}")
         return
     scores = evaluate_run(
-        config,
+        experiment,
         run,
-        problem,
-        learner,
         split="test",
         checkpoint="best",
         num_tasks=config.test_tasks,
         num_steps=config.algorithm.eval_steps,
-        command=command_line(),
-        device=device,
     )
     plot_runs([run], run.path / "curves.png")
-    if config.dataset == "sinusoid":
-        plot_sinusoid_fits(learner, run.path / "fits.png")
-        _say(console, f"fits: {run.path / 'fits.png'}")
     console.print(_table(scores))
     _say(console, f"test: {scores}")
+    if config.dataset == "sinusoid":
+        plot_sinusoid_fits(experiment.learner, run.path / "fits.png")
+        _say(console, f"fits: {run.path / 'fits.png'}")
     _say(console, f"learning curves: {run.path / 'curves.png'}")
     _say(console, f"next: fewstep evaluate {run.path} --steps 10   (score again, other settings)")
     _say(console, f"      fewstep resume {run.path} --iterations {2 * config.iterations}")

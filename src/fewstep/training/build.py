@@ -52,6 +52,27 @@ class Problem:
     outputs: int
 
 
+@dataclass(frozen=True)
+class Experiment:
+    """What the settings of a run stand for."""
+
+    config: RunConfig
+    device: str
+    problem: Problem
+    learner: MetaLearner
+
+    @classmethod
+    def build(cls, config: RunConfig) -> Experiment:
+        """Load the data and build the learner.
+
+        Raises:
+            InputError: the device, the data, the episodes or the model cannot be had.
+        """
+        device = resolve_device(config.device)
+        problem = build_problem(config, device)
+        return cls(config, device, problem, build_learner(config, problem, device))
+
+
 def build_problem(config: RunConfig, device: str) -> Problem:
     """Load the data and set up the episodes of train, val and test.
 

@@ -58,6 +58,9 @@ class RegressionOptions:
     """Query points, in training, validation and test."""
 
 
+EpisodeOptions = ClassificationOptions | RegressionOptions
+
+
 @dataclass(frozen=True)
 class Conv4Options:
     """Four convolutional blocks and a linear layer."""
@@ -155,9 +158,7 @@ class RunConfig:
         default_factory=Glyphs
     )
     """Where the data come from."""
-    episodes: ClassificationOptions | RegressionOptions = field(
-        default_factory=ClassificationOptions
-    )
+    episodes: EpisodeOptions = field(default_factory=ClassificationOptions)
     """What a task is."""
     model: Conv4Options | FullyConnectedOptions | SinusoidMLPOptions = field(
         default_factory=Conv4Options
@@ -261,7 +262,9 @@ def _problem_defaults(dataset: str, network: str) -> dict[str, Any]:
             }
         case "omniglot":
             return {
-                "episodes": ClassificationOptions(queries=3, rotations="classes"),
+                "episodes": ClassificationOptions(
+                    queries=3, rotations="classes", eval_rotations="classes"
+                ),
                 "algorithm": one_step,
                 "iterations": 9_000,
                 "val_every": 1_000,

@@ -15,11 +15,10 @@ from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 from fewstep.core.errors import InputError
-from fewstep.core.learner import MetaLearner, Metrics
+from fewstep.core.learner import Metrics
 from fewstep.core.scores import Scores
 from fewstep.data.counter_random import key_from_name
-from fewstep.training.build import Problem
-from fewstep.training.config import RunConfig
+from fewstep.training.build import Experiment
 from fewstep.training.display import Display
 from fewstep.training.run_folder import RunFolder, State, json_line
 
@@ -37,17 +36,13 @@ class Trainer:
     uninterrupted run.
 
     Args:
-        config: Settings.
+        experiment: Settings, episodes and learner, as built.
         run: Where to write.
-        problem: Episodes.
-        learner: What to train, as built from the settings.
         console: Where to print.
     """
 
-    config: RunConfig
+    experiment: Experiment
     run: RunFolder
-    problem: Problem
-    learner: MetaLearner
     console: Console
 
     def train(self) -> State:
@@ -61,7 +56,7 @@ class Trainer:
             InputError: the disk is full.
         """
         state = self._restore()
-        config = self.config
+        config = self.experiment.config
         display = Display(self.console, config.iterations, state.iteration, config.tasks)
         with _Log(self.run, state.iteration) as log, display.shown(), _stop_signals() as stop:
             for iteration in range(state.iteration + 1, config.iterations + 1):
@@ -85,16 +80,20 @@ class Trainer:
         state = self.run.state()
         if state is None:
             return self._checkpoint(0, None, None)
-        self.learner.load_state_tensors(self.run.load_checkpoint(state.last))
+        self.experiment.learner.load_state_tensors(self.run.load_checkpoint(state.last))
         return state
 
     def _iterate(self, iteration: int) -> Metrics:
-        batch = self.problem.episodes["train"].batch(
-            (iteration - 1) * self.config.tasks, self.config.tasks
+        batch = self.experiment.problem.episodes["train"].batch(
+            (iteration - 1) * self.experiment.config.tasks, self.experiment.config.tasks
         )
-        torch.manual_seed(key_from_name(self.config.seed, f"iteration {iteration}"))  # for dropout
+        torch.manual_seed(
+            key_from_name(self.experiment.config.seed, f"iteration {iteration}")
+        )  # for dropout
         try:
-            return self.learner.step(batch, progress=(iteration - 1) / self.config.iterations)
+            return self.experiment.learner.step(
+                batch, progress=(iteration - 1) / self.experiment.config.iterations
+            )
         except FloatingPointError as error:
             state = self.run.state()
             assert state is not None
@@ -104,10 +103,10 @@ class Trainer:
             ) from error
 
     def _validate(self, iteration: int, state: State, log: _Log, display: Display) -> State:
-        scores = self.learner.evaluate(
-            self.problem.episodes["val"],
-            self.config.val_tasks,
-            num_steps=self.config.algorithm.eval_steps,
+        scores = self.experiment.learner.evaluate(
+            self.experiment.problem.episodes["val"],
+            self.experiment.config.val_tasks,
+            num_steps=self.experiment.config.algorithm.eval_steps,
         )
         name = scores.metric_name
         log.write(
@@ -121,7 +120,7 @@ class Trainer:
     def _checkpoint(self, iteration: int, state: State | None, scores: Scores | None) -> State:
         best = None if state is None else state.best_score
         return self.run.save_checkpoint(
-            self.learner.state_tensors(),
+            self.experiment.learner.state_tensors(),
             state,
             iteration,
             None if scores is None else scores.mean,
