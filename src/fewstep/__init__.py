@@ -2,7 +2,8 @@
 
 from fewstep.core.algorithm import Algorithm, fomaml, maml
 from fewstep.core.errors import InputError
-from fewstep.core.learner import MetaLearner, Metrics
+from fewstep.core.learner import MetaLearner
+from fewstep.core.metrics import Metrics
 from fewstep.core.parts import (
     SGD,
     Adam,

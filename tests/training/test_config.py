@@ -7,14 +7,8 @@ from fewstep.cli.parse import load_config, parse, run_config
 from fewstep.cli.runs import Train
 from fewstep.core.errors import InputError
 from fewstep.data.omniglot import Omniglot
-from fewstep.training.config import (
-    NETWORKS,
-    SOURCES,
-    MamlOptions,
-    RunConfig,
-    preset,
-    to_dict,
-)
+from fewstep.training.config import NETWORKS, SOURCES, MamlOptions, RunConfig, to_dict
+from fewstep.training.presets import preset
 
 
 def _train(*arguments: str) -> Train:
@@ -80,6 +74,8 @@ def test_the_file_gives_defaults_and_options_override_them(tmp_path):
         ('iterations = "many"', "--iterations"),
         ('dataset = "omniglott"', "unknown dataset 'omniglott'; did you mean 'omniglot'?"),
         ("iterations = ", "is not valid TOML"),
+        ("[iterations]\nx = 1", "'iterations' must be a value, not a section"),
+        ("data = 3", "'data' must be a section"),
     ],
 )
 def test_a_wrong_file_is_refused_in_one_line(tmp_path, text, message):

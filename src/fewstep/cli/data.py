@@ -16,14 +16,8 @@ from fewstep.data.glyphs import Glyphs
 from fewstep.data.prepared import cache_folder, verify_prepared
 from fewstep.report.episode_picture import picture_episodes
 from fewstep.training.build import classification_episodes
-from fewstep.training.config import (
-    SOURCES,
-    ClassificationOptions,
-    Images,
-    SinusoidData,
-    Split,
-    preset,
-)
+from fewstep.training.config import SOURCES, ClassificationOptions, Images, SinusoidData, Split
+from fewstep.training.presets import preset
 
 ImageDataset = Literal["glyphs", "omniglot", "mini-imagenet", "folder"]
 

@@ -11,9 +11,8 @@ from rich.console import Console
 from fewstep.cli.data import DataList, DataPrepare, DataShow, DataVerify
 from fewstep.cli.parse import parse
 from fewstep.cli.runs import Evaluate, Plot, Resume, Train
-from fewstep.core.errors import InputError
+from fewstep.core.errors import InputError, check_name
 from fewstep.training.allocator import keep_freed_memory
-from fewstep.training.config import check_name
 from fewstep.training.trainer import TrainingStopped
 
 

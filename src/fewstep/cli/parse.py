@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 import tyro
 
-from fewstep.core.errors import InputError
-from fewstep.training.config import RunConfig, check_name, option_arguments, preset
+from fewstep.core.errors import InputError, check_name
+from fewstep.training.config import RunConfig, option_arguments
+from fewstep.training.presets import preset
 from fewstep.training.run_folder import read_toml
 
 T = TypeVar("T")

@@ -1,5 +1,10 @@
 """The one error type for mistakes a user can mend."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """What the user gave cannot be used.
@@ -7,3 +12,12 @@ class InputError(ValueError):
     The message is one line: what was given, the rule it breaks, the remedy. The command line
     prints it without a traceback and exits with code 2.
     """
+
+
+def check_name(option: str, value: str, names: Iterable[str]) -> None:
+    """Raise InputError with the nearest valid name unless `value` is one of `names`."""
+    names = list(names)
+    if value not in names:
+        near = difflib.get_close_matches(value, names, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid are {', '.join(names)}"
+        raise InputError(f"unknown {option} {value!r}; {hint}")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from fewstep.core.algorithm import Algorithm, fomaml, maml
-from fewstep.core.errors import InputError
+from fewstep.core.errors import InputError, check_name
 from fewstep.core.parts import AdaptedParameters, Constant, CosineAnnealing
 from fewstep.data.episodes import Rotations
 from fewstep.data.folder import ImageFolder
@@ -226,73 +225,6 @@ def _episode_options(dataset: str) -> type:
     return RegressionOptions if dataset == "sinusoid" else ClassificationOptions
 
 
-def preset(dataset: str = "glyphs", network: str | None = None) -> RunConfig:
-    """Return the default settings for a data set, and for a network other than its usual one.
-
-    Raises:
-        InputError: unknown name.
-    """
-    check_name("dataset", dataset, SOURCES)
-    if network is None:
-        network = "sinusoid-mlp" if dataset == "sinusoid" else "conv4"
-    check_name("network", network, NETWORKS)
-    base: dict[str, Any] = {
-        "dataset": dataset,
-        "network": network,
-        "data": SOURCES[dataset](),
-        "model": NETWORKS[network](),
-    }
-    return RunConfig(**(base | _problem_defaults(dataset, network)))
-
-
-def _problem_defaults(dataset: str, network: str) -> dict[str, Any]:
-    """Return what a data set sets besides its source and model."""
-    one_step = MamlOptions(
-        num_steps=1, eval_steps=3, inner_lr=0.4, outer_lr=3e-3, outer_schedule="cosine"
-    )
-    match dataset:
-        case "sinusoid":
-            return {
-                "episodes": RegressionOptions(),
-                "algorithm": MamlOptions(num_steps=1, eval_steps=10, inner_lr=0.01),
-                "iterations": 30_000,
-                "tasks": 25,
-                "chunk_size": 200,
-                "val_every": 2_000,
-            }
-        case "omniglot":
-            return {
-                "episodes": ClassificationOptions(
-                    queries=3, rotations="classes", eval_rotations="classes"
-                ),
-                "algorithm": one_step,
-                "iterations": 9_000,
-                "val_every": 1_000,
-            }
-        case "glyphs":
-            return {"episodes": ClassificationOptions(queries=3), "algorithm": one_step}
-        case _:
-            defaults: dict[str, Any] = {
-                "episodes": ClassificationOptions(queries=15),
-                "algorithm": MamlOptions(num_steps=5, eval_steps=10, inner_lr=0.05),
-                "iterations": 60_000,
-                "tasks": 4,
-                "val_every": 1_000,
-            }
-            if network == "conv4":
-                defaults["model"] = Conv4Options(filters=32)
-            return defaults
-
-
-def check_name(option: str, value: str, names: Iterable[str]) -> None:
-    """Raise InputError with the nearest valid name unless `value` is one of `names`."""
-    names = list(names)
-    if value not in names:
-        near = difflib.get_close_matches(value, names, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else f"valid are {', '.join(names)}"
-        raise InputError(f"unknown {option} {value!r}; {hint}")
-
-
 def to_dict(config: Any) -> dict[str, Any]:
     """Return a configuration as nested plain values; what is None is left out, as TOML asks."""
     plain: dict[str, Any] = {}
@@ -322,8 +254,12 @@ def option_arguments(values: Mapping[str, Any], default: Any) -> list[str]:
     arguments: list[str] = []
     for key, value in values.items():
         check_name("key", key, [f.name for f in fields(default)])
+        held = getattr(default, key)
+        if isinstance(value, Mapping) != is_dataclass(held):
+            kind = "a section" if is_dataclass(held) else "a value, not a section"
+            raise InputError(f"{key!r} must be {kind}; see the config.toml of a run")
         if isinstance(value, Mapping):
-            arguments += option_arguments(value, getattr(default, key))
+            arguments += option_arguments(value, held)
             continue
         words = value if isinstance(value, list) else [value]
         arguments += [f"--{key.replace('_', '-')}", *map(str, words)]

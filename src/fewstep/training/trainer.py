@@ -15,7 +15,7 @@ from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 from fewstep.core.errors import InputError
-from fewstep.core.learner import Metrics
+from fewstep.core.metrics import Metrics
 from fewstep.core.scores import Scores
 from fewstep.data.counter_random import key_from_name
 from fewstep.training.build import Experiment
