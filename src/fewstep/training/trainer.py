@@ -84,16 +84,13 @@ class Trainer:
         return state
 
     def _iterate(self, iteration: int) -> Metrics:
-        batch = self.experiment.problem.episodes["train"].batch(
-            (iteration - 1) * self.experiment.config.tasks, self.experiment.config.tasks
-        )
-        torch.manual_seed(
-            key_from_name(self.experiment.config.seed, f"iteration {iteration}")
-        )  # for dropout
+        config = self.experiment.config
+        episodes = self.experiment.problem.episodes["train"]
+        batch = episodes.batch((iteration - 1) * config.tasks, config.tasks)
+        torch.manual_seed(key_from_name(config.seed, f"iteration {iteration}"))  # for dropout
+        progress = (iteration - 1) / config.iterations
         try:
-            return self.experiment.learner.step(
-                batch, progress=(iteration - 1) / self.experiment.config.iterations
-            )
+            return self.experiment.learner.step(batch, progress=progress)
         except FloatingPointError as error:
             state = self.run.state()
             assert state is not None
@@ -103,10 +100,11 @@ class Trainer:
             ) from error
 
     def _validate(self, iteration: int, state: State, log: _Log, display: Display) -> State:
+        config = self.experiment.config
         scores = self.experiment.learner.evaluate(
             self.experiment.problem.episodes["val"],
-            self.experiment.config.val_tasks,
-            num_steps=self.experiment.config.algorithm.eval_steps,
+            config.val_tasks,
+            num_steps=config.algorithm.eval_steps,
         )
         name = scores.metric_name
         log.write(
@@ -137,21 +135,27 @@ class _Log:
         self._tensorboard = SummaryWriter(run.tensorboard, purge_step=iteration + 1)
 
     def write(self, iteration: int, values: dict[str, float]) -> None:
-        self._file.write(json_line({"iteration": iteration, **values}))
+        with self._disk_errors():
+            self._file.write(json_line({"iteration": iteration, **values}))
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, iteration)
 
     def sync(self) -> None:
         """Bring the lines to the disk, before a checkpoint says that they are there."""
-        try:
+        with self._disk_errors():
             self._file.flush()
             os.fsync(self._file.fileno())
+        self._tensorboard.flush()
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise InputError(
                 f"cannot write {self._file.name}: {error.strerror}; the last checkpoint is intact, "
                 "so free some space and resume"
             ) from error
-        self._tensorboard.flush()
 
     def __enter__(self) -> _Log:
         return self
