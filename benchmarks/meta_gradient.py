@@ -248,7 +248,7 @@ def main(repeats: int = 9, keep_memory: bool = True, out: Path | None = None) ->
                 f"{min(s):.4f}-{max(s):.4f}", f"{median / base:.2f}",
             )  # fmt: skip
         table.add_section()
-    Console().print(table)
+    Console(width=120).print(table)
     missing = [n for n in ("higher", "torchopt") if not importlib.util.find_spec(n)]
     if missing:
         print(f"not installed, so not measured: {', '.join(missing)}")

@@ -121,6 +121,7 @@ def test_more_iterations_go_on_from_the_end(tmp_path):
     arguments = _train(extended, "sinusoid")
     arguments[arguments.index("--iterations") + 1] = "45"
     assert main(arguments) == 0
-    assert main(["resume", str(extended)]) == 2
+    assert main(["resume", str(extended), "--iterations", "44"]) == 2
+    assert main(["resume", str(extended)]) == 0  # nothing left to train: tests again
     assert main(["resume", str(extended), "--iterations", str(ITERATIONS)]) == 0
     assert _content(extended) == _content(whole)

@@ -66,19 +66,23 @@ class Resume:
     """Folder of the run."""
     iterations: int | None = None
     """New total of outer updates."""
+    device: str | None = None
+    """Another device than the run's; the result then agrees with its own up to rounding."""
 
     def run(self, console: Console) -> None:
-        """Train from the last checkpoint, test."""
+        """Train from the last checkpoint, if there is anything left to train, and test."""
         run = RunFolder.open(self.run_folder)
         with locked(run.path):
             config = load_config(run.path / "config.toml")
             if self.iterations is not None:
                 config = replace(config, iterations=self.iterations)
+            if self.device is not None:
+                config = replace(config, device=resolve_device(self.device))
             state = run.state()
-            if state is not None and state.iteration >= config.iterations:
+            if state is not None and state.iteration > config.iterations:
                 raise InputError(
-                    f"{run.path} has done its {state.iteration} iterations; "
-                    f"pass --iterations with more than {state.iteration} to go on"
+                    f"iterations={config.iterations} is below the {state.iteration} that "
+                    f"{run.path} has done; pass more to go on"
                 )
             experiment = Experiment.build(config)
             run.save_settings(to_dict(config))

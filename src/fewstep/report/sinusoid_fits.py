@@ -24,21 +24,22 @@ def plot_sinusoid_fits(learner: MetaLearner, path: Path, curves: int = 3) -> Non
     """
     figure = Figure(figsize=(4 * curves, 6.5), layout="constrained")
     axes = figure.subplots(2, curves, sharex=True, squeeze=False)
-    line = torch.linspace(-5, 5, 200)[:, None]
+    device = next(learner.module.parameters()).device
+    line = torch.linspace(-5, 5, 200, device=device)[:, None]
     for row, shots in enumerate((5, 10)):
-        episodes = SinusoidEpisodes("test", shots=shots, queries=1)
+        episodes = SinusoidEpisodes("test", shots=shots, queries=1, device=device)
         batch = episodes.batch(0, curves)
         amplitudes, phases = episodes.curve(0, curves)
         for column in range(curves):
             axis = axes[row][column]
             x, y = batch.x_support[column], batch.y_support[column]
             truth = amplitudes[column] * torch.sin(line - phases[column])
-            axis.plot(line, truth, color="C3", linewidth=1.5, label="truth")
+            axis.plot(line.cpu(), truth.cpu(), color="C3", linewidth=1.5, label="truth")
             for steps, (colour, style) in STEPS.items():
                 with torch.no_grad():
                     fit = learner.adapt(x, y, num_steps=steps)(line)
-                axis.plot(line, fit, color=colour, linestyle=style, label=_steps(steps))
-            axis.plot(x, y, "^", color="k", markersize=5, label="support")
+                axis.plot(line.cpu(), fit.cpu(), color=colour, linestyle=style, label=_steps(steps))
+            axis.plot(x.cpu(), y.cpu(), "^", color="k", markersize=5, label="support")
             axis.set_title(f"task {column}, {shots} points", fontsize=9)
             axis.grid(alpha=0.3)
     for axis in axes[1]:

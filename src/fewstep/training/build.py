@@ -38,7 +38,7 @@ def resolve_device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
-            f"device {name!r} cannot be used ({reason}); use --device cpu or auto"
+            f"device {name!r} cannot be used ({reason}); use --device cpu"
         ) from error
     return name
 
