@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -45,5 +44,4 @@ def _mosaic(images: Tensor, rows: int, columns: int) -> Tensor:
     """Lay (rows * columns, channels, h, w) out as one image, (rows * h, columns * w[, 3])."""
     channels, height, width = images.shape[1:]
     grid = images.reshape(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
-    flat = grid.reshape(rows * height, columns * width, channels)
-    return flat.squeeze(-1) if channels == 1 else torch.as_tensor(flat)
+    return grid.reshape(rows * height, columns * width, channels).squeeze(-1)
