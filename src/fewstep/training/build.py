@@ -37,9 +37,7 @@ def resolve_device(name: str) -> str:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(
-            f"device {name!r} cannot be used ({reason}); use --device cpu"
-        ) from error
+        raise InputError(f"device {name!r} cannot be used ({reason}); use --device cpu") from error
     return name
 
 
