@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -132,8 +132,8 @@ class Evaluate:
 
     def _episodes(self, episodes: EpisodeOptions) -> tuple[EpisodeOptions, list[str]]:
         """Return the run's episodes with what was asked for, and a word for each change."""
-        given = {"shots": self.shots, "queries": self.queries, "rotations": self.rotations}
-        given = {name: value for name, value in given.items() if value is not None}
+        asked = {"shots": self.shots, "queries": self.queries, "rotations": self.rotations}
+        given: dict[str, Any] = {n: value for n, value in asked.items() if value is not None}
         changes = [f"{name}-{value}" for name, value in given.items()]
         if isinstance(episodes, RegressionOptions):
             if "rotations" in given:
