@@ -111,7 +111,9 @@ def test_interrupted_run_writes_a_checkpoint_and_resumes_alike(tmp_path, number)
     assert process.exitcode == 0
     state = json.loads((stopped / "state.json").read_text())
     assert state["iteration"] == _last_iteration(stopped) < ITERATIONS
-    assert main(["resume", str(stopped)]) == 0
+    again = _start(["resume", str(stopped)])
+    again.join()
+    assert again.exitcode == 0
     assert _content(stopped) == _content(whole)
 
 

@@ -31,7 +31,10 @@ def picture_episodes(episodes: ClassificationEpisodes, count: int, path: Path) -
         )
         for axis, (name, x, columns) in zip(axes[2 * task : 2 * task + 2], sets, strict=True):
             axis.imshow(
-                _mosaic(x[task].cpu(), episodes.ways, columns), cmap="gray_r", vmin=0, vmax=1
+                _mosaic(x[task].cpu(), episodes.ways, columns).numpy(),
+                cmap="gray_r",
+                vmin=0,
+                vmax=1,
             )
             axis.set_title(
                 f"{name} {task}" if columns > 1 else f"{name[0].upper()}{task}", fontsize=8
