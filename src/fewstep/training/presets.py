@@ -56,11 +56,17 @@ def _problem_defaults(dataset: str, network: str) -> dict[str, Any]:
                     queries=3, rotations="classes", eval_rotations="classes"
                 ),
                 "algorithm": one_step,
-                "iterations": 9_000,
-                "val_every": 1_000,
+                "iterations": 15_000,
+                "val_every": 2_500,
             }
         case "glyphs":
-            return {"episodes": ClassificationOptions(queries=3), "algorithm": one_step}
+            return {
+                "episodes": ClassificationOptions(queries=3),
+                "algorithm": one_step,
+                "iterations": 400,
+                "val_every": 100,
+                "val_tasks": 100,
+            }
         case _:
             defaults: dict[str, Any] = {
                 "episodes": ClassificationOptions(queries=15),
