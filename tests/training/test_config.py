@@ -15,6 +15,10 @@ def _train(*arguments: str) -> Train:
     return parse(Train, arguments, prog="fewstep train", default=Train.default(arguments))
 
 
+def test_no_option_means_the_glyphs():
+    assert _train().config == preset("glyphs")
+
+
 @pytest.mark.parametrize("dataset", SOURCES)
 def test_settings_survive_their_file(tmp_path, dataset):
     config = preset(dataset)

@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -108,7 +109,7 @@ def load_config(path: Path) -> RunConfig:
 def value_of(arguments: Sequence[str], option: str) -> str | None:
     """Return the last value given to an option, as `--option value` or `--option=value`."""
     value = None
-    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for word, following in zip_longest(arguments, arguments[1:]):
         if word == option:
             value = following
         elif word.startswith(f"{option}="):
