@@ -16,7 +16,7 @@ def _train(*arguments: str) -> Train:
 
 
 def test_no_option_means_the_glyphs():
-    assert _train().config == preset("glyphs")
+    assert run_config([]) == preset("glyphs")
 
 
 @pytest.mark.parametrize("dataset", SOURCES)
