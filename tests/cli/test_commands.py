@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from fewstep.cli.main import COMMANDS, main
+from fewstep.training.config import SOURCES
 from tests.data.conftest import write_images
 
 TINY = "--iterations 4 --val-every 2 --val-tasks 3 --test-tasks 3 --tasks 2 --device cpu"
@@ -98,6 +99,12 @@ def test_every_command_has_help(command, capsys):
         main([*command.split(), "--help"])
     assert stop.value.code == 0
     assert "usage: fewstep" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dataset", sorted(SOURCES.keys() - {"sinusoid"}))
+@pytest.mark.parametrize("command", ["train", "data prepare", "data show"])
+def test_every_data_set_has_help(command, dataset, capsys):
+    test_every_command_has_help(f"{command} --dataset {dataset}", capsys)
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["data"]])

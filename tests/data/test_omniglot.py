@@ -132,7 +132,7 @@ def test_a_download_with_a_wrong_checksum_is_refused(tmp_path, monkeypatch):
 )
 def test_the_real_set(split, sizes, real_omniglot, monkeypatch):
     monkeypatch.setenv("FEWSTEP_CACHE", str(real_omniglot.cache))
-    splits = Omniglot(real_omniglot.root, split=split).splits()
+    splits = Omniglot(real_omniglot.root, class_split=split).splits()
     assert tuple(len(splits[s]) for s in ("train", "val", "test")) == sizes
     names = [name for store in splits.values() for name in store.names]
     assert len(set(names)) == 1623

@@ -29,7 +29,7 @@ def test_settings_survive_their_file(tmp_path, dataset):
 
 def test_every_changed_setting_survives_the_file(tmp_path):
     changed = (
-        "--dataset omniglot --root /data/o --split finn --size 32 --ways 20 --shots 5 --queries 2 "
+        "--dataset omniglot --root /data/o --class-split finn --size 32 --ways 20 --shots 5 --queries 2 "
         "--eval-queries 3 --rotations episode --eval-rotations episode --filters 16 --norm layer "
         "--downsample stride --activation leaky-relu --conv-bias True --initialisation torch "
         "--recipe fomaml --num-steps 2 --eval-steps 4 --inner-lr 0.3 --outer-lr 0.01 "
@@ -57,8 +57,8 @@ def _leaves(config):
 
 
 def test_the_data_set_sets_the_defaults_and_options_override_them():
-    train = _train("--dataset", "omniglot", "--split=finn", "--ways", "20")
-    assert train.settings.data == Omniglot(split="finn")
+    train = _train("--dataset", "omniglot", "--class-split=finn", "--ways", "20")
+    assert train.settings.data == Omniglot(class_split="finn")
     assert train.settings.episodes == replace(preset("omniglot").episodes, ways=20)
 
 
@@ -98,7 +98,7 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path, text, message):
         (["--iterations", "x"], "--iterations"),
         (["--iterations", "0"], "iterations=0 must be at least 1"),
         (["--dataset", "sinusoid", "--ways", "3"], "unknown option '--ways'"),
-        (["--dataset", "omniglot", "--split", "lake"], "'lake'"),
+        (["--dataset", "omniglot", "--class-split", "lake"], "'lake'"),
         (["--network", "conv5"], "unknown network 'conv5'; did you mean 'conv4'?"),
         (["--dataset", "sinusoid", "--network", "conv4"], "network='conv4' does not fit"),
     ],

@@ -60,7 +60,7 @@ class Omniglot:
 
     root: Path | None = None
     """Folder with the two zips or what they hold; else $FEWSTEP_DATA/omniglot; else a download."""
-    split: Literal["vinyals", "finn", "maml++"] = "vinyals"
+    class_split: Literal["vinyals", "finn", "maml++"] = "vinyals"
     """Classes of train/val/test: 1028/172/423 by alphabet, 1100/100/423 or 1150/50/423 drawn."""
     size: int = 28
     """Height and width of the images."""
@@ -78,7 +78,9 @@ class Omniglot:
             (1, self.size, self.size),
             partial(_read, sources, self.size),
         )
-        return {name: store.select(c) for name, c in _classes(self.split, store.names).items()}
+        return {
+            name: store.select(c) for name, c in _classes(self.class_split, store.names).items()
+        }
 
 
 def _sources(root: Path | None) -> list[Path]:
