@@ -32,10 +32,9 @@ def test_every_changed_setting_survives_the_file(tmp_path):
         "--dataset omniglot --root /data/o --class-split finn --size 32 --ways 20 --shots 5 "
         "--queries 2 --eval-queries 3 --rotations episode --eval-rotations episode --filters 16 "
         "--norm layer --downsample stride --activation leaky-relu --conv-bias True "
-        "--initialisation torch --recipe fomaml --num-steps 2 --eval-steps 4 --inner-lr 0.3 --outer-lr 0.01 "
-        "--outer-schedule constant --not-adapted head.* --iterations 7 --tasks 3 --chunk-size 2 "
-        "--val-every 4 --val-tasks 5 "
-        "--test-tasks 6 --seed 9 --device cpu"
+        "--initialisation torch --recipe fomaml --num-steps 2 --eval-steps 4 --inner-lr 0.3 "
+        "--outer-lr 0.01 --outer-schedule constant --not-adapted head.* --iterations 7 "
+        "--tasks 3 --chunk-size 2 --val-every 4 --val-tasks 5 --test-tasks 6 --seed 9 --device cpu"
     )
     settings = _train(*changed.split()).settings
     path = tmp_path / "config.toml"
