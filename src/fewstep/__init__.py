@@ -1,18 +1,15 @@
 """Gradient-based meta-learning: models that learn a new task in a few gradient steps."""
 
-from fewstep.core.algorithm import Algorithm, fomaml, maml
+from fewstep.core.adapted import AdaptedParameters
+from fewstep.core.algorithm import Algorithm, fomaml, maml, maml_plus_plus
+from fewstep.core.derivative_order import DerivativeAnnealing, FixedOrder
 from fewstep.core.errors import InputError
 from fewstep.core.learner import MetaLearner
 from fewstep.core.metrics import Metrics
-from fewstep.core.parts import (
-    SGD,
-    Adam,
-    AdaptedParameters,
-    Constant,
-    ConstantRate,
-    CosineAnnealing,
-    FinalStep,
-)
+from fewstep.core.norm import NormStatistics, PerStepAffine, SharedAffine
+from fewstep.core.outer import SGD, Adam, ClipByValue, Constant, CosineAnnealing, NoClipping
+from fewstep.core.query_weights import FinalStep, MultiStepLoss
+from fewstep.core.rates import ConstantRate, LayerStepRates
 from fewstep.core.scores import Scores
 from fewstep.core.tasks import Episodes, TaskBatch
 
@@ -23,16 +20,26 @@ __all__ = [
     "Adam",
     "AdaptedParameters",
     "Algorithm",
+    "ClipByValue",
     "Constant",
     "ConstantRate",
     "CosineAnnealing",
+    "DerivativeAnnealing",
     "Episodes",
     "FinalStep",
+    "FixedOrder",
     "InputError",
+    "LayerStepRates",
     "MetaLearner",
     "Metrics",
+    "MultiStepLoss",
+    "NoClipping",
+    "NormStatistics",
+    "PerStepAffine",
     "Scores",
+    "SharedAffine",
     "TaskBatch",
     "fomaml",
     "maml",
+    "maml_plus_plus",
 ]

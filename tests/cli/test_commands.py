@@ -82,6 +82,34 @@ def test_images_of_your_own(empty_folder, capsys):
     assert saved["episodes"]["eval_rotations"] == "classes"
 
 
+def test_every_part_of_maml_plus_plus(empty_folder, capsys):
+    options = "--recipe maml++ --num-steps 2 --eval-steps 2 --keep-best 2 --out plus"
+    assert main(f"{_images(empty_folder / 'mine')} {options}".split()) == 0
+    out = capsys.readouterr().out
+    assert "normalisation statistics: running averages of each step" in out
+    assert "test, ensemble of 2: accuracy" in out
+    assert "--steps 10" not in out  # has no rates for them
+    assert (
+        main(
+            [
+                "evaluate",
+                "plus",
+                "--statistics",
+                "support",
+                "--checkpoint",
+                "ensemble",
+                "--tasks",
+                "3",
+            ]
+        )
+        == 0
+    )
+    assert "normalisation statistics: support set" in capsys.readouterr().out
+    assert Path("plus/evaluation-test-ensemble-2-steps-statistics-support.json").exists()
+    error = _refused(capsys, "evaluate plus --steps 3 --tasks 3")
+    assert "num_steps=3 is more than the 2" in error
+
+
 def test_data_commands(empty_folder, capsys):
     _images(empty_folder / "mine")
     assert main(["data", "list"]) == 0

@@ -36,7 +36,7 @@ def plain_meta_gradient(
             gradient = torch.autograd.grad(
                 support,
                 [theta[name] for name in adapted],
-                create_graph=algorithm.derivative_order == 2,
+                create_graph=algorithm.derivative_order(0) == 2,
             )
             for name, g in zip(adapted, gradient, strict=True):
                 theta[name] = theta[name] - algorithm.inner_rate.inner_lr * g

@@ -11,7 +11,7 @@ from fewstep import (
     Adam,
     AdaptedParameters,
     Algorithm,
-    ConstantRate,
+    FixedOrder,
     InputError,
     MetaLearner,
     TaskBatch,
@@ -56,7 +56,7 @@ def batch_of(*shapes: tuple[int, ...]) -> TaskBatch:
 
 MISTAKES = [
     ("num_steps=-1 ", lambda: maml(num_steps=-1)),
-    ("derivative_order=3 ", lambda: Algorithm(1, ConstantRate(0.1), derivative_order=3)),
+    ("FixedOrder(3) ", lambda: FixedOrder(3)),
     ("inner_lr=nan ", lambda: maml(inner_lr=float("nan"))),
     ("inner_lr=inf ", lambda: fomaml(inner_lr=float("inf"))),
     ("outer_lr=0.0 ", lambda: Adam(0.0)),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep import Algorithm, ConstantRate, MetaLearner
+from fewstep import Algorithm, ConstantRate, FixedOrder, MetaLearner
 from tests.core.reference import MODELS
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -43,7 +43,7 @@ class Count(torch.autograd.graph.saved_tensors_hooks):
 
 def count(order: int, num_steps: int, vectorize: bool, action: str) -> Count:
     counter = Count()
-    algorithm = Algorithm(num_steps, ConstantRate(0.1), derivative_order=order)
+    algorithm = Algorithm(num_steps, ConstantRate(0.1), derivative_order=FixedOrder(order))
     learner = MetaLearner(CASE.build(), algorithm, counter.loss, vectorize=vectorize)
     batch = CASE.batch()
     with counter:
@@ -85,7 +85,7 @@ def test_first_order_memory_does_not_grow_with_the_steps(vectorize):
 
 @pytest.mark.parametrize("order", [1, 2])
 def test_results_have_no_graph(order):
-    algorithm = Algorithm(2, ConstantRate(0.1), derivative_order=order)
+    algorithm = Algorithm(2, ConstantRate(0.1), derivative_order=FixedOrder(order))
     learner, batch = MetaLearner(CASE.build(), algorithm, CASE.loss), CASE.batch()
     scores = learner.evaluate(batch, 3)
     gradient, metrics = learner.meta_gradient(batch)

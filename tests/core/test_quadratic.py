@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep import SGD, Algorithm, ConstantRate, FinalStep, MetaLearner, TaskBatch, fomaml, maml
+from fewstep import (
+    SGD,
+    Algorithm,
+    ConstantRate,
+    FinalStep,
+    FixedOrder,
+    MetaLearner,
+    TaskBatch,
+    fomaml,
+    maml,
+)
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -32,14 +42,19 @@ def half_squares(outputs: Tensor, targets: Tensor) -> Tensor:
 class Rising:
     """alpha[k] = (k + 1) ALPHA."""
 
-    def __call__(self, name: str, step: int) -> float:
+    per_step = False
+
+    def table(self, adapted: dict[str, Tensor], num_steps: int) -> dict[str, Tensor]:
+        return {}
+
+    def __call__(self, table: dict[str, Tensor], name: str, step: int) -> float:
         return (step + 1) * ALPHA
 
 
 class EveryStep:
     """v = (0, 0.1, 0.2, ...): zero, and numbers that float32 cannot hold."""
 
-    def __call__(self, num_steps: int) -> tuple[float, ...]:
+    def __call__(self, num_steps: int, epoch: float) -> tuple[float, ...]:
         return tuple(0.1 * k for k in range(num_steps + 1))
 
 
@@ -54,7 +69,7 @@ def batch():
 
 def closed_form(theta: Tensor, batch: TaskBatch, algorithm: Algorithm):
     """Return theta[K] of every task and the meta-gradient."""
-    v = algorithm.query_weights(algorithm.num_steps)
+    v = algorithm.query_weights(algorithm.num_steps, epoch=0)
     ends, gradient = [], torch.zeros(DIM)
     for x, y, x_query, y_query in zip(*batch.tensors(), strict=True):
         a, a_query = x.T @ x, x_query.T @ x_query
@@ -63,10 +78,10 @@ def closed_form(theta: Tensor, batch: TaskBatch, algorithm: Algorithm):
         power = torch.eye(DIM)  # (I - alpha[k-1] A) ... (I - alpha[0] A), symmetric: they commute
         for k in range(algorithm.num_steps + 1):
             theta_k = s + power @ (theta - s)
-            factor = power if algorithm.derivative_order == 2 else torch.eye(DIM)
+            factor = power if algorithm.derivative_order(0) == 2 else torch.eye(DIM)
             gradient += v[k] * factor @ a_query @ (theta_k - s_query) / TASKS
             if k < algorithm.num_steps:
-                alpha = algorithm.inner_rate("theta", k)
+                alpha = algorithm.inner_rate({}, "theta", k)
                 power = power @ (torch.eye(DIM) - alpha * a)
         ends.append(theta_k)
     return torch.stack(ends), gradient
@@ -81,7 +96,7 @@ def assert_equal_to_1e10(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("weights", [FinalStep(), EveryStep()], ids=["final step", "every step"])
 @pytest.mark.parametrize("num_steps", [1, 2, 5])
 def test_meta_gradient(batch, order, rate, weights, num_steps):
-    algorithm = Algorithm(num_steps, rate, weights, order)
+    algorithm = Algorithm(num_steps, rate, weights, FixedOrder(order))
     module = Point()
     gradient, _ = MetaLearner(module, algorithm, half_squares).meta_gradient(batch)
     _, expected = closed_form(module.theta.detach(), batch, algorithm)

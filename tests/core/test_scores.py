@@ -48,20 +48,9 @@ def test_dict_holds_plain_values():
     }
 
 
-@pytest.mark.parametrize(
-    ("metric_name", "other", "better"),
-    [
-        ("accuracy", None, True),
-        ("accuracy", 0.6, True),
-        ("accuracy", 0.625, False),
-        ("accuracy", 0.7, False),
-        ("loss", 0.6, False),
-        ("loss", 0.625, False),
-        ("loss", 0.7, True),
-    ],
-)
-def test_better_is_high_but_for_a_loss(metric_name, other, better):
-    assert scores(metric_name).is_better_than(other) is better
+def test_rank_is_high_for_the_better():
+    assert scores("accuracy").rank == scores("accuracy").mean
+    assert scores("loss").rank == -scores("loss").mean
 
 
 @pytest.mark.parametrize(

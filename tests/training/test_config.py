@@ -1,13 +1,16 @@
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
+from typing import get_args
 
 import pytest
 import tomli_w
 
+import fewstep
 from fewstep.cli.parse import load_config, parse, run_config
 from fewstep.cli.runs import Train
 from fewstep.core.errors import InputError
 from fewstep.data.omniglot import Omniglot
-from fewstep.training.config import NETWORKS, SOURCES, MamlOptions, RunConfig, to_dict
+from fewstep.training.config import NETWORKS, SOURCES, AlgorithmOptions, Recipe, RunConfig, to_dict
 from fewstep.training.presets import preset
 
 
@@ -19,9 +22,13 @@ def test_no_option_means_the_glyphs():
     assert run_config([]) == preset("glyphs")
 
 
+RECIPES = get_args(Recipe)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("dataset", SOURCES)
-def test_settings_survive_their_file(tmp_path, dataset):
-    config = preset(dataset)
+def test_settings_survive_their_file(tmp_path, dataset, recipe):
+    config = preset(dataset, recipe=recipe)
     path = tmp_path / "config.toml"
     path.write_text(tomli_w.dumps(to_dict(config)))
     assert load_config(path) == config
@@ -33,7 +40,10 @@ def test_every_changed_setting_survives_the_file(tmp_path):
         "--queries 2 --eval-queries 3 --rotations episode --eval-rotations episode --filters 16 "
         "--norm layer --downsample stride --activation leaky-relu --conv-bias True "
         "--initialisation torch --recipe fomaml --num-steps 2 --eval-steps 4 --inner-lr 0.3 "
-        "--outer-lr 0.01 --outer-schedule constant --not-adapted head.* --iterations 7 "
+        "--learned-rates layer --multi-step-epochs 3 --first-order-epochs 2 --clip-value 5 "
+        "--per-step-affine True --per-step-statistics True --statistics support "
+        "--outer-lr 0.01 --outer-schedule constant --final-outer-lr 0.001 --not-adapted head.* "
+        "--extra-steps repeat --iterations 7 --epoch-length 3 --keep-best 2 "
         "--tasks 3 --chunk-size 2 --val-every 4 --val-tasks 5 --test-tasks 6 --seed 9 --device cpu"
     )
     settings = _train(*changed.split()).settings
@@ -66,7 +76,7 @@ def test_the_file_gives_defaults_and_options_override_them(tmp_path):
     path.write_text('dataset = "sinusoid"\niterations = 3\n[algorithm]\ninner_lr = 0.5\n')
     settings = _train("--config", str(path), "--iterations", "4").settings
     assert settings.iterations == 4
-    assert settings.algorithm == MamlOptions(num_steps=1, eval_steps=10, inner_lr=0.5)
+    assert settings.algorithm == AlgorithmOptions(num_steps=1, eval_steps=10, inner_lr=0.5)
 
 
 @pytest.mark.parametrize(
@@ -118,3 +128,26 @@ def test_every_network_has_a_preset():
     for network in set(NETWORKS) - {"sinusoid-mlp"}:
         assert preset("omniglot", network).network == network
     assert isinstance(preset("omniglot").data, Omniglot)
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        ("maml", partial(fewstep.maml, 5, 0.1)),
+        ("fomaml", partial(fewstep.fomaml, 5, 0.1)),
+        ("maml++", partial(fewstep.maml_plus_plus, iterations_per_epoch=60)),
+        (
+            "maml++-reference-code",
+            partial(fewstep.maml_plus_plus, iterations_per_epoch=60, version="reference_code"),
+        ),
+    ],
+)
+def test_a_recipe_has_the_same_parts_here_and_in_python(name, recipe):
+    settings = preset("omniglot", recipe=name).algorithm
+    if "++" not in name:
+        settings = replace(
+            settings, num_steps=5, inner_lr=0.1, outer_lr=1e-3, outer_schedule="constant"
+        )
+    algorithm = settings.build(iterations=6000)
+    same_unit = {"iterations_per_epoch": 60}
+    assert replace(algorithm, **same_unit) == replace(recipe(), **same_unit)

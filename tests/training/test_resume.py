@@ -18,9 +18,9 @@ KILLS = 20
 
 PROBLEMS = {
     "sinusoid": "--dataset sinusoid --tasks 3 --chunk-size 2",
-    # batch norm: running statistics are part of the state
+    # running statistics, learned rates and rows of steps are part of the state
     "images": "--dataset folder --size 16 --network fully-connected --tasks 2 --chunk-size 2 "
-    "--ways 2 --queries 2 --eval-queries 2",
+    "--ways 2 --queries 2 --eval-queries 2 --recipe maml++ --num-steps 2 --eval-steps 2",
 }
 
 

@@ -12,6 +12,7 @@ from fewstep.cli.data import DataList, DataPrepare, DataShow, DataVerify
 from fewstep.cli.parse import parse
 from fewstep.cli.runs import Evaluate, Plot, Resume, Train
 from fewstep.core.errors import InputError, check_name
+from fewstep.experiments.maml_plus_plus import MamlPlusPlusAblation
 from fewstep.training.allocator import keep_freed_memory
 from fewstep.training.trainer import TrainingStopped
 
@@ -24,6 +25,7 @@ class Command(Protocol):
         ...
 
 
+GROUPS = ("data", "reproduce")  # commands of two words
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "resume": Resume,
@@ -33,6 +35,7 @@ COMMANDS: dict[str, type[Command]] = {
     "data prepare": DataPrepare,
     "data verify": DataVerify,
     "data show": DataShow,
+    "reproduce maml++-ablation": MamlPlusPlusAblation,
 }
 
 
@@ -41,10 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if not words or words[0] in ("-h", "--help") or words == ["data"]:
+        if not words or words[0] in ("-h", "--help") or words in ([group] for group in GROUPS):
             _help(Console())
             return 0
-        name = " ".join(words[:2]) if words[0] == "data" else words[0]
+        name = " ".join(words[:2]) if words[0] in GROUPS else words[0]
         check_name("command", name, COMMANDS)
         options, rest = COMMANDS[name], words[len(name.split()) :]
         make_default = getattr(options, "default", None)
@@ -67,7 +70,7 @@ def _help(console: Console) -> None:
     console.print("usage: fewstep COMMAND [OPTIONS]\n", markup=False)
     for name, command in COMMANDS.items():
         summary = (command.__doc__ or "").splitlines()[0]
-        console.print(f"  {name:<14}{summary}", highlight=False, markup=False)
+        console.print(f"  {name:<27}{summary}", highlight=False, markup=False)
     console.print(
         "\nfewstep COMMAND --help shows a command's options."
         "\nStart with: fewstep train", highlight=False, markup=False

@@ -72,23 +72,24 @@ def _names(options: Any) -> Iterator[str]:
 def run_config(arguments: Sequence[str]) -> RunConfig:
     """Return the settings that `arguments` start from: a file's, or those of a data set.
 
-    --config, --dataset and --network choose which options and defaults there are, so they are
-    read before the rest.
+    --config, --dataset, --network and --recipe choose which options and defaults there are, so
+    they are read before the rest.
 
     Raises:
         InputError: the file or a name in it is wrong.
     """
-    dataset, network = value_of(arguments, "--dataset"), value_of(arguments, "--network")
+    chosen = {
+        tag: value
+        for tag in ("dataset", "network", "recipe")
+        if (value := value_of(arguments, f"--{tag}")) is not None
+    }
     file = value_of(arguments, "--config")
     if file is None:
-        return preset(dataset or "glyphs", network)
+        return preset(**chosen)
     config = load_config(Path(file))
-    for option, given, held in (
-        ("--dataset", dataset, config.dataset),
-        ("--network", network, config.network),
-    ):
-        if given not in (None, held):
-            raise InputError(f"{option} {given} contradicts {file}, which says {held}; drop one")
+    for tag, value in chosen.items():
+        if value != (held := getattr(config, tag)):
+            raise InputError(f"--{tag} {value} contradicts {file}, which says {held}; drop one")
     return config
 
 
@@ -99,7 +100,7 @@ def load_config(path: Path) -> RunConfig:
         InputError: the file cannot be read, or holds an unknown key or a wrong value.
     """
     values = read_toml(path)
-    base = preset(values.get("dataset", "glyphs"), values.get("network"))
+    base = preset(**{tag: values[tag] for tag in ("dataset", "network", "recipe") if tag in values})
     try:
         return parse(RunConfig, option_arguments(values, base), prog="fewstep train", default=base)
     except InputError as error:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -13,18 +14,17 @@ from rich.table import Table
 
 from fewstep.cli.parse import load_config, run_config
 from fewstep.core.errors import InputError
+from fewstep.core.norm import Use
 from fewstep.core.scores import Scores
 from fewstep.data.episodes import Rotations
 from fewstep.report.curves import plot_runs
 from fewstep.report.sinusoid_fits import plot_sinusoid_fits
 from fewstep.training.build import Experiment, resolve_device
 from fewstep.training.config import EpisodeOptions, RegressionOptions, RunConfig, Split, to_dict
-from fewstep.training.evaluate import evaluate_run
+from fewstep.training.evaluate import Checkpoint, evaluate_run
 from fewstep.training.files import locked
 from fewstep.training.run_folder import RunFolder, command_line
 from fewstep.training.trainer import Trainer
-
-Checkpoint = Literal["best", "last"]
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,8 @@ class Evaluate:
     split: Split = "test"
     """Classes to draw the tasks from."""
     checkpoint: Checkpoint = "best"
-    """The one with the best validation score, or the last."""
+    """The one with the best validation score, the last, or the mean of the outputs of all that
+    the run kept for their scores."""
     tasks: int = 600
     """How many tasks."""
     steps: int | None = None
@@ -109,6 +110,8 @@ class Evaluate:
     """Query examples of each class; the run's if not given."""
     rotations: Rotations | None = None
     """Quarter turns of the images; the run's if not given."""
+    statistics: Use | None = None
+    """What batch normalisation normalises by; the run's if not given."""
     device: str = "auto"
     """"cpu", "cuda", ...; "auto" takes a GPU where there is one."""
 
@@ -125,6 +128,7 @@ class Evaluate:
             checkpoint=self.checkpoint,
             num_tasks=self.tasks,
             num_steps=config.algorithm.eval_steps if self.steps is None else self.steps,
+            statistics=self.statistics,
             changes=changes,
         )
         console.print(_table(scores))
@@ -135,6 +139,8 @@ class Evaluate:
         asked = {"shots": self.shots, "queries": self.queries, "rotations": self.rotations}
         given: dict[str, Any] = {n: value for n, value in asked.items() if value is not None}
         changes = [f"{name}-{value}" for name, value in given.items()]
+        if self.statistics is not None:
+            changes.append(f"statistics-{self.statistics}")
         if isinstance(episodes, RegressionOptions):
             if "rotations" in given:
                 raise InputError(f"rotations={self.rotations!r} needs images; leave it out")
@@ -172,22 +178,25 @@ def _train(experiment: Experiment, run: RunFolder, console: Console) -> None:
         _say(console, f"stopped after iteration {state.iteration}; the checkpoint is written")
         _say(console, f"next: fewstep resume {run.path}")
         return
-    scores = evaluate_run(
+    test = partial(
+        evaluate_run,
         experiment,
         run,
         split="test",
-        checkpoint="best",
         num_tasks=config.test_tasks,
         num_steps=config.algorithm.eval_steps,
     )
+    scores = test(checkpoint="best")
     plot_runs([run], run.path / "curves.png")
     console.print(_table(scores))
     _say(console, f"test: {scores}")
+    if config.keep_best > 1:
+        _say(console, f"test, ensemble of {config.keep_best}: {test(checkpoint='ensemble')}")
     if config.dataset == "sinusoid":
         plot_sinusoid_fits(experiment.learner, run.path / "fits.png")
         _say(console, f"fits: {run.path / 'fits.png'}")
     _say(console, f"learning curves: {run.path / 'curves.png'}")
-    _say(console, f"next: fewstep evaluate {run.path} --steps 10   (score again, other settings)")
+    _say(console, f"next: fewstep evaluate {run.path} --split val   (score again, other settings)")
     _say(console, f"      fewstep resume {run.path} --iterations {2 * config.iterations}")
 
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
-from fewstep.core.errors import InputError
-from fewstep.core.parts import (
+from fewstep.core.adapted import AdaptedParameters
+from fewstep.core.derivative_order import DerivativeAnnealing, DerivativeOrder, FixedOrder
+from fewstep.core.errors import InputError, check_name
+from fewstep.core.norm import NormAffine, NormStatistics, PerStepAffine, SharedAffine
+from fewstep.core.outer import (
     Adam,
-    AdaptedParameters,
+    Clipping,
     Constant,
-    ConstantRate,
-    FinalStep,
-    InnerRate,
+    CosineAnnealing,
+    NoClipping,
     OuterOptimiser,
     OuterSchedule,
-    QueryWeights,
 )
+from fewstep.core.query_weights import FinalStep, MultiStepLoss, QueryWeights
+from fewstep.core.rates import ConstantRate, InnerRate, LayerStepRates
+
+ExtraSteps = Literal["refuse", "repeat"]
 
 
 @dataclass(frozen=True)
@@ -34,27 +39,55 @@ class Algorithm:
         derivative_order: 2 differentiates through the inner gradients; 1 takes them as constants
             and builds no second-order graph.
         adapted: The parameters that the inner loop changes.
+        norm_affine: Whose scale and shift normalisation layers have.
+        norm_statistics: What batch normalisation normalises by.
         outer: The optimiser of phi.
         outer_schedule: The course of its rate over training.
+        clipping: What happens to the meta-gradient before the optimiser sees it.
+        iterations_per_epoch: Outer updates of an epoch, the unit of every schedule above.
+        extra_steps: Where parts have a row for each step, refuse more steps than `num_steps`, or
+            repeat the last row.
 
     Raises:
-        InputError: `num_steps` is negative, or `derivative_order` is neither 1 nor 2.
+        InputError: `num_steps` is negative, `iterations_per_epoch` is below 1, or `extra_steps` is
+            unknown.
     """
 
     num_steps: int
     inner_rate: InnerRate
     query_weights: QueryWeights = field(default_factory=FinalStep)
-    derivative_order: Literal[1, 2] = 2
+    derivative_order: DerivativeOrder = field(default_factory=FixedOrder)
     adapted: AdaptedParameters = field(default_factory=AdaptedParameters)
+    norm_affine: NormAffine = field(default_factory=SharedAffine)
+    norm_statistics: NormStatistics = field(default_factory=NormStatistics)
     outer: OuterOptimiser = field(default_factory=Adam)
     outer_schedule: OuterSchedule = field(default_factory=Constant)
+    clipping: Clipping = field(default_factory=NoClipping)
+    iterations_per_epoch: int = 500
+    extra_steps: ExtraSteps = "refuse"
 
     def __post_init__(self) -> None:
         if self.num_steps < 0:
             raise InputError(f"num_steps={self.num_steps} must be 0 or more inner steps")
-        if self.derivative_order not in (1, 2):
+        if self.iterations_per_epoch < 1:
+            raise InputError(f"iterations_per_epoch={self.iterations_per_epoch} must be at least 1")
+        check_name("extra_steps", self.extra_steps, get_args(ExtraSteps))
+
+    def check_steps(self, num_steps: int) -> None:
+        """Check that the parts can take so many steps.
+
+        Raises:
+            InputError: they cannot.
+        """
+        if num_steps < 0:
+            raise InputError(f"num_steps={num_steps} must be 0 or more inner steps")
+        parts = (self.inner_rate, self.norm_affine, self.norm_statistics)
+        per_step = [type(part).__name__ for part in parts if part.per_step]
+        if num_steps > self.num_steps and per_step and self.extra_steps == "refuse":
             raise InputError(
-                f"derivative_order={self.derivative_order} must be 1 (FOMAML) or 2 (MAML)"
+                f"num_steps={num_steps} is more than the {self.num_steps} that "
+                f"{' and '.join(per_step)} learned; take fewer, or extra_steps='repeat' to repeat "
+                "the last step's values"
             )
 
 
@@ -80,13 +113,13 @@ def maml(
     Reference: Finn, Abbeel and Levine, Model-Agnostic Meta-Learning, ICML 2017, arXiv:1703.03400.
 
     >>> maml(num_steps=1, inner_lr=0.4).derivative_order
-    2
+    FixedOrder(order=2)
     """
     return Algorithm(
         num_steps=num_steps,
         inner_rate=ConstantRate(inner_lr),
         query_weights=FinalStep(),
-        derivative_order=2,
+        derivative_order=FixedOrder(2),
         adapted=adapted or AdaptedParameters(),
         outer=Adam(outer_lr),
     )
@@ -104,6 +137,55 @@ def fomaml(
     Arguments, deviation and reference as in `maml`.
 
     >>> fomaml(num_steps=1).derivative_order
-    1
+    FixedOrder(order=1)
     """
-    return replace(maml(num_steps, inner_lr, outer_lr, adapted), derivative_order=1)
+    return replace(maml(num_steps, inner_lr, outer_lr, adapted), derivative_order=FixedOrder(1))
+
+
+def maml_plus_plus(
+    num_steps: int = 5,
+    inner_lr: float = 0.1,
+    outer_lr: float = 1e-3,
+    *,
+    num_epochs: int = 100,
+    iterations_per_epoch: int = 500,
+    version: Literal["paper", "reference_code"] = "paper",
+) -> Algorithm:
+    """MAML++: MAML with six parts exchanged.
+
+    theta[k+1] = theta[k] - alpha[layer, k] * grad L_support(theta[k]);  loss sum_k v[k] L_query
+
+    Args:
+        num_steps: K, inner steps.
+        inner_lr: Initial value of every learned rate (LSLR).
+        outer_lr: Adam's rate at the start, falling to a hundredth along half a cosine (CA).
+        num_epochs: Epochs of the whole training.
+        iterations_per_epoch: Outer updates of an epoch.
+        version: "paper" has every part as the paper's text describes it: derivative-order
+            annealing for half of the 100 epochs (50) and normalisation by running statistics of
+            each step. "reference_code" has what the authors' settings for Omniglot ran: second
+            order throughout and batch statistics.
+
+    Raises:
+        InputError: unknown `version`.
+
+    Deviation: see `docs/maml++.md` for a table of paper, code and this.
+
+    Reference: Antoniou, Edwards and Storkey, How to train your MAML, ICLR 2019, arXiv:1810.09502.
+
+    >>> maml_plus_plus().inner_rate
+    LayerStepRates(inner_lr=0.1, per='layer')
+    """
+    check_name("version", version, ("paper", "reference_code"))
+    is_paper = version == "paper"
+    return Algorithm(
+        num_steps=num_steps,
+        inner_rate=LayerStepRates(inner_lr, per="layer" if is_paper else "tensor"),
+        query_weights=MultiStepLoss(num_epochs=10),
+        derivative_order=DerivativeAnnealing(num_epochs // 2) if is_paper else FixedOrder(2),
+        norm_affine=PerStepAffine(),
+        norm_statistics=NormStatistics("running" if is_paper else "batch", per_step=True),
+        outer=Adam(outer_lr),
+        outer_schedule=CosineAnnealing(num_epochs, final=0.01),
+        iterations_per_epoch=iterations_per_epoch,
+    )

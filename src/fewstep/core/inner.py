@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fewstep.core.errors import InputError
-from fewstep.core.network import TaskNetwork, Tensors
-from fewstep.core.parts import InnerRate
+from fewstep.core.network import Result, TaskNetwork, Tensors
+from fewstep.core.norm import StepRows
+from fewstep.core.tasks import TaskBatch
+
+Rate = Callable[[str, int], Tensor | float]
 
 
 @dataclass(frozen=True)
@@ -22,12 +25,14 @@ class Point:
         theta: Parameters after them, each (tasks, *shape).
         buffers: Buffers after them, each (tasks, *shape).
         support_losses: Support losses that those steps descended, `step` of (tasks,).
+        query: What the query sets gave here, where they were asked for.
     """
 
     step: int
     theta: Tensors
     buffers: Tensors
     support_losses: tuple[Tensor, ...]
+    query: Result | None
 
 
 def stack(tensors: Tensors, tasks: int) -> Tensors:
@@ -39,13 +44,14 @@ def trajectory(
     network: TaskNetwork,
     theta: Tensors,
     buffers: Tensors,
-    x: Tensor,
-    y: Tensor,
+    batch: TaskBatch,
     *,
     adapted: tuple[str, ...],
-    inner_rate: InnerRate,
+    rate: Rate,
+    rows: StepRows,
     num_steps: int,
     derivative_order: int,
+    query_after: Container[int],
 ) -> Iterator[Point]:
     """Yield theta[0], ..., theta[num_steps] of a batch of tasks.
 
@@ -55,40 +61,55 @@ def trajectory(
         network: The module and its loss.
         theta: Initial parameters, each (tasks, *shape).
         buffers: Initial buffers, each (tasks, *shape).
-        x: Support inputs, (tasks, examples, ...).
-        y: Support targets, (tasks, examples, ...).
+        batch: The tasks.
         adapted: Names of the parameters to change; the others stay theta[0].
-        inner_rate: alpha.
+        rate: alpha, of a name and a step.
+        rows: Which parameters and buffers differ by step.
         num_steps: How many steps to take.
         derivative_order: 2 keeps the graph of the inner gradients; 1 keeps none. Under
             `torch.no_grad` with order 1, nothing outlives a step.
+        query_after: After how many steps to call on the query sets.
 
     Raises:
-        InputError: an adapted parameter does not take part in the support loss.
+        InputError: an adapted parameter does not take part in any support loss.
     """
-    point = Point(0, theta, buffers, ())
-    yield point
-    for step in range(num_steps):
+    support_losses: tuple[Tensor, ...] = ()
+    for step in range(num_steps + 1):
+        query = None
+        if step in query_after:
+            query = network.query(
+                rows.pick_parameters(theta, step, is_query=True),
+                rows.pick_buffers(buffers, step),
+                batch,
+            )
+            buffers = rows.put_buffers(buffers, step, query.buffers)
+        yield Point(step, theta, buffers, support_losses, query)
+        if step == num_steps:
+            return
         with torch.enable_grad():
             # Order 1 differentiates at a copy that knows nothing of how theta[k] came about.
             at = theta if derivative_order == 2 else _leaves(theta, adapted)
-            losses, _, buffers = network(at, buffers, x, y)
+            support = network.support(
+                rows.pick_parameters(at, step, is_query=False),
+                rows.pick_buffers(buffers, step),
+                batch,
+            )
             # Tasks share no parameters, so the gradient of the sum is every task's own gradient.
             gradients: tuple[Tensor | None, ...] = (None,) * len(adapted)
-            if losses.requires_grad:  # else autograd would complain before _all_used can
+            if support.loss.requires_grad:  # else autograd would complain before _all_used can
                 gradients = torch.autograd.grad(
-                    losses.sum(),
+                    support.loss.sum(),
                     [at[name] for name in adapted],
                     create_graph=derivative_order == 2,
                     allow_unused=True,
                 )
         gradient = dict(zip(adapted, _all_used(adapted, gradients), strict=True))
         theta = {
-            name: p - inner_rate(name, step) * gradient[name] if name in gradient else p
+            name: p - rate(name, step) * gradient[name] if name in gradient else p
             for name, p in theta.items()
         }
-        point = Point(step + 1, theta, buffers, (*point.support_losses, losses.detach()))
-        yield point
+        buffers = rows.put_buffers(buffers, step, support.buffers)
+        support_losses = (*support_losses, support.loss.detach())
 
 
 def _leaves(theta: Tensors, adapted: tuple[str, ...]) -> Tensors:

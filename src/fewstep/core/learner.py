@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,8 @@ from fewstep.core.algorithm import Algorithm
 from fewstep.core.errors import InputError
 from fewstep.core.inner import Point, stack, trajectory
 from fewstep.core.metrics import Metrics
-from fewstep.core.network import Loss, TaskNetwork, Tensors, normalisation_statistics, set_mode
+from fewstep.core.network import Loss, Result, TaskNetwork, Tensors, set_mode
+from fewstep.core.norm import NormaliseBy, NormStatistics, StepRows, Use, keep
 from fewstep.core.scores import Scores
 from fewstep.core.tasks import Episodes, TaskBatch
 
@@ -20,7 +23,8 @@ from fewstep.core.tasks import Episodes, TaskBatch
 class MetaLearner:
     """A module, an algorithm and a loss.
 
-    phi are the module's own parameters, updated in place; the module stays usable as it is.
+    phi are the module's own parameters, updated in place, and what the algorithm adds: learned
+    rates ("inner_lr.*") and, in place of the module's own, parameters with a row for each step.
     Every loss is a mean over examples, tasks count alike, and the meta-loss is a mean over tasks.
 
     Args:
@@ -55,18 +59,46 @@ class MetaLearner:
         self.module = module
         self.algorithm = algorithm
         self.chunk_size = chunk_size
+        self.iteration = 0
         named = dict(module.named_parameters())
-        self.parameters: dict[str, Tensor] = {n: p for n, p in named.items() if p.requires_grad}
-        self._frozen: dict[str, Tensor] = {n: p for n, p in named.items() if not p.requires_grad}
-        if not self.parameters:
+        trained = {n: p for n, p in named.items() if p.requires_grad}
+        if not trained:
             raise InputError(
                 f"{type(module).__name__} has no parameter that requires a gradient; "
                 "nothing could be learned"
             )
-        self._adapted = algorithm.adapted.choose(self.parameters)
+        parameter_rows = algorithm.norm_affine.rows(module, algorithm.num_steps)
+        buffer_rows = algorithm.norm_statistics.rows(module, algorithm.num_steps)
+        self._rows = StepRows(frozenset(parameter_rows), frozenset(buffer_rows))
+        outer_only = algorithm.norm_affine.outer_only(module)
+        adapted = [n for n in algorithm.adapted.choose(trained) if n not in outer_only]
+        if not adapted:
+            raise InputError(
+                f"{type(module).__name__} has nothing to adapt but what {algorithm.norm_affine} "
+                "keeps for the outer loop; pass PerStepAffine(adapted=True)"
+            )
+        self._adapted = tuple(adapted)
+        self._phi = {n: _rows(p, parameter_rows.get(n)) for n, p in trained.items()}
+        initial = {n: self._phi[n] for n in adapted}
+        rates = algorithm.inner_rate.table(initial, algorithm.num_steps)
+        self._rates = {n: t.detach().requires_grad_() for n, t in rates.items()}
+        self._frozen: Tensors = {n: p for n, p in named.items() if not p.requires_grad}
+        learned = {f"inner_lr.{n}": t for n, t in self._rates.items()}
+        self.parameters: Tensors = self._phi | learned
+        if len(self.parameters) != len(self._phi) + len(learned):
+            raise InputError(
+                f"{type(module).__name__} has a part named 'inner_lr', the name of learned rates; "
+                "rename it"
+            )
+        self.buffers: Tensors = {n: _rows(b, buffer_rows.get(n)) for n, b in module.named_buffers()}
         self.optimiser = algorithm.outer(list(self.parameters.values()))
         self._outer_lrs = [group["lr"] for group in self.optimiser.param_groups]
         self._network = TaskNetwork(module, loss, metric, vectorize=vectorize)
+
+    @property
+    def epoch(self) -> float:
+        """How many epochs of training are done; every schedule reads it."""
+        return self.iteration / self.algorithm.iterations_per_epoch
 
     def meta_gradient(self, batch: TaskBatch) -> tuple[Tensors, Metrics]:
         """Return the gradient of the meta-loss, by parameter name, and what it saw.
@@ -78,15 +110,11 @@ class MetaLearner:
         gradients, metrics, _ = self._meta_gradient(batch)
         return gradients, metrics
 
-    def step(self, batch: TaskBatch, *, progress: float = 0.0) -> Metrics:
+    def step(self, batch: TaskBatch) -> Metrics:
         """Do one iteration: the meta-gradient, then the outer update of phi and of the buffers.
 
         Running statistics of batch normalisation become the mean over tasks of those each task
         arrives at, so that the order of the tasks cannot matter.
-
-        Args:
-            batch: Tasks.
-            progress: Share of training done, from 0 to 1, which the outer schedule reads.
 
         Raises:
             FloatingPointError: a loss or a gradient is not finite; phi is left as it was.
@@ -99,15 +127,18 @@ class MetaLearner:
                     f"the meta-gradient of `{name}` is not finite, though every loss is"
                 )
         for name, parameter in self.parameters.items():
-            parameter.grad = gradients[name]
-        factor = self.algorithm.outer_schedule(progress)
+            is_rate = name.startswith("inner_lr.")
+            gradient = gradients[name]
+            parameter.grad = gradient if is_rate else self.algorithm.clipping(gradient)
+        factor = self.algorithm.outer_schedule(self.epoch)
         for group, outer_lr in zip(self.optimiser.param_groups, self._outer_lrs, strict=True):
             group["lr"] = outer_lr * factor
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         with torch.no_grad():
-            for name, buffer in self.module.named_buffers():
+            for name, buffer in self.buffers.items():
                 buffer.copy_(buffers[name])
+        self.iteration += 1
         return metrics
 
     def adapt(
@@ -115,8 +146,8 @@ class MetaLearner:
     ) -> nn.Module:
         """Return a copy of the module adapted to one task, ready to be called.
 
-        It is in evaluation mode, but for batch normalisation, which uses the statistics of each
-        batch it is given, as in training.
+        It is in evaluation mode. Batch normalisation does as in training: by batch statistics, it
+        uses those of each batch it is given; else those of the support set, or the running ones.
 
         Args:
             x_support: Inputs, (examples, ...), without a task dimension.
@@ -125,17 +156,31 @@ class MetaLearner:
         """
         batch = TaskBatch(x_support[None], y_support[None], x_support[None], y_support[None])
         module = copy.deepcopy(self.module)
-        with torch.no_grad(), self._network.mode(is_training=False):
-            *_, last = self._trajectory(batch, self._steps(num_steps), derivative_order=1)
+        steps = self._steps(num_steps)
+        use = self.algorithm.norm_statistics.use
+        with torch.no_grad(), self._network.mode(is_training=False, use=use):
+            *_, last = self._trajectory(batch, steps, derivative_order=1)
+            theta = self._rows.pick_parameters(last.theta, steps, is_query=True)
+            buffers = self._rows.pick_buffers(last.buffers, steps)
             for name, parameter in module.named_parameters():
-                parameter.copy_(last.theta[name][0])
+                parameter.copy_(theta[name][0])
             for name, buffer in module.named_buffers():
-                buffer.copy_(last.buffers[name][0])
-        set_mode(module, is_training=False)
+                buffer.copy_(buffers[name][0])
+            set_mode(module, is_training=False)
+            if use == "support":
+                with NormaliseBy(keep):
+                    module(x_support)
+        if use != "batch":
+            module.eval()
         return module
 
     def evaluate(
-        self, episodes: Episodes, num_tasks: int = 600, *, num_steps: int | None = None
+        self,
+        episodes: Episodes,
+        num_tasks: int = 600,
+        *,
+        num_steps: int | None = None,
+        statistics: Use | None = None,
     ) -> Scores:
         """Adapt to the first `num_tasks` tasks and score each after every step.
 
@@ -146,35 +191,102 @@ class MetaLearner:
             episodes: Gives task i through `batch(start, count)`; a `TaskBatch` will do.
             num_tasks: How many tasks.
             num_steps: Inner steps; None takes the algorithm's.
+            statistics: What batch normalisation normalises by; None takes the algorithm's.
 
         Raises:
-            InputError: `num_tasks` is below 2, which gives no interval.
+            InputError: `num_tasks` is below 2, which gives no interval, or `num_steps` is more
+                than the parts have rows for.
         """
         if num_tasks < 2:
             raise InputError(f"num_tasks={num_tasks} must be at least 2 to give an interval")
-        steps = self._steps(num_steps)
+        norm = self._norm_statistics(statistics)
+
+        def losses_and_metrics(queries: list[Result]) -> Tensor:
+            return torch.stack([torch.stack([q.loss, q.metric]) for q in queries], dim=2)
+
+        chunks = self._test(episodes, num_tasks, num_steps, norm.use, losses_and_metrics)
+        loss, metric = torch.cat(chunks, dim=1).cpu()
+        return Scores(
+            metric_name=self._network.metric_name(episodes.batch(0, 1).y_query),
+            metric=metric,
+            loss=loss,
+            statistics=norm.describe(self.module),
+        )
+
+    def predict(
+        self,
+        episodes: Episodes,
+        num_tasks: int = 600,
+        *,
+        num_steps: int | None = None,
+        statistics: Use | None = None,
+    ) -> Tensor:
+        """Return the outputs for the query sets after 0, 1, ... steps.
+
+        Returns:
+            (tasks, steps + 1, examples, ...).
+
+        Arguments and errors as in `evaluate`.
+        """
+        use = self._norm_statistics(statistics).use
+        return torch.cat(self._test(episodes, num_tasks, num_steps, use, _outputs))
+
+    def evaluate_ensemble(
+        self,
+        states: Sequence[Tensors],
+        episodes: Episodes,
+        num_tasks: int = 600,
+        *,
+        num_steps: int | None = None,
+        statistics: Use | None = None,
+    ) -> Scores:
+        """Score the mean of the outputs (logits) that several trained states give for each task.
+
+        Args:
+            states: Each as `state_tensors` gave it; the learner's own state is left as it is.
+            episodes: As in `evaluate`, as are the others.
+            num_tasks: How many tasks.
+            num_steps: Inner steps.
+            statistics: What batch normalisation normalises by.
+
+        Raises:
+            InputError: no state, another model's, or as in `evaluate`.
+        """
+        if not states or num_tasks < 2:
+            raise InputError(
+                f"an ensemble of {len(states)} states on num_tasks={num_tasks} needs at least 1 "
+                "state and 2 tasks"
+            )
+        own = self.state_tensors()
         losses, metrics = [], []
-        with torch.no_grad(), self._network.mode(is_training=False):
+        try:
             for start in range(0, num_tasks, self.chunk_size):
                 chunk = episodes.batch(start, min(self.chunk_size, num_tasks - start))
-                points = self._trajectory(chunk, steps, derivative_order=1)
-                queries = [self._query(point, chunk)[:2] for point in points]
-                losses.append(torch.stack([loss for loss, _ in queries], dim=1))
-                metrics.append(torch.stack([metric for _, metric in queries], dim=1))
+                outputs = []
+                for state in states:
+                    self.load_state_tensors(state)
+                    outputs.append(
+                        self.predict(chunk, len(chunk), num_steps=num_steps, statistics=statistics)
+                    )
+                loss, metric = self._network.score(torch.stack(outputs).mean(0), chunk.y_query)
+                losses.append(loss)
+                metrics.append(metric)
+        finally:
+            self.load_state_tensors(own)
         return Scores(
             metric_name=self._network.metric_name(chunk.y_query),
             metric=torch.cat(metrics).cpu(),
             loss=torch.cat(losses).cpu(),
-            statistics=normalisation_statistics(self.module),
+            statistics=self._norm_statistics(statistics).describe(self.module),
         )
 
     def state_tensors(self) -> Tensors:
-        """Return all that training changes, by name: model, buffers and optimiser state."""
-        state: Tensors = {f"model.{name}": p for name, p in self.module.named_parameters()}
-        state |= {f"model.{name}": b for name, b in self.module.named_buffers()}
+        """Return all that training changes, by name: model, buffers, optimiser and iteration."""
+        state = {f"model.{name}": t for name, t in self._owned().items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimiser.state.get(parameter, {}).items():
                 state[f"optimiser.{name}.{key}"] = torch.as_tensor(value)
+        state["iteration"] = torch.tensor(self.iteration)
         return {name: t.detach().clone() for name, t in state.items()}
 
     def load_state_tensors(self, state: Tensors) -> None:
@@ -183,20 +295,20 @@ class MetaLearner:
         Raises:
             InputError: it is another model's.
         """
-        model: Tensors = {**dict(self.module.named_parameters())}
-        model |= dict(self.module.named_buffers())
-        saved = {n.removeprefix("model."): t for n, t in state.items() if n.startswith("model.")}
+        owned = self._owned()
+        saved = _below(state, "model.")
         if differing := sorted(
-            n for n in model.keys() | saved.keys()
-            if n not in model or n not in saved or model[n].shape != saved[n].shape
+            n for n in owned.keys() | saved.keys()
+            if n not in owned or n not in saved or owned[n].shape != saved[n].shape
         ):  # fmt: skip
             raise InputError(
                 f"the saved state is another model's: `{differing[0]}` does not fit; "
                 "build the model with the settings it was saved with"
             )
         with torch.no_grad():
-            for name, tensor in model.items():
+            for name, tensor in owned.items():
                 tensor.copy_(saved[name])
+        self.iteration = int(state["iteration"])
         names = enumerate(self.parameters)
         per_parameter = {i: _below(state, f"optimiser.{name}.") for i, name in names}
         groups = self.optimiser.state_dict()["param_groups"]
@@ -204,35 +316,66 @@ class MetaLearner:
             {"state": {i: s for i, s in per_parameter.items() if s}, "param_groups": groups}
         )
 
+    def _owned(self) -> Tensors:
+        """Return everything that training may change, but for the optimiser's own state."""
+        return {**self._frozen, **self.parameters, **self.buffers}
+
+    def _norm_statistics(self, use: Use | None) -> NormStatistics:
+        norm = self.algorithm.norm_statistics
+        return norm if use is None else replace(norm, use=use)
+
+    def _test(
+        self,
+        episodes: Episodes,
+        num_tasks: int,
+        num_steps: int | None,
+        use: Use,
+        read: Callable[[list[Result]], Tensor],
+    ) -> list[Tensor]:
+        """Adapt to tasks by the chunk, and return what `read` makes of a chunk's query results."""
+        steps = self._steps(num_steps)
+        read_out = []
+        with torch.no_grad(), self._network.mode(is_training=False, use=use):
+            for start in range(0, num_tasks, self.chunk_size):
+                chunk = episodes.batch(start, min(self.chunk_size, num_tasks - start))
+                points = self._trajectory(
+                    chunk, steps, derivative_order=1, query_after=range(steps + 1)
+                )
+                read_out.append(read([p.query for p in points if p.query is not None]))
+        return read_out
+
     def _steps(self, num_steps: int | None) -> int:
-        if num_steps is not None and num_steps < 0:
-            raise InputError(f"num_steps={num_steps} must be 0 or more inner steps")
-        return self.algorithm.num_steps if num_steps is None else num_steps
+        steps = self.algorithm.num_steps if num_steps is None else num_steps
+        self.algorithm.check_steps(steps)
+        return steps
 
     def _trajectory(
-        self, batch: TaskBatch, num_steps: int, *, derivative_order: int
+        self,
+        batch: TaskBatch,
+        num_steps: int,
+        *,
+        derivative_order: int,
+        query_after: Container[int] = (),
     ) -> Iterator[Point]:
-        tasks = len(batch)
         return trajectory(
             self._network,
-            stack({**self.parameters, **self._frozen}, tasks),
-            stack(dict(self.module.named_buffers()), tasks),
-            batch.x_support,
-            batch.y_support,
+            stack(self._phi | self._frozen, len(batch)),
+            stack(self.buffers, len(batch)),
+            batch,
             adapted=self._adapted,
-            inner_rate=self.algorithm.inner_rate,
+            rate=partial(self.algorithm.inner_rate, self._rates),
+            rows=self._rows,
             num_steps=num_steps,
             derivative_order=derivative_order,
+            query_after=query_after,
         )
-
-    def _query(self, point: Point, batch: TaskBatch) -> tuple[Tensor, Tensor, Tensors]:
-        return self._network(point.theta, point.buffers, batch.x_query, batch.y_query)
 
     def _meta_gradient(self, batch: TaskBatch) -> tuple[Tensors, Metrics, Tensors]:
         phi = list(self.parameters.values())
         total = [torch.zeros_like(p) for p in phi]
         metrics, buffers = [], []
-        with self._network.mode(is_training=True):
+        use = self.algorithm.norm_statistics.use
+        with self._network.mode(is_training=True, use=use):
             for chunk in batch.split(self.chunk_size):
                 seen, after = self._meta_loss(chunk)
                 # The share of this chunk in the mean over all tasks; its graph is freed here.
@@ -247,26 +390,38 @@ class MetaLearner:
     def _meta_loss(self, chunk: TaskBatch) -> tuple[Metrics, Tensors]:
         """Return sum_k v[k] * L_query(theta[k]) of every task, and the buffers at the end."""
         num_steps = self.algorithm.num_steps
-        v = self.algorithm.query_weights(num_steps)
-        order = self.algorithm.derivative_order
-        losses = []
-        for point in self._trajectory(chunk, num_steps, derivative_order=order):
-            if v[point.step] != 0:
-                loss, metric, buffers = self._query(point, chunk)
-                losses.append(loss)
-        query_loss = torch.stack(losses, dim=1)
-        weights = query_loss.new_tensor([w for w in v if w != 0])
+        v = self.algorithm.query_weights(num_steps, self.epoch)
+        counting = [k for k, weight in enumerate(v) if weight != 0]
+        order = self.algorithm.derivative_order(self.epoch)
+        queries = []
+        for point in self._trajectory(
+            chunk, num_steps, derivative_order=order, query_after=counting
+        ):
+            if point.query is not None:
+                queries.append(point.query)
+        query_loss = torch.stack([query.loss for query in queries], dim=1)
+        weights = query_loss.new_tensor([v[k] for k in counting])
         support_loss = torch.stack([query_loss.new_empty(len(chunk)), *point.support_losses], dim=1)
-        return (
-            Metrics(
-                self._network.metric_name(chunk.y_query),
-                query_loss @ weights,
-                metric,
-                support_loss[:, 1:],
-                query_loss,
-            ),
-            buffers,
+        metrics = Metrics(
+            self._network.metric_name(chunk.y_query),
+            query_loss @ weights,
+            queries[-1].metric,
+            support_loss[:, 1:],
+            query_loss,
         )
+        return metrics, point.buffers
+
+
+def _rows(tensor: Tensor, rows: int | None) -> Tensor:
+    """Return the tensor itself, or a leaf of so many copies of it."""
+    if rows is None:
+        return tensor
+    copies = tensor.detach().expand(rows, *tensor.shape).clone()
+    return copies.requires_grad_(tensor.requires_grad)
+
+
+def _outputs(queries: list[Result]) -> Tensor:
+    return torch.stack([query.outputs for query in queries], dim=1)
 
 
 def _mean_over_tasks(chunks: list[Tensors]) -> Tensors:

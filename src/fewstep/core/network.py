@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 
 from fewstep.core.errors import InputError
+from fewstep.core.norm import NormaliseBy, Use, of_first, of_running
+from fewstep.core.tasks import TaskBatch
 
 Tensors = dict[str, Tensor]
+_OneTask = tuple[Tensor, Tensor, Tensor, Tensors]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -24,6 +29,23 @@ def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
     0.5
     """
     return (outputs.argmax(-1) == targets).to(outputs.dtype).mean()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a call for a batch of tasks gives.
+
+    Args:
+        loss: (tasks,).
+        metric: (tasks,).
+        outputs: (tasks, examples, ...).
+        buffers: After the call, each (tasks, *shape).
+    """
+
+    loss: Tensor
+    metric: Tensor
+    outputs: Tensor
+    buffers: Tensors
 
 
 class TaskNetwork:
@@ -51,23 +73,47 @@ class TaskNetwork:
         self.loss = loss
         self.metric = metric
         self.vectorize = vectorize
+        self._use: Use = "batch"
+        self._is_training = True
 
-    def __call__(
-        self, parameters: Tensors, buffers: Tensors, x: Tensor, y: Tensor
-    ) -> tuple[Tensor, Tensor, Tensors]:
-        """Return losses (tasks,), metric values (tasks,) and the buffers after the call.
+    def support(self, parameters: Tensors, buffers: Tensors, batch: TaskBatch) -> Result:
+        """Call on the support sets.
 
         Args:
             parameters: By name, each (tasks, *shape).
             buffers: By name, each (tasks, *shape).
-            x: Inputs, (tasks, examples, ...).
-            y: Targets, (tasks, examples, ...).
+            batch: The tasks.
         """
+        with self._normalise():
+            return self._call(parameters, buffers, batch.x_support, batch.y_support)
+
+    def query(self, parameters: Tensors, buffers: Tensors, batch: TaskBatch) -> Result:
+        """Call on the query sets; the support sets lend their statistics where asked."""
+        if self._use != "support":
+            with self._normalise():
+                return self._call(parameters, buffers, batch.x_query, batch.y_query)
+        x = torch.cat([batch.x_support, batch.x_query], dim=1)
+        shots = batch.x_support.shape[1]
+        with NormaliseBy(of_first(shots)):
+            return self._call(parameters, buffers, x, batch.y_query, without=shots)
+
+    def _normalise(self) -> AbstractContextManager[object]:
+        if self._use == "running":
+            return NormaliseBy(of_running(update=self._is_training))
+        return nullcontext()
+
+    def _call(
+        self, parameters: Tensors, buffers: Tensors, x: Tensor, y: Tensor, *, without: int = 0
+    ) -> Result:
+        """Call the module for every task; leave out the first outputs, `without` of them."""
+        one_task = partial(self._one_task, without=without)
         with _differentiable_twice():
             if not self.vectorize:
-                return self._loop(parameters, buffers, x, y)
+                return self._loop(one_task, parameters, buffers, x, y)
             try:
-                return torch.vmap(self._one_task, randomness="different")(parameters, buffers, x, y)
+                return Result(
+                    *torch.vmap(one_task, randomness="different")(parameters, buffers, x, y)
+                )
             except RuntimeError as error:
                 if "vmap" not in str(error) and "atching rule" not in str(error):
                     raise
@@ -80,6 +126,15 @@ class TaskNetwork:
                     "pass vectorize=False to loop over the tasks instead"
                 ) from error
 
+    def score(self, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return loss and metric, each (tasks, steps), of outputs (tasks, steps, examples, ...)."""
+        pairs = [
+            [(self.loss(o, targets), self.metric_for(targets)(o, targets)) for o in of_task]
+            for of_task, targets in zip(outputs, y, strict=True)
+        ]
+        stacked = torch.stack([torch.stack([torch.stack(p) for p in row]) for row in pairs])
+        return stacked[..., 0], stacked[..., 1]
+
     def metric_for(self, targets: Tensor) -> Loss:
         """Return the metric that is reported for such targets."""
         return self.metric or (self.loss if targets.is_floating_point() else accuracy)
@@ -89,11 +144,13 @@ class TaskNetwork:
         metric = self.metric_for(targets)
         return "loss" if metric is self.loss else getattr(metric, "__name__", "metric")
 
+    @staticmethod
     def _loop(
-        self, parameters: Tensors, buffers: Tensors, x: Tensor, y: Tensor
-    ) -> tuple[Tensor, Tensor, Tensors]:
+        one_task: Callable[..., _OneTask], parameters: Tensors, buffers: Tensors, x: Tensor,
+        y: Tensor,
+    ) -> Result:  # fmt: skip
         results = [
-            self._one_task(
+            one_task(
                 {n: p[j] for n, p in parameters.items()},
                 {n: b[j] for n, b in buffers.items()},
                 x[j],
@@ -101,15 +158,17 @@ class TaskNetwork:
             )
             for j in range(x.shape[0])
         ]
-        losses, metrics, after = zip(*results, strict=True)
+        losses, metrics, outputs, after = zip(*results, strict=True)
         stacked = {n: torch.stack([b[n] for b in after]) for n in buffers}
-        return torch.stack(losses), torch.stack(metrics), stacked
+        return Result(torch.stack(losses), torch.stack(metrics), torch.stack(outputs), stacked)
 
     def _one_task(
-        self, parameters: Tensors, buffers: Tensors, x: Tensor, y: Tensor
-    ) -> tuple[Tensor, Tensor, Tensors]:
+        self, parameters: Tensors, buffers: Tensors, x: Tensor, y: Tensor, *, without: int
+    ) -> _OneTask:
         buffers = {name: b.clone() for name, b in buffers.items()}  # modules update them in place
         outputs = functional_call(self.module, (parameters, buffers), (x,))
+        if without:
+            outputs = outputs[without:]
         loss = self.loss(outputs, y)
         if loss.ndim != 0:
             raise InputError(
@@ -119,18 +178,19 @@ class TaskNetwork:
         return (
             loss,
             self.metric_for(y)(outputs.detach(), y),
+            outputs.detach(),
             {n: b.detach() for n, b in buffers.items()},
         )
 
     @contextmanager
-    def mode(self, *, is_training: bool) -> Iterator[None]:
-        """Set the module's mode for a while: training, or evaluation with batch statistics.
+    def mode(self, *, is_training: bool, use: Use) -> Iterator[None]:
+        """Set the module's mode and what batch normalisation normalises by, for a while.
 
-        In evaluation dropout is off, while batch normalisation goes on using the statistics of
-        the batch at hand (transductive), as the published numbers of MAML do.
+        In evaluation dropout is off, and running statistics stay as they are.
         """
         before = [(m, m.training) for m in self.module.modules()]
         set_mode(self.module, is_training=is_training)
+        self._is_training, self._use = is_training, use
         try:
             yield
         finally:
@@ -139,15 +199,9 @@ class TaskNetwork:
 
 
 def set_mode(module: nn.Module, *, is_training: bool) -> None:
-    """Set training or evaluation mode, normalisation by batch statistics in both."""
+    """Set training or evaluation mode, batch normalisation as in training in both."""
     for part in module.modules():
         part.training = is_training or isinstance(part, _NormBase)
-
-
-def normalisation_statistics(module: nn.Module) -> str:
-    """Name the statistics that the module's normalisation uses, to be printed with every score."""
-    has_batch_norm = any(isinstance(part, _NormBase) for part in module.modules())
-    return "batch (transductive)" if has_batch_norm else "per example"
 
 
 @contextmanager

@@ -55,11 +55,10 @@ class Scores:
         """Half widths of the 95% intervals of `curve`."""
         return [1.96 * float(s) / self.num_tasks**0.5 for s in self.metric.double().std(0)]
 
-    def is_better_than(self, mean: float | None) -> bool:
-        """Tell whether this mean beats another: a loss is better low, any other metric high."""
-        if mean is None:
-            return True
-        return self.mean < mean if self.metric_name == "loss" else self.mean > mean
+    @property
+    def rank(self) -> float:
+        """The mean, turned so that more is better: a loss is better low, other metrics high."""
+        return -self.mean if self.metric_name == "loss" else self.mean
 
     def as_dict(self) -> dict[str, object]:
         """Return the summary as plain values, for a JSON file."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewstep.core.errors import InputError
+from fewstep.core.norm import NormaliseBy
 
 Norm = Literal["batch", "layer", "none"]
 Downsample = Literal["max-pool", "stride"]
@@ -66,7 +67,8 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output."""
-        if isinstance(self.norm, nn.BatchNorm2d) and self.norm.training:
+        by_batch = self.norm.training and not NormaliseBy.active
+        if isinstance(self.norm, nn.BatchNorm2d) and by_batch:
             z = self._pool_then_normalise(x, self.norm)
         else:
             z = self.pool(self.norm(self.conv(x)))

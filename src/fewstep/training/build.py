@@ -122,7 +122,7 @@ def build_learner(config: RunConfig, problem: Problem, device: str) -> MetaLearn
     module = config.model.build(problem.input_shape, problem.outputs).to(device)
     return MetaLearner(
         module,
-        config.algorithm.build(config.recipe),
+        config.algorithm.build(config.iterations, config.epoch_length),
         F.mse_loss if config.dataset == "sinusoid" else F.cross_entropy,
         chunk_size=config.chunk_size,
     )

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
-from fewstep.core.algorithm import Algorithm, fomaml, maml
+from fewstep.core.adapted import AdaptedParameters
+from fewstep.core.algorithm import Algorithm, ExtraSteps
+from fewstep.core.derivative_order import DerivativeAnnealing, DerivativeOrder, FixedOrder
 from fewstep.core.errors import InputError, check_name
-from fewstep.core.parts import AdaptedParameters, Constant, CosineAnnealing
+from fewstep.core.norm import NormStatistics, PerStepAffine, SharedAffine, Use
+from fewstep.core.outer import Adam, ClipByValue, Constant, CosineAnnealing, NoClipping
+from fewstep.core.query_weights import FinalStep, MultiStepLoss
+from fewstep.core.rates import ConstantRate, LayerStepRates
 from fewstep.data.episodes import Rotations
 from fewstep.data.folder import ImageFolder
 from fewstep.data.glyphs import Glyphs
@@ -21,6 +27,7 @@ from fewstep.models.conv import Activation, Conv4, Downsample, Initialisation, N
 from fewstep.models.mlp import fully_connected, sinusoid_mlp
 
 Split = Literal["train", "val", "test"]
+Recipe = Literal["maml", "fomaml", "maml++", "maml++-reference-code"]
 Images = Glyphs | Omniglot | MiniImageNet | ImageFolder
 
 
@@ -118,29 +125,87 @@ class SinusoidMLPOptions:
 
 
 @dataclass(frozen=True)
-class MamlOptions:
-    """MAML and first-order MAML."""
+class AlgorithmOptions:
+    """The parts of the method."""
 
     num_steps: int = 5
     """Inner steps, in training."""
     eval_steps: int = 5
     """Inner steps, in validation and test."""
     inner_lr: float = 0.1
-    """Inner learning rate, for losses that are means over the examples."""
+    """Inner learning rate, for losses that are means over the examples; where the rates are
+    learned, their initial value."""
+    learned_rates: Literal["no", "tensor", "layer"] = "no"
+    """Learn an inner rate for each step and parameter tensor, or layer (LSLR)."""
+    multi_step_epochs: int = 0
+    """Epochs in which the query loss after every step counts, less and less (MSL)."""
+    first_order_epochs: float = 0
+    """Epochs in which the inner gradients are taken as constants, before the second order (DA);
+    "inf" for first order throughout."""
+    per_step_affine: bool = False
+    """A scale and shift of normalisation layers for each step, learned outside (BNWB)."""
+    per_step_statistics: bool = False
+    """Running statistics for each step (BNRS)."""
+    statistics: Use = "batch"
+    """What batch normalisation normalises by: the batch at hand (transductive), the support set,
+    or running averages."""
+    not_adapted: tuple[str, ...] = ()
+    """Patterns of parameter names that the inner loop leaves alone, such as "*.norm.*"."""
     outer_lr: float = 1e-3
     """Rate of the outer Adam."""
     outer_schedule: Literal["constant", "cosine"] = "constant"
-    """Keep that rate, or let it fall to nothing along half a cosine."""
-    not_adapted: tuple[str, ...] = ()
-    """Patterns of parameter names that the inner loop leaves alone, such as "*.norm.*"."""
+    """Keep that rate, or let it fall along half a cosine (CA)."""
+    final_outer_lr: float = 0.0
+    """Where the cosine ends."""
+    clip_value: float | None = None
+    """Bring every element of the meta-gradient within this of 0."""
+    extra_steps: ExtraSteps = "refuse"
+    """With parts of each step, refuse more test steps than trained, or repeat the last."""
 
-    def build(self, recipe: Literal["maml", "fomaml"]) -> Algorithm:
-        """Return the algorithm."""
-        make = {"maml": maml, "fomaml": fomaml}[recipe]
-        adapted = AdaptedParameters(exclude=self.not_adapted)
-        algorithm = make(self.num_steps, self.inner_lr, self.outer_lr, adapted)
-        schedule = {"constant": Constant, "cosine": CosineAnnealing}[self.outer_schedule]()
-        return replace(algorithm, outer_schedule=schedule)
+    def __post_init__(self) -> None:
+        if self.multi_step_epochs < 0:
+            raise InputError(f"multi_step_epochs={self.multi_step_epochs} must be 0 or more")
+        if not 0 <= self.final_outer_lr <= self.outer_lr:
+            raise InputError(
+                f"final_outer_lr={self.final_outer_lr} must be between 0 and {self.outer_lr}"
+            )
+
+    def build(self, iterations: int, epoch_length: int | None = None) -> Algorithm:
+        """Return the algorithm for a training of so many iterations.
+
+        Args:
+            iterations: All of them.
+            epoch_length: Those of an epoch; None takes a hundredth.
+        """
+        epoch_length = epoch_length or max(1, iterations // 100)
+        return Algorithm(
+            num_steps=self.num_steps,
+            inner_rate=ConstantRate(self.inner_lr)
+            if self.learned_rates == "no"
+            else LayerStepRates(self.inner_lr, per=self.learned_rates),
+            query_weights=MultiStepLoss(self.multi_step_epochs)
+            if self.multi_step_epochs
+            else FinalStep(),
+            derivative_order=_derivative_order(self.first_order_epochs),
+            adapted=AdaptedParameters(exclude=self.not_adapted),
+            norm_affine=PerStepAffine() if self.per_step_affine else SharedAffine(),
+            norm_statistics=NormStatistics(self.statistics, self.per_step_statistics),
+            outer=Adam(self.outer_lr),
+            outer_schedule=CosineAnnealing(
+                iterations / epoch_length, self.final_outer_lr / self.outer_lr
+            )
+            if self.outer_schedule == "cosine"
+            else Constant(),
+            clipping=NoClipping() if self.clip_value is None else ClipByValue(self.clip_value),
+            iterations_per_epoch=epoch_length,
+            extra_steps=self.extra_steps,
+        )
+
+
+def _derivative_order(first_order_epochs: float) -> DerivativeOrder:
+    if first_order_epochs in (0, math.inf):
+        return FixedOrder(2 if first_order_epochs == 0 else 1)
+    return DerivativeAnnealing(first_order_epochs)
 
 
 @dataclass(frozen=True)
@@ -151,8 +216,8 @@ class RunConfig:
     """What to learn; sets the defaults of everything below."""
     network: Literal["conv4", "fully-connected", "sinusoid-mlp"] = "conv4"
     """The model."""
-    recipe: Literal["maml", "fomaml"] = "maml"
-    """The method."""
+    recipe: Recipe = "maml"
+    """The method; sets the defaults of its parts."""
     data: Glyphs | Omniglot | MiniImageNet | ImageFolder | SinusoidData = field(
         default_factory=Glyphs
     )
@@ -163,10 +228,13 @@ class RunConfig:
         default_factory=Conv4Options
     )
     """Options of the network."""
-    algorithm: MamlOptions = field(default_factory=MamlOptions)
-    """Options of the method."""
+    algorithm: AlgorithmOptions = field(default_factory=AlgorithmOptions)
+    """The parts of the method."""
     iterations: int = 1000
     """Outer updates."""
+    epoch_length: int | None = None
+    """Iterations of an epoch, the unit of the method's schedules; a hundredth of all if not
+    given."""
     tasks: int = 8
     """Tasks of an iteration (meta-batch)."""
     chunk_size: int = 8
@@ -177,6 +245,8 @@ class RunConfig:
     """Tasks of a validation."""
     test_tasks: int = 600
     """Tasks of the final test."""
+    keep_best: int = 1
+    """Checkpoints to keep, those with the best validation scores; several make an ensemble."""
     seed: int = 0
     """Seed of the initial parameters, of the training episodes and of dropout."""
     device: str = "auto"
@@ -185,10 +255,12 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name, least in (
             ("iterations", 1), ("tasks", 1), ("chunk_size", 1),
-            ("val_every", 1), ("val_tasks", 2), ("test_tasks", 2),
+            ("keep_best", 1), ("val_every", 1), ("val_tasks", 2), ("test_tasks", 2),
         ):  # fmt: skip
             if (value := getattr(self, name)) < least:
                 raise InputError(f"{name}={value} must be at least {least}")
+        if self.epoch_length is not None and self.epoch_length < 1:
+            raise InputError(f"epoch_length={self.epoch_length} must be at least 1 iteration")
         wanted = (
             ("dataset", "data", SOURCES[self.dataset]),
             ("dataset", "episodes", _episode_options(self.dataset)),

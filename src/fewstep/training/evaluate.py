@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from fewstep.core.errors import InputError
+from fewstep.core.norm import Use
 from fewstep.core.scores import Scores
 from fewstep.training.build import Experiment
 from fewstep.training.config import Split, to_dict
-from fewstep.training.run_folder import RunFolder, command_line, environment, write_json
+from fewstep.training.run_folder import Kept, RunFolder, command_line, environment, write_json
+
+Checkpoint = Literal["best", "last", "ensemble"]
 
 
 def evaluate_run(
@@ -18,9 +22,10 @@ def evaluate_run(
     run: RunFolder,
     *,
     split: Split,
-    checkpoint: Literal["best", "last"],
+    checkpoint: Checkpoint,
     num_tasks: int,
     num_steps: int,
+    statistics: Use | None = None,
     changes: Sequence[str] = (),
 ) -> Scores:
     """Score a checkpoint on a split and write the scores into the run folder.
@@ -29,9 +34,11 @@ def evaluate_run(
         experiment: Its learner is given the checkpoint.
         run: Where the checkpoint is and the scores go.
         split: Where the tasks come from.
-        checkpoint: Which checkpoint.
+        checkpoint: Which checkpoint; "ensemble" takes the mean of the outputs of all that are kept
+            for their validation scores.
         num_tasks: How many tasks.
         num_steps: Inner steps.
+        statistics: What batch normalisation normalises by; None takes the run's.
         changes: How the episodes differ from the run's own, for the file name.
 
     Raises:
@@ -40,19 +47,26 @@ def evaluate_run(
     state = run.state()
     if state is None:
         raise InputError(f"{run.path} has no checkpoint yet; train it first")
-    name, iteration = (
-        (state.best, state.best_iteration)
-        if checkpoint == "best"
-        else (state.last, state.iteration)
-    )
+    chosen = {
+        "best": state.best[:1],
+        "last": (Kept(state.last, state.iteration, None),),
+        "ensemble": state.best,
+    }[checkpoint]
     learner = experiment.learner
-    learner.load_state_tensors(run.load_checkpoint(name))
+    states = [run.load_checkpoint(kept.name) for kept in chosen]
+    episodes = experiment.problem.episodes[split]
     started = time.perf_counter()
-    scores = learner.evaluate(experiment.problem.episodes[split], num_tasks, num_steps=num_steps)
+    if checkpoint == "ensemble":
+        scores = learner.evaluate_ensemble(
+            states, episodes, num_tasks, num_steps=num_steps, statistics=statistics
+        )
+    else:
+        learner.load_state_tensors(states[0])
+        scores = learner.evaluate(episodes, num_tasks, num_steps=num_steps, statistics=statistics)
     summary: dict[str, Any] = {
         "split": split,
         "checkpoint": checkpoint,
-        "iteration": iteration,
+        "iterations": [kept.iteration for kept in chosen],
         "seed": experiment.config.seed,
         "episodes": to_dict(experiment.config.episodes),
         **scores.as_dict(),
@@ -60,6 +74,17 @@ def evaluate_run(
         "training_seconds": round(sum(m.get("seconds", 0) for m in run.metrics()), 1),
         "environment": environment(command_line(), experiment.device),
     }
-    words = ["evaluation", split, checkpoint, f"{num_steps}-steps", *changes]
-    write_json(run.path / f"{'-'.join(words)}.json", summary)
+    write_json(evaluation_file(run, split, checkpoint, num_steps, changes), summary)
     return scores
+
+
+def evaluation_file(
+    run: RunFolder,
+    split: Split,
+    checkpoint: Checkpoint,
+    num_steps: int,
+    changes: Sequence[str] = (),
+) -> Path:
+    """Return where `evaluate_run` writes the scores of such an evaluation."""
+    words = ["evaluation", split, checkpoint, f"{num_steps}-steps", *changes]
+    return run.path / f"{'-'.join(words)}.json"

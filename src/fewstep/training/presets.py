@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from dataclasses import replace
+from typing import Any, get_args
 
 from fewstep.core.errors import check_name
 from fewstep.training.config import (
     NETWORKS,
     SOURCES,
+    AlgorithmOptions,
     ClassificationOptions,
     Conv4Options,
-    MamlOptions,
+    Recipe,
     RegressionOptions,
     RunConfig,
 )
 
 
-def preset(dataset: str = "glyphs", network: str | None = None) -> RunConfig:
-    """Return the default settings for a data set, and for a network other than its usual one.
+def preset(dataset: str = "glyphs", network: str | None = None, recipe: str = "maml") -> RunConfig:
+    """Return the default settings for a data set, a network and a recipe.
+
+    Args:
+        dataset: Name of the data set.
+        network: Name of the network; None takes the data set's usual one.
+        recipe: Name of the recipe.
 
     Raises:
         InputError: unknown name.
@@ -26,25 +34,59 @@ def preset(dataset: str = "glyphs", network: str | None = None) -> RunConfig:
     if network is None:
         network = "sinusoid-mlp" if dataset == "sinusoid" else "conv4"
     check_name("network", network, NETWORKS)
+    check_name("recipe", recipe, get_args(Recipe))
     base: dict[str, Any] = {
         "dataset": dataset,
         "network": network,
+        "recipe": recipe,
         "data": SOURCES[dataset](),
         "model": NETWORKS[network](),
     }
-    return RunConfig(**(base | _problem_defaults(dataset, network)))
+    config = RunConfig(**(base | _problem_defaults(dataset, network)))
+    match recipe:
+        case "fomaml":
+            return replace(config, algorithm=replace(config.algorithm, first_order_epochs=math.inf))
+        case "maml++":
+            return _maml_plus_plus(config, is_paper=True)
+        case "maml++-reference-code":
+            return _maml_plus_plus(config, is_paper=False)
+    return config
+
+
+def _maml_plus_plus(config: RunConfig, *, is_paper: bool) -> RunConfig:
+    """Return the settings with MAML++'s parts; `docs/maml++.md` has the table."""
+    is_mini = config.dataset == "mini-imagenet"
+    algorithm = replace(
+        config.algorithm,
+        num_steps=5,
+        eval_steps=5,
+        inner_lr=0.01 if config.dataset == "sinusoid" or (is_mini and is_paper) else 0.1,
+        learned_rates="layer" if is_paper else "tensor",
+        multi_step_epochs=15 if is_mini else 10,
+        first_order_epochs=50 if is_paper else 0,
+        per_step_affine=True,
+        per_step_statistics=True,
+        statistics="running" if is_paper else "batch",
+        outer_lr=1e-3,
+        outer_schedule="cosine",
+        final_outer_lr=1e-3 if is_mini and not is_paper else 1e-5,
+        clip_value=10.0 if is_mini and not is_paper else None,
+    )
+    iterations = {"glyphs": 200, "omniglot": 6_000}.get(config.dataset, config.iterations)
+    keep_best = 3 if is_paper else 5
+    return replace(config, algorithm=algorithm, iterations=iterations, keep_best=keep_best)
 
 
 def _problem_defaults(dataset: str, network: str) -> dict[str, Any]:
     """Return what a data set sets besides its source and model."""
-    one_step = MamlOptions(
+    one_step = AlgorithmOptions(
         num_steps=1, eval_steps=3, inner_lr=0.4, outer_lr=3e-3, outer_schedule="cosine"
     )
     match dataset:
         case "sinusoid":
             return {
                 "episodes": RegressionOptions(),
-                "algorithm": MamlOptions(num_steps=1, eval_steps=10, inner_lr=0.01),
+                "algorithm": AlgorithmOptions(num_steps=1, eval_steps=10, inner_lr=0.01),
                 "iterations": 30_000,
                 "tasks": 25,
                 "chunk_size": 200,
@@ -70,7 +112,7 @@ def _problem_defaults(dataset: str, network: str) -> dict[str, Any]:
         case _:
             defaults: dict[str, Any] = {
                 "episodes": ClassificationOptions(queries=15),
-                "algorithm": MamlOptions(num_steps=5, eval_steps=10, inner_lr=0.05),
+                "algorithm": AlgorithmOptions(num_steps=5, eval_steps=10, inner_lr=0.05),
                 "iterations": 60_000,
                 "tasks": 4,
                 "val_every": 1_000,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -25,22 +26,40 @@ from fewstep.training.files import write_atomically
 
 
 @dataclass(frozen=True)
+class Kept:
+    """A checkpoint that is kept for its validation score.
+
+    Args:
+        name: Its file name.
+        iteration: Outer updates done at it.
+        rank: Its mean validation metric, turned so that more is better; None without one.
+    """
+
+    name: str
+    iteration: int
+    rank: float | None
+
+
+@dataclass(frozen=True)
 class State:
     """Where a run stands: the small file that says which checkpoints are valid.
 
     Args:
         iteration: Outer updates done at the last checkpoint; the next episode follows from it.
         last: File name of the last checkpoint.
-        best: File name of the checkpoint with the best validation score.
-        best_iteration: Outer updates done at it.
-        best_score: Its mean validation metric; None before the first validation.
+        best: The checkpoints with the best validation scores, the best first; never empty.
     """
 
     iteration: int
     last: str
-    best: str
-    best_iteration: int
-    best_score: float | None
+    best: tuple[Kept, ...]
+
+    @classmethod
+    def from_json(cls, text: str) -> State:
+        """Read what `write_json` wrote."""
+        values = json.loads(text)
+        best = tuple(Kept(**kept) for kept in values.pop("best"))
+        return cls(best=best, **values)
 
 
 class RunFolder:
@@ -99,8 +118,8 @@ class RunFolder:
         if not path.exists():
             return None
         try:
-            return State(**json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
+            return State.from_json(path.read_text())
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(
                 f"{path} is damaged ({error}); the run must be started anew"
             ) from error
@@ -110,26 +129,33 @@ class RunFolder:
         tensors: dict[str, Tensor],
         previous: State | None,
         iteration: int,
-        score: float | None,
+        rank: float | None,
         *,
-        is_best: bool,
+        keep_best: int = 1,
     ) -> State:
         """Write a checkpoint, then the state that makes it count, then drop what is superseded.
 
         A kill or a full disk at any point leaves the earlier checkpoint valid.
+
+        Args:
+            tensors: What to save.
+            previous: The state before.
+            iteration: Outer updates done.
+            rank: Its validation score, more being better; None without a validation.
+            keep_best: How many checkpoints to keep for their scores.
         """
         name = f"{iteration:08d}.safetensors"
         contiguous = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
         write_atomically(self._checkpoints / name, save(contiguous))
-        if is_best or previous is None:
-            state = State(iteration, name, name, iteration, score)
-        else:
-            state = State(
-                iteration, name, previous.best, previous.best_iteration, previous.best_score
-            )
+        best = (Kept(name, iteration, rank),) if previous is None else previous.best
+        if previous is not None and rank is not None:
+            scored = [kept for kept in best if kept.rank is not None]
+            scored.append(Kept(name, iteration, rank))
+            best = tuple(sorted(scored, key=_rank, reverse=True)[:keep_best])
+        state = State(iteration, name, best)
         write_json(self.path / "state.json", asdict(state))
         for file in self._checkpoints.iterdir():
-            if file.name not in (state.last, state.best):
+            if file.name not in (state.last, *(kept.name for kept in state.best)):
                 file.unlink()
         return state
 
@@ -158,6 +184,11 @@ class RunFolder:
         """Drop what was logged after `iteration`, which a resumed run will log again."""
         kept = [m for m in self.metrics() if m["iteration"] <= iteration]
         write_atomically(self.metrics_file, "".join(json_line(m) for m in kept).encode())
+
+
+def _rank(kept: Kept) -> float:
+    assert kept.rank is not None
+    return -math.inf if math.isnan(kept.rank) else kept.rank
 
 
 def json_line(values: dict[str, Any]) -> str:

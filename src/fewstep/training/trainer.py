@@ -88,9 +88,8 @@ class Trainer:
         episodes = self.experiment.problem.episodes["train"]
         batch = episodes.batch((iteration - 1) * config.tasks, config.tasks)
         torch.manual_seed(key_from_name(config.seed, f"iteration {iteration}"))  # for dropout
-        progress = (iteration - 1) / config.iterations
         try:
-            return self.experiment.learner.step(batch, progress=progress)
+            return self.experiment.learner.step(batch)
         except FloatingPointError as error:
             state = self.run.state()
             assert state is not None
@@ -116,13 +115,12 @@ class Trainer:
         return self._checkpoint(iteration, state, scores)
 
     def _checkpoint(self, iteration: int, state: State | None, scores: Scores | None) -> State:
-        best = None if state is None else state.best_score
         return self.run.save_checkpoint(
             self.experiment.learner.state_tensors(),
             state,
             iteration,
-            None if scores is None else scores.mean,
-            is_best=scores is not None and scores.is_better_than(best),
+            None if scores is None else scores.rank,
+            keep_best=self.experiment.config.keep_best,
         )
 
 

@@ -1,0 +1,151 @@
+"""Slots of the outer update: the optimiser, its rate's course, the clipping before it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fewstep.core.errors import InputError
+
+
+class OuterOptimiser(Protocol):
+    """Slot of the outer update: phi <- phi - update(d meta-loss / d phi)."""
+
+    def __call__(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
+        """Return the optimiser of the meta-parameters."""
+        ...
+
+
+class OuterSchedule(Protocol):
+    """Slot of the outer rate's course over training."""
+
+    def __call__(self, epoch: float) -> float:
+        """Return the factor on the outer rate."""
+        ...
+
+
+class Clipping(Protocol):
+    """Slot between the meta-gradient of the module's parameters and the outer optimiser."""
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        """Return the gradient that the optimiser is given."""
+        ...
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The outer rate stays what it is."""
+
+    def __call__(self, epoch: float) -> float:
+        """Return 1."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class CosineAnnealing:
+    """The outer rate falls along half a cosine (CA).
+
+    factor = final + (1 - final) * (1 + cos(pi * epoch / num_epochs)) / 2
+
+    Args:
+        num_epochs: Epochs until the factor is `final`, where it stays.
+        final: Factor at the end.
+
+    Raises:
+        InputError: `num_epochs` is not positive, or `final` is not within 0 and 1.
+
+    Deviation: falls at every iteration; MAML++'s code keeps the rate constant within an epoch.
+
+    Reference: Loshchilov and Hutter, SGDR, ICLR 2017, arXiv:1608.03983.
+    """
+
+    num_epochs: float
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.num_epochs > 0:
+            raise InputError(f"CosineAnnealing(num_epochs={self.num_epochs}) must be positive")
+        if not 0 <= self.final <= 1:
+            raise InputError(f"CosineAnnealing(final={self.final}) must be between 0 and 1")
+
+    def __call__(self, epoch: float) -> float:
+        """Return the factor on the outer rate."""
+        share = min(epoch / self.num_epochs, 1.0)
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * share)) / 2
+
+
+@dataclass(frozen=True)
+class NoClipping:
+    """The gradient as it is."""
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        """Return the gradient."""
+        return gradient
+
+
+@dataclass(frozen=True)
+class ClipByValue:
+    """Every element of the gradient brought within -limit and limit.
+
+    Learned inner rates are not clipped, as in MAML++'s code.
+
+    Raises:
+        InputError: `limit` is not positive.
+
+    Reference: MAML++'s code clips at 10 on mini-ImageNet.
+    """
+
+    limit: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not self.limit > 0:
+            raise InputError(f"ClipByValue(limit={self.limit}) must be positive")
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        """Return the clipped gradient."""
+        return gradient.clamp(-self.limit, self.limit)
+
+
+def _check_outer_lr(outer_lr: float) -> None:
+    if not (math.isfinite(outer_lr) and outer_lr > 0):
+        raise InputError(f"outer_lr={outer_lr} must be a positive number, such as 0.001")
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Adam with PyTorch's defaults but the rate.
+
+    Raises:
+        InputError: `outer_lr` is not a positive finite number.
+    """
+
+    outer_lr: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _check_outer_lr(self.outer_lr)
+
+    def __call__(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
+        """Return the optimiser."""
+        return torch.optim.Adam(parameters, lr=self.outer_lr)
+
+
+@dataclass(frozen=True)
+class SGD:
+    """Gradient descent: phi <- phi - beta * gradient; beta is `outer_lr`.
+
+    Raises:
+        InputError: `outer_lr` is not a positive finite number.
+    """
+
+    outer_lr: float
+
+    def __post_init__(self) -> None:
+        _check_outer_lr(self.outer_lr)
+
+    def __call__(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
+        """Return the optimiser."""
+        return torch.optim.SGD(parameters, lr=self.outer_lr)

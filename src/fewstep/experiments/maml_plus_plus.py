@@ -1,0 +1,248 @@
+"""MAML++'s ablation: MAML, MAML with each part alone, and all parts together."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from fewstep.core.errors import InputError, check_name
+from fewstep.data.omniglot import Omniglot
+from fewstep.experiments.sweep import Test, complete_all
+from fewstep.report.figure import save_figure
+from fewstep.training.config import (
+    AlgorithmOptions,
+    ClassificationOptions,
+    Conv4Options,
+    RunConfig,
+)
+from fewstep.training.files import write_atomically
+from fewstep.training.presets import preset
+from fewstep.training.run_folder import RunFolder, command_line, environment, write_json
+
+MSL: dict[str, Any] = {"multi_step_epochs": 10}
+DA: dict[str, Any] = {"first_order_epochs": 50}
+CA: dict[str, Any] = {"outer_schedule": "cosine", "final_outer_lr": 1e-5}
+NORM: dict[str, Any] = {"per_step_affine": True, "per_step_statistics": True}
+LSLR: dict[str, Any] = {"learned_rates": "tensor"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "MAML": {},
+    "MAML+MSL": MSL,
+    "MAML+DA": DA,
+    "MAML+CA": CA,
+    "MAML+BNWB+BNRS": NORM,
+    "MAML+LSLR": LSLR,
+    "MAML++": {**MSL, **DA, **CA, **NORM, **LSLR},
+}
+PAPER = {
+    ("omniglot", 20, 1): {
+        "MAML": "91.27 ± 1.07",
+        "MAML+MSL": "91.53 ± 0.69",
+        "MAML+DA": "92.3 ± 0.55",
+        "MAML+CA": "93.03 ± 0.44",
+        "MAML+BNWB+BNRS": "95.35 ± 0.23",
+        "MAML+LSLR": "95.77 ± 0.38",
+        "MAML++": "97.65 ± 0.05",
+    },
+    ("omniglot", 5, 1): {"MAML++": "99.47"},
+    ("mini-imagenet", 5, 1): {"MAML": "48.25 ± 0.62", "MAML++": "52.15 ± 0.26"},
+    ("mini-imagenet", 5, 5): {"MAML": "64.39 ± 0.31", "MAML++": "68.32 ± 0.44"},
+}
+TESTS = (
+    Test("best"),
+    Test("ensemble"),
+    Test("best", statistics="support"),
+    Test("best", statistics="running"),
+)
+
+
+@dataclass(frozen=True)
+class MamlPlusPlusAblation:
+    """The ablation table and the validation curves of MAML++.
+
+    The default is the authors' schedule: 100 epochs of 500 iterations of 8 tasks. Fewer iterations
+    shorten the epochs, so that every schedule keeps its shape.
+    """
+
+    dataset: Literal["omniglot", "mini-imagenet", "glyphs"] = "omniglot"
+    """Where the tasks come from."""
+    ways: int = 20
+    """Classes of a task."""
+    shots: int = 1
+    """Support images of each class."""
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    """Rows of the table."""
+    seeds: int = 3
+    """Runs of each row."""
+    iterations: int = 50_000
+    """Outer updates of a run."""
+    tasks: int = 8
+    """Tasks of an iteration."""
+    filters: int = 64
+    """Channels of every block of the network."""
+    val_every: int = 500
+    """Iterations between validations."""
+    val_tasks: int = 600
+    """Tasks of a validation."""
+    test_tasks: int = 600
+    """Tasks of the test."""
+    workers: int = 1
+    """Runs at once, a single-threaded process each."""
+    out: Path = Path("runs/maml++-ablation")
+    """Folder of the runs, the table and the figure; a second call goes on where one stopped."""
+    device: str = "auto"
+    """"cpu", "cuda", ...; "auto" takes a GPU where there is one."""
+
+    def run(self, console: Console) -> None:
+        """Train what is not trained yet; write the table and the figure."""
+        for variant in self.variants:
+            check_name("variant", variant, VARIANTS)
+        if self.seeds < 1:
+            raise InputError(f"seeds={self.seeds} must be at least 1")
+        plan = {
+            self.out / f"{variant.lower()}-seed{seed}": self._config(variant, seed)
+            for seed in range(self.seeds)
+            for variant in self.variants
+        }
+        found = complete_all(plan, TESTS, self.workers, console)
+        if len(found) < len(plan):
+            console.print(
+                f"{len(found)} of {len(plan)} runs are done; the same command goes on",
+                highlight=False,
+            )
+            return
+        rows = {v: self._row(v, found) for v in self.variants}
+        summary = {
+            "command": command_line(),
+            "environment": environment(command_line(), next(iter(plan.values())).device),
+            "schedule": self._schedule(),
+            "rows": rows,
+        }
+        write_json(self.out / "table.json", summary)
+        write_atomically(self.out / "table.md", self._markdown(rows).encode())
+        plot_validation({v: self._folders(v) for v in self.variants}, self.out / "curves.png")
+        console.print(self._markdown(rows), highlight=False, markup=False)
+        console.print(f"wrote table.md, table.json and curves.png in {self.out}", highlight=False)
+
+    def _folders(self, variant: str) -> list[RunFolder]:
+        names = [f"{variant.lower()}-seed{seed}" for seed in range(self.seeds)]
+        return [RunFolder(self.out / name) for name in names]
+
+    def _config(self, variant: str, seed: int) -> RunConfig:
+        base = preset(self.dataset)
+        is_mini = self.dataset == "mini-imagenet"
+        return replace(
+            base,
+            recipe="maml++-reference-code" if variant == "MAML++" else "maml",
+            data=Omniglot(class_split="maml++") if self.dataset == "omniglot" else base.data,
+            episodes=ClassificationOptions(
+                ways=self.ways,
+                shots=self.shots,
+                queries=15 if is_mini else 1,
+                eval_queries=15 if is_mini else 1,
+                rotations="none" if is_mini else "episode",
+            ),
+            model=Conv4Options(filters=self.filters, activation="leaky-relu"),
+            algorithm=AlgorithmOptions(not_adapted=("*.norm.*",), **VARIANTS[variant]),
+            iterations=self.iterations,
+            tasks=self.tasks,
+            val_every=self.val_every,
+            val_tasks=self.val_tasks,
+            test_tasks=self.test_tasks,
+            keep_best=5,
+            seed=seed,
+            device=self.device,
+        )
+
+    def _row(self, variant: str, found: Mapping[Path, list[dict[str, Any]]]) -> dict[str, Any]:
+        runs = [found[run.path] for run in self._folders(variant)]
+        best, ensemble, support, running = zip(*runs, strict=True)
+        seconds = [tests[0]["training_seconds"] for tests in runs]
+        return {
+            "single": _over_seeds(best),
+            "ensemble": _over_seeds(ensemble),
+            "statistics": {
+                "batch": _over_seeds(best),
+                "support": _over_seeds(support),
+                "running": _over_seeds(running),
+            },
+            "seconds_per_run": statistics.mean(seconds),
+            "paper": PAPER.get((self.dataset, self.ways, self.shots), {}).get(variant, ""),
+        }
+
+    def _schedule(self) -> str:
+        return (
+            f"{self.dataset} {self.ways}-way {self.shots}-shot, Conv4-{self.filters}, "
+            f"{self.iterations:,} iterations of {self.tasks} tasks, {self.seeds} seeds, "
+            f"{self.test_tasks} test tasks each"
+        )
+
+    def _markdown(self, rows: Mapping[str, dict[str, Any]]) -> str:
+        lines = [
+            f"{self._schedule()}. Accuracy in %: mean over the seeds ± 95% interval over all test",
+            "tasks (standard deviation over the seeds). Transductive batch statistics but in the",
+            "last two columns.",
+            "",
+            "| method | accuracy | ensemble of 5 | paper | s per run | by support | by running |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for variant, row in rows.items():
+            by = row["statistics"]
+            cells = [
+                variant, _cell(row["single"]), _cell(row["ensemble"]), row["paper"] or "-",
+                f"{row['seconds_per_run']:.0f}", _cell(by["support"]), _cell(by["running"]),
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join(lines) + "\n"
+
+
+def _over_seeds(tests: Any) -> dict[str, Any]:
+    """Return the mean over the seeds, the interval over all tasks and the spread of the seeds."""
+    means = [test["mean"] for test in tests]
+    return {
+        "mean": statistics.mean(means),
+        "ci95": sum(test["ci95"] ** 2 for test in tests) ** 0.5 / len(means),
+        "std_over_seeds": statistics.stdev(means) if len(means) > 1 else 0.0,
+        "seeds": means,
+    }
+
+
+def _cell(value: Mapping[str, float]) -> str:
+    mean, ci95, std = (100 * value[key] for key in ("mean", "ci95", "std_over_seeds"))
+    return f"{mean:.2f} ± {ci95:.2f} ({std:.2f})"
+
+
+def plot_validation(runs: Mapping[str, list[RunFolder]], path: Path) -> None:
+    """Draw the mean validation accuracy over seeds, with the range of the seeds.
+
+    Args:
+        runs: Runs of each curve, by its name.
+        path: PNG file to write.
+    """
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, folders in runs.items():
+        series = [
+            {m["iteration"]: 100 * m["val_accuracy"] for m in run.metrics() if "val_accuracy" in m}
+            for run in folders
+        ]
+        iterations = sorted(set.intersection(*(set(s) for s in series)))
+        values = [[s[i] for s in series] for i in iterations]
+        (line,) = axes.plot(iterations, [statistics.mean(v) for v in values], label=name)
+        axes.fill_between(
+            iterations, [min(v) for v in values], [max(v) for v in values],
+            color=line.get_color(), alpha=0.2, linewidth=0,
+        )  # fmt: skip
+    axes.set(
+        xlabel="iteration",
+        ylabel="validation accuracy (%)",
+        title="mean over seeds, band from the lowest to the highest",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_figure(figure, path)

@@ -1,0 +1,528 @@
+"""MAML++ against a plain loop, and each of its parts against what it must and must not change."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fewstep import (
+    SGD,
+    Algorithm,
+    ClipByValue,
+    CosineAnnealing,
+    DerivativeAnnealing,
+    FixedOrder,
+    InputError,
+    LayerStepRates,
+    MetaLearner,
+    MultiStepLoss,
+    NormStatistics,
+    PerStepAffine,
+    TaskBatch,
+    fomaml,
+    maml,
+    maml_plus_plus,
+)
+from fewstep.core.norm import NormaliseBy, of_first
+from fewstep.models import Conv4
+from tests.core.reference import MODELS, WAYS, Case, relative_error
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+STEPS = 3
+NORMS = {
+    "BatchNorm1d": lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh()),
+    "BatchNorm2d": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 6, 1), nn.BatchNorm2d(6), nn.Tanh(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+    ),
+    "BatchNorm3d": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 1, 2, 2)), nn.Conv3d(1, 6, 1), nn.BatchNorm3d(6), nn.Tanh(),
+        nn.AdaptiveAvgPool3d(1), nn.Flatten(),
+    ),
+    "LayerNorm": lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh()),
+    "GroupNorm": lambda: nn.Sequential(nn.Linear(4, 6), nn.GroupNorm(2, 6), nn.Tanh()),
+}  # fmt: skip
+every_norm = pytest.mark.parametrize("norm", NORMS)
+
+
+def net(norm: str = "BatchNorm1d") -> nn.Module:
+    """A small net; its norm's scale and shift are not the trivial ones."""
+    module = nn.Sequential(*NORMS[norm](), nn.Linear(6, WAYS))
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+            nn.init.uniform_(part.running_mean)
+            nn.init.uniform_(part.running_var, 0.5, 1.5)
+        if type(part).__name__ in NORMS:
+            nn.init.uniform_(part.weight, 0.5, 1.5)
+            nn.init.uniform_(part.bias)
+    return module
+
+
+def norm_name(module: nn.Module) -> str:
+    return next(n for n, m in module.named_modules() if type(m).__name__ in NORMS)
+
+
+CASE = Case(net, (4,))
+
+
+def learner_of(algorithm: Algorithm, module: nn.Module | None = None, **options) -> MetaLearner:
+    return MetaLearner(module or net(), algorithm, F.cross_entropy, **options)
+
+
+def twin(learner: MetaLearner, **parts) -> MetaLearner:
+    """The same module under another algorithm."""
+    algorithm = replace(learner.algorithm, **parts)
+    return MetaLearner(learner.module, algorithm, F.cross_entropy)
+
+
+PLAIN = maml(STEPS, 0.3)
+
+
+# The whole against a plain loop
+
+
+def plain_forward(theta: dict[str, Tensor], row: int, x: Tensor) -> Tensor:
+    z = F.linear(x, theta["0.weight"], theta["0.bias"])
+    z = F.batch_norm(z, None, None, theta["1.weight"][row], theta["1.bias"][row], training=True)
+    return F.linear(torch.tanh(z), theta["3.weight"], theta["3.bias"])
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_all_parts_against_a_plain_loop(order):
+    algorithm = Algorithm(
+        STEPS,
+        LayerStepRates(0.3),
+        MultiStepLoss(10),
+        FixedOrder(order),
+        norm_affine=PerStepAffine(),
+        norm_statistics=NormStatistics(per_step=True),
+        iterations_per_epoch=2,
+    )
+    learner, batch = learner_of(algorithm), CASE.batch()
+    learner.iteration = 7  # epoch 3.5
+    with torch.no_grad():
+        for tensor in learner.parameters.values():
+            tensor.add_(torch.rand_like(tensor) / 5)
+    actual, _ = learner.meta_gradient(batch)
+
+    phi = {n: p.detach().clone().requires_grad_() for n, p in learner.parameters.items()}
+    adapted = ["0.weight", "0.bias", "3.weight", "3.bias"]
+    weights = [1 / 3 - 3 / 30, 1 / 3 - 3 / 30, 1 / 3 + 3 * 2 / 30]
+    total = torch.zeros(())
+    for x_support, y_support, x_query, y_query in zip(*batch.tensors(), strict=True):
+        theta = dict(phi)
+        for k in range(STEPS):
+            loss = F.cross_entropy(plain_forward(theta, k, x_support), y_support)
+            inputs = [theta[n] for n in adapted]
+            gradients = torch.autograd.grad(loss, inputs, create_graph=True)
+            for name, g in zip(adapted, gradients, strict=True):
+                rate = phi[f"inner_lr.{name}"][k]
+                theta[name] = theta[name] - rate * (g if order == 2 else g.detach())
+            query = F.cross_entropy(plain_forward(theta, k, x_query), y_query)
+            total = total + weights[k] * query / len(batch)
+    expected = torch.autograd.grad(total, list(phi.values()), materialize_grads=True)
+    assert relative_error(actual, dict(zip(phi, expected, strict=True))) < 1e-9
+
+
+# Collapse: parts that are neutral leave MAML
+
+
+class OneHot:
+    def __call__(self, num_steps: int, epoch: float) -> tuple[float, ...]:
+        return tuple(float(k == num_steps) for k in range(num_steps + 1))
+
+
+NEUTRAL = {
+    "rates per tensor": {"inner_rate": LayerStepRates(0.3, per="tensor")},
+    "rates per layer": {"inner_rate": LayerStepRates(0.3, per="layer")},
+    "one-hot weights": {"query_weights": OneHot()},
+    "multi-step loss after its epochs": {"query_weights": MultiStepLoss(1)},
+    "derivative annealing after its epochs": {"derivative_order": DerivativeAnnealing(1)},
+    "rows of statistics that are not used": {"norm_statistics": NormStatistics(per_step=True)},
+    "clipping beyond reach": {"clipping": ClipByValue(1e9)},
+}
+NEUTRAL["all of these"] = {slot: part for parts in NEUTRAL.values() for slot, part in parts.items()}
+
+
+@every_norm
+@pytest.mark.parametrize("parts", NEUTRAL.values(), ids=NEUTRAL)
+def test_neutral_parts_leave_maml(norm, parts):
+    plain, batch = learner_of(PLAIN, net(norm)), CASE.batch()
+    other = twin(plain, iterations_per_epoch=1, **parts)
+    other.iteration = 1
+    gradient, metrics = other.meta_gradient(batch)
+    expected, expected_metrics = plain.meta_gradient(batch)
+    own = {n: g for n, g in gradient.items() if not n.startswith("inner_lr.")}
+    assert relative_error(own, expected) < 1e-12
+    torch.testing.assert_close(metrics.task_loss, expected_metrics.task_loss)
+
+
+@every_norm
+def test_rows_of_equal_affine_share_the_gradient_of_one(norm):
+    """Equal rows act as one scale and shift; their gradients add up to its gradient."""
+    module, batch = net(norm), CASE.batch()
+    for algorithm in (PLAIN, replace(PLAIN, query_weights=MultiStepLoss())):
+        adapted = replace(algorithm.adapted, exclude=(f"{norm_name(module)}.*",))
+        shared = MetaLearner(module, replace(algorithm, adapted=adapted), F.cross_entropy)
+        rows = MetaLearner(module, replace(algorithm, norm_affine=PerStepAffine()), F.cross_entropy)
+        gradient = dict(rows.meta_gradient(batch)[0])
+        for name in (f"{norm_name(module)}.weight", f"{norm_name(module)}.bias"):
+            assert gradient[name].shape == (STEPS, *module.get_parameter(name).shape)
+            gradient[name] = gradient[name].sum(0)
+        assert relative_error(gradient, shared.meta_gradient(batch)[0]) < 1e-12
+
+
+def test_the_steps_of_one_loop_can_be_told_apart():
+    """Neutrality above is no accident: parts that are not neutral change the gradient."""
+    plain, batch = learner_of(PLAIN), CASE.batch()
+    expected, _ = plain.meta_gradient(batch)
+    for parts in (
+        {"query_weights": MultiStepLoss()},
+        {"derivative_order": DerivativeAnnealing(1)},
+        {"norm_statistics": NormStatistics("support")},
+        {"norm_statistics": NormStatistics("running")},
+    ):
+        assert relative_error(twin(plain, **parts).meta_gradient(batch)[0], expected) > 1e-3
+
+
+# Step k touches row k
+
+
+def curve(learner: MetaLearner, batch: TaskBatch) -> Tensor:
+    return learner.evaluate(batch, len(batch)).loss.mean(0)
+
+
+@pytest.mark.parametrize("row", range(STEPS))
+@pytest.mark.parametrize("name", ["inner_lr.0.weight", "inner_lr.3.bias", "1.weight", "1.bias"])
+def test_a_row_changes_its_step_and_those_after(row, name):
+    algorithm = replace(PLAIN, inner_rate=LayerStepRates(0.3), norm_affine=PerStepAffine())
+    learner, batch = learner_of(algorithm), CASE.batch()
+    before = curve(learner, batch)
+    with torch.no_grad():
+        learner.parameters[name][row] += 0.1
+    changed = (curve(learner, batch) - before).abs() > 1e-9
+    # The query set before any step is seen through the first row of the affine parameters.
+    from_start = row == 0 and name.startswith("1.")
+    assert changed.tolist() == [from_start, *[k >= row for k in range(STEPS)]]
+
+
+def test_adapted_rows_change_at_their_own_step_alone():
+    algorithm = replace(PLAIN, norm_affine=PerStepAffine(adapted=True))
+    learner, batch = learner_of(algorithm), CASE.batch()
+    rows = learner.parameters["1.weight"]
+    points = list(learner._trajectory(batch, STEPS, derivative_order=1))
+    for k, (at, after) in enumerate(itertools.pairwise(points)):
+        moved = (after.theta["1.weight"] != at.theta["1.weight"]).flatten(2).any(2).any(0)
+        assert moved.tolist() == [row == k for row in range(STEPS)]
+    assert torch.equal(rows, learner.parameters["1.weight"])
+
+
+@pytest.mark.parametrize("per", ["tensor", "layer"])
+def test_learned_rates_against_finite_differences(per):
+    algorithm = replace(PLAIN, inner_rate=LayerStepRates(0.3, per))
+    learner, batch = learner_of(algorithm), CASE.batch()
+    gradient, _ = learner.meta_gradient(batch)
+    names = [n for n in learner.parameters if n.startswith("inner_lr.")]
+    assert len(names) == {"tensor": 6, "layer": 3}[per]
+    for name in names:
+        for k in range(STEPS):
+            losses = []
+            for shift in (1e-5, -2e-5):
+                with torch.no_grad():
+                    learner.parameters[name][k] += shift
+                losses.append(learner.meta_gradient(batch)[1].loss)
+            with torch.no_grad():
+                learner.parameters[name][k] += 1e-5
+            difference = (losses[0] - losses[1]) / 2e-5
+            torch.testing.assert_close(gradient[name][k], difference, rtol=1e-6, atol=1e-9)
+
+
+def test_the_initial_rate_is_honoured():
+    learner = learner_of(replace(PLAIN, inner_rate=LayerStepRates(0.07)))
+    rates = [t for n, t in learner.parameters.items() if n.startswith("inner_lr.")]
+    assert all(torch.equal(t, torch.full((STEPS,), 0.07)) for t in rates)
+
+
+# Schedules
+
+
+def test_weights_of_the_published_example():
+    weights = MultiStepLoss(10)
+    assert weights(5, 0) == pytest.approx((0, 0.2, 0.2, 0.2, 0.2, 0.2))
+    assert weights(5, 9.9) == pytest.approx((0, 0.02, 0.02, 0.02, 0.02, 0.92))
+    assert weights(5, 10) == (0, 0, 0, 0, 0, 1)
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 2, 5])
+@pytest.mark.parametrize("floor", [0.0, 0.03, 0.5, 1.0])
+def test_weights_are_shares(num_steps, floor):
+    part = MultiStepLoss(40, floor)
+    for epoch in range(45):
+        v = part(num_steps, epoch)
+        assert len(v) == num_steps + 1
+        assert min(v) >= 0
+        assert sum(v) == pytest.approx(1, abs=1e-12)
+        assert epoch >= 40 or num_steps < 2 or min(v[1:]) >= floor / num_steps - 1e-12
+
+
+def test_derivative_annealing_is_fomaml_first_and_maml_then():
+    annealed = replace(PLAIN, derivative_order=DerivativeAnnealing(2), iterations_per_epoch=3)
+    learner, batch = learner_of(annealed), CASE.batch()
+    first = twin(learner, derivative_order=fomaml().derivative_order).meta_gradient(batch)[0]
+    second = twin(learner, derivative_order=FixedOrder(2)).meta_gradient(batch)[0]
+    for iteration, expected in ((0, first), (5, first), (6, second), (7, second)):
+        learner.iteration = iteration
+        assert relative_error(learner.meta_gradient(batch)[0], expected) == 0
+    assert relative_error(first, second) > 1e-3
+
+
+def test_rates_learn_in_the_first_order_phase():
+    """With one step no second derivative enters d L_query / d alpha = -s . q."""
+    algorithm = replace(maml(1, 0.3), inner_rate=LayerStepRates(0.3))
+    second, batch = learner_of(algorithm), CASE.batch()
+    first = twin(second, derivative_order=DerivativeAnnealing(1))
+    actual, expected = first.meta_gradient(batch)[0], second.meta_gradient(batch)[0]
+    rates = [n for n in actual if n.startswith("inner_lr.")]
+    assert relative_error({n: actual[n] for n in rates}, {n: expected[n] for n in rates}) < 1e-12
+    assert all(actual[n].abs().min() > 0 for n in rates)
+
+
+def test_epochs_pass_with_the_steps():
+    algorithm = replace(
+        PLAIN, outer=SGD(1.0), outer_schedule=CosineAnnealing(2, final=0.1), iterations_per_epoch=2
+    )
+    learner, batch = learner_of(algorithm), CASE.batch()
+    factors = [1, 0.1 + 0.9 * (1 + 2**-0.5) / 2, 0.55, 0.1 + 0.9 * (1 - 2**-0.5) / 2, 0.1, 0.1]
+    for iteration, factor in enumerate(factors):
+        assert learner.epoch == iteration / 2
+        before = learner.parameters["0.weight"].detach().clone()
+        gradient = learner.meta_gradient(batch)[0]["0.weight"]
+        learner.step(batch)
+        torch.testing.assert_close(learner.parameters["0.weight"], before - factor * gradient)
+    other = learner_of(algorithm)
+    other.load_state_tensors(learner.state_tensors())
+    assert other.epoch == 3
+
+
+def test_clipping_leaves_the_rates_alone():
+    limit = 1e-3
+    algorithm = replace(
+        PLAIN, inner_rate=LayerStepRates(0.3), outer=SGD(1.0), clipping=ClipByValue(limit)
+    )
+    learner, batch = learner_of(algorithm), CASE.batch()
+    gradient, _ = learner.meta_gradient(batch)
+    before = {n: p.detach().clone() for n, p in learner.parameters.items()}
+    learner.step(batch)
+    for name, p in learner.parameters.items():
+        expected = gradient[name]
+        if not name.startswith("inner_lr."):
+            expected = expected.clamp(-limit, limit)
+        torch.testing.assert_close(before[name] - p, expected)
+    assert max(g.abs().max() for g in gradient.values()) > limit
+
+
+# Normalisation statistics
+
+
+def outputs(learner: MetaLearner, batch: TaskBatch, use: str) -> Tensor:
+    return learner.predict(batch, len(batch), statistics=use)
+
+
+def queries_of(batch: TaskBatch, which: slice) -> TaskBatch:
+    return TaskBatch(
+        batch.x_support, batch.y_support, batch.x_query[:, which], batch.y_query[:, which]
+    )
+
+
+@pytest.mark.parametrize("case", ["batch norm", "Conv4", "fully connected"])
+@pytest.mark.parametrize("use", ["batch", "support", "running"])
+def test_who_sees_whom(case, use):
+    """Tasks never see each other; query examples see each other only by batch statistics."""
+    learner = MetaLearner(MODELS[case].build(), maml(2, 0.3), F.cross_entropy)
+    batch = MODELS[case].batch(tasks=4)
+    whole = outputs(learner, batch, use)
+    order = [2, 0, 3, 1]
+    permuted = TaskBatch(*(t[order] for t in batch.tensors()))
+    torch.testing.assert_close(outputs(learner, permuted, use), whole[order])
+    alone = torch.cat([outputs(learner, task, use) for task in batch.split(1)])
+    torch.testing.assert_close(alone, whole)
+    few = outputs(learner, queries_of(batch, slice(2)), use)
+    sees_each_other = not torch.allclose(few, whole[:, :, :2], atol=1e-9)
+    assert sees_each_other == (use == "batch")
+
+
+def test_support_statistics_against_a_plain_pass():
+    module = net()
+    learner = learner_of(maml(1, 0.3), module)
+    task = CASE.batch(tasks=1)
+    x, y = task.x_support[0], task.y_support[0]
+    theta = dict(module.named_parameters())
+
+    def forward(theta, x, reference):
+        z, r = (F.linear(t, theta["0.weight"], theta["0.bias"]) for t in (x, reference))
+        z = (z - r.mean(0)) / (r.var(0, correction=0) + 1e-5).sqrt()
+        z = torch.tanh(z * theta["1.weight"] + theta["1.bias"])
+        return F.linear(z, theta["3.weight"], theta["3.bias"])
+
+    loss = F.cross_entropy(forward(theta, x, x), y)
+    gradient = torch.autograd.grad(loss, list(theta.values()))
+    theta = {n: p - 0.3 * g for (n, p), g in zip(theta.items(), gradient, strict=True)}
+    expected = forward(theta, task.x_query[0], x)
+    torch.testing.assert_close(outputs(learner, task, "support")[0, 1], expected)
+    support = twin(learner, norm_statistics=NormStatistics("support"))
+    torch.testing.assert_close(support.adapt(x, y)(task.x_query[0]), expected)
+
+
+def test_running_statistics_are_those_of_evaluation_mode():
+    module, task = net(), CASE.batch(tasks=1)
+    learner = learner_of(replace(PLAIN, norm_statistics=NormStatistics("running")), module)
+    before = {n: b.clone() for n, b in module.named_buffers()}
+    actual = learner.predict(task, 1)[0, 0]
+    assert all(torch.equal(b, before[n]) for n, b in module.named_buffers())
+    module.eval()
+    torch.testing.assert_close(actual, module(task.x_query[0]))
+    adapted = learner.adapt(task.x_support[0], task.y_support[0])
+    assert not adapted.training
+    torch.testing.assert_close(adapted(task.x_query[0]), learner.predict(task, 1)[0, -1])
+
+
+def test_running_statistics_are_collected_for_each_point():
+    """Row 0 sees the support set under theta[0], the last row the query set under theta[K]."""
+    module, batch = net(), CASE.batch()
+    per_step = NormStatistics(per_step=True)
+    algorithm = replace(maml(1, 0.3), norm_statistics=per_step, outer=SGD(1e-9))
+    learner = learner_of(algorithm, module)
+    assert learner.buffers["1.running_mean"].shape == (2, 6)
+    means = []
+    for j in range(len(batch)):
+        theta = {n: p.detach() for n, p in module.named_parameters()}
+        adapted = learner.adapt(batch.x_support[j], batch.y_support[j])
+        means.append(
+            (
+                F.linear(batch.x_support[j], theta["0.weight"], theta["0.bias"]).mean(0),
+                F.linear(batch.x_query[j], adapted[0].weight, adapted[0].bias).mean(0),
+            )
+        )
+    mean = torch.stack([torch.stack(pair) for pair in means]).mean(0)
+    expected = 0.9 * module[1].running_mean + 0.1 * mean
+    learner.step(batch)
+    torch.testing.assert_close(learner.buffers["1.running_mean"], expected)
+
+
+def test_training_by_running_statistics_collects_them():
+    algorithm = replace(PLAIN, norm_statistics=NormStatistics("running", per_step=True))
+    learner, batch = learner_of(algorithm), CASE.batch()
+    rows = learner.buffers["1.running_mean"].clone()
+    learner.step(batch)
+    moved = (learner.buffers["1.running_mean"] != rows).any(1)
+    assert moved.tolist() == [True] * (STEPS + 1)
+
+
+def test_the_plain_block_equals_the_fused_one():
+    block = Conv4(1, WAYS, 16, filters=4).blocks[0]
+    nn.init.normal_(block.norm.weight)
+    x = torch.randn(5, 1, 16, 16)
+    fused = block(x)
+    with NormaliseBy(of_first(5)):
+        torch.testing.assert_close(block(x), fused)
+
+
+def test_what_is_printed():
+    learner, batch = learner_of(maml_plus_plus(2), net()), CASE.batch()
+    assert "running averages of each step" in str(learner.evaluate(batch, 3))
+    assert "support set" in str(learner.evaluate(batch, 3, statistics="support"))
+    assert "batch (transductive)" in str(learner.evaluate(batch, 3, statistics="batch"))
+    assert "per example" in str(learner_of(PLAIN, net("LayerNorm")).evaluate(batch, 3))
+
+
+# More steps than trained
+
+
+PER_STEP = {
+    "LayerStepRates": {"inner_rate": LayerStepRates(0.3)},
+    "PerStepAffine": {"norm_affine": PerStepAffine()},
+    "NormStatistics": {"norm_statistics": NormStatistics("running", per_step=True)},
+}
+
+
+@pytest.mark.parametrize("name", PER_STEP)
+def test_more_steps_than_trained(name):
+    algorithm, batch = replace(PLAIN, **PER_STEP[name]), CASE.batch()
+    with pytest.raises(InputError, match=f"num_steps=4 is more than the 3 that {name} learned"):
+        learner_of(algorithm).evaluate(batch, 3, num_steps=4)
+    learner = learner_of(replace(algorithm, extra_steps="repeat"))
+    assert torch.equal(
+        learner.evaluate(batch, 3, num_steps=6).loss[:, : STEPS + 1],
+        learner.evaluate(batch, 3).loss,
+    )
+
+
+def test_repeating_the_last_rate():
+    learner, batch = learner_of(PLAIN), CASE.batch()
+    other = twin(learner, inner_rate=LayerStepRates(0.3), extra_steps="repeat")
+    torch.testing.assert_close(
+        other.evaluate(batch, 3, num_steps=6).loss, learner.evaluate(batch, 3, num_steps=6).loss
+    )
+
+
+# Ensemble, state, recipes
+
+
+def test_an_ensemble_takes_the_mean_of_the_outputs():
+    learner, batch = learner_of(maml_plus_plus(2, version="reference_code")), CASE.batch(tasks=5)
+    states, predictions = [], []
+    for _ in range(3):
+        learner.step(batch)
+        states.append(learner.state_tensors())
+        predictions.append(learner.predict(batch, 5))
+    one = learner.evaluate_ensemble(states[2:], batch, 5)
+    torch.testing.assert_close(one.metric, learner.evaluate(batch, 5).metric)
+    torch.testing.assert_close(one.loss, learner.evaluate(batch, 5).loss)
+    scores = learner.evaluate_ensemble(states, batch, 5)
+    mean = sum(predictions) / 3
+    expected = (mean.argmax(-1) == batch.y_query[:, None]).double().mean(-1)
+    torch.testing.assert_close(scores.metric, expected)
+    for name, tensor in learner.state_tensors().items():
+        assert torch.equal(tensor, states[2][name])
+    with pytest.raises(InputError, match="ensemble of 0 states"):
+        learner.evaluate_ensemble([], batch, 5)
+
+
+def test_the_state_holds_every_part():
+    batch, other_batch = CASE.batch(), CASE.batch()
+    one, two = (learner_of(maml_plus_plus(2, iterations_per_epoch=1)) for _ in range(2))
+    one.step(batch)
+    two.load_state_tensors(one.state_tensors())
+    one.step(other_batch)
+    two.step(other_batch)
+    state = two.state_tensors()
+    assert state.keys() == one.state_tensors().keys()
+    assert all(torch.equal(t, state[n]) for n, t in one.state_tensors().items())
+
+
+def test_the_adapted_module_has_the_last_row():
+    learner = learner_of(replace(PLAIN, norm_affine=PerStepAffine()))
+    with torch.no_grad():
+        learner.parameters["1.bias"].add_(torch.arange(STEPS)[:, None])
+    task = CASE.batch(tasks=1)
+    module = learner.adapt(task.x_support[0], task.y_support[0])
+    assert torch.equal(module[1].bias, learner.parameters["1.bias"][-1])
+    torch.testing.assert_close(module(task.x_query[0]), learner.predict(task, 1)[0, -1])
+
+
+def test_the_recipe_learns():
+    case = MODELS["mlp"]
+    batch = case.batch(tasks=8)
+    learner = MetaLearner(
+        nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, WAYS)),
+        maml_plus_plus(3, 0.1, 1e-2, num_epochs=10, iterations_per_epoch=10),
+        F.cross_entropy,
+    )
+    first = learner.step(batch).loss
+    for _ in range(99):
+        last = learner.step(batch).loss
+    assert last < 0.5 * first

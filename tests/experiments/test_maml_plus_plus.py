@@ -1,0 +1,114 @@
+"""The ablation, on a few tiny images."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from fewstep.core.errors import InputError
+from fewstep.data.folder import ImageFolder
+from fewstep.experiments.maml_plus_plus import MamlPlusPlusAblation
+from fewstep.training.trainer import Trainer
+from tests.data.conftest import write_images
+
+VARIANTS = ("MAML", "MAML++")
+
+
+@pytest.fixture
+def ablation(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    write_images(tmp_path / "images", {f"c{i:02d}": 4 for i in range(12)})
+    usual = MamlPlusPlusAblation._config
+
+    def config(self, variant, seed):
+        made = usual(self, variant, seed)
+        data = ImageFolder(root=tmp_path / "images", size=16)
+        return replace(made, dataset="folder", data=data)
+
+    monkeypatch.setattr(MamlPlusPlusAblation, "_config", config)
+    return MamlPlusPlusAblation(
+        dataset="glyphs", ways=2, variants=VARIANTS, seeds=2, iterations=4, tasks=2, filters=4,
+        val_every=2, val_tasks=3, test_tasks=3, out=tmp_path / "out", device="cpu",
+    )  # fmt: skip
+
+
+def test_the_table_and_the_figure(ablation, monkeypatch):
+    ablation.run(Console(quiet=True))
+    table = json.loads((ablation.out / "table.json").read_text())
+    assert list(table["rows"]) == list(VARIANTS)
+    row = table["rows"]["MAML++"]
+    runs = [ablation.out / f"maml++-seed{seed}" for seed in range(2)]
+    tests = [json.loads((r / "evaluation-test-best-5-steps.json").read_text()) for r in runs]
+    assert row["single"]["seeds"] == [test["mean"] for test in tests]
+    assert row["single"]["mean"] == sum(test["mean"] for test in tests) / 2
+    assert row["single"]["ci95"] == sum(t["ci95"] ** 2 for t in tests) ** 0.5 / 2
+    wordings = {
+        "batch": "evaluation-test-best-5-steps.json",
+        "support": "evaluation-test-best-5-steps-statistics-support.json",
+        "running": "evaluation-test-best-5-steps-statistics-running.json",
+    }
+    for use, file in wordings.items():
+        means = [json.loads((run / file).read_text())["mean"] for run in runs]
+        assert row["statistics"][use]["seeds"] == means
+    assert "| MAML++ |" in (ablation.out / "table.md").read_text()
+    with Image.open(ablation.out / "curves.png") as picture:
+        assert picture.size > (400, 200)
+
+    monkeypatch.setattr(Trainer, "train", lambda self: pytest.fail("trained again"))
+    ablation.run(Console(quiet=True))
+    again = json.loads((ablation.out / "table.json").read_text())
+    assert again["rows"] == table["rows"]
+    with pytest.raises(InputError, match=r"holds a run with iterations=4, but iterations=5"):
+        replace(ablation, iterations=5).run(Console(quiet=True))
+
+
+def test_an_interrupted_ablation_goes_on(ablation, monkeypatch, capsys):
+    train, calls = Trainer.train, []
+
+    def stops_in_the_second_run(self):
+        calls.append(self.run.path.name)
+        state = train(self)
+        return replace(state, iteration=2) if len(calls) == 2 else state
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", stops_in_the_second_run)
+        ablation.run(Console())
+    assert calls == ["maml-seed0", "maml++-seed0"]
+    assert "1 of 4 runs are done; the same command goes on" in capsys.readouterr().out
+    assert not (ablation.out / "table.json").exists()
+    ablation.run(Console(quiet=True))
+    assert (ablation.out / "table.json").exists()
+
+
+def test_the_parts_of_the_rows(ablation):
+    def algorithm(variant):
+        return ablation._config(variant, 0).algorithm.build(iterations=100)
+
+    plain = algorithm("MAML")
+    for variant, slots in {
+        "MAML+MSL": ["query_weights"],
+        "MAML+DA": ["derivative_order"],
+        "MAML+CA": ["outer_schedule"],
+        "MAML+BNWB+BNRS": ["norm_affine", "norm_statistics"],
+        "MAML+LSLR": ["inner_rate"],
+    }.items():
+        changed = algorithm(variant)
+        assert replace(plain, **{slot: getattr(changed, slot) for slot in slots}) == changed
+        assert all(getattr(plain, slot) != getattr(changed, slot) for slot in slots)
+        full = algorithm("MAML++")
+        assert all(getattr(full, slot) == getattr(changed, slot) for slot in slots)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variants": ("MAML+LSRL",)}, "did you mean 'MAML\\+LSLR'"),
+        ({"seeds": 0}, "seeds=0 must be"),
+        ({"workers": 0}, "workers=0 must be"),
+    ],
+)
+def test_bad_input(ablation, changes, message):
+    with pytest.raises(InputError, match=message):
+        replace(ablation, **changes).run(Console(quiet=True))
