@@ -1,15 +1,21 @@
 """Gradient-based meta-learning: models that learn a new task in a few gradient steps."""
 
 from fewstep.core.adapted import AdaptedParameters
-from fewstep.core.algorithm import Algorithm, fomaml, maml, maml_plus_plus
+from fewstep.core.algorithm import Algorithm, alpha_maml, fomaml, maml, maml_plus_plus
 from fewstep.core.derivative_order import DerivativeAnnealing, FixedOrder
 from fewstep.core.errors import InputError
+from fewstep.core.hypergradient import (
+    Guards,
+    HypergradientAdam,
+    HypergradientRates,
+    HypergradientSGD,
+)
 from fewstep.core.learner import MetaLearner
 from fewstep.core.metrics import Metrics
 from fewstep.core.norm import NormStatistics, PerStepAffine, SharedAffine
 from fewstep.core.outer import SGD, Adam, ClipByValue, Constant, CosineAnnealing, NoClipping
 from fewstep.core.query_weights import FinalStep, MultiStepLoss
-from fewstep.core.rates import ConstantRate, LayerStepRates
+from fewstep.core.rates import ConstantRate, ElementRates, LayerStepRates, LearnedRate
 from fewstep.core.scores import Scores
 from fewstep.core.tasks import Episodes, TaskBatch
 
@@ -25,11 +31,17 @@ __all__ = [
     "ConstantRate",
     "CosineAnnealing",
     "DerivativeAnnealing",
+    "ElementRates",
     "Episodes",
     "FinalStep",
     "FixedOrder",
+    "Guards",
+    "HypergradientAdam",
+    "HypergradientRates",
+    "HypergradientSGD",
     "InputError",
     "LayerStepRates",
+    "LearnedRate",
     "MetaLearner",
     "Metrics",
     "MultiStepLoss",
@@ -39,6 +51,7 @@ __all__ = [
     "Scores",
     "SharedAffine",
     "TaskBatch",
+    "alpha_maml",
     "fomaml",
     "maml",
     "maml_plus_plus",

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from fewstep.core.adapted import AdaptedParameters
 from fewstep.core.derivative_order import DerivativeAnnealing, DerivativeOrder, FixedOrder
 from fewstep.core.errors import InputError, check_name
+from fewstep.core.hypergradient import Guards, HypergradientRates, HypergradientSGD
 from fewstep.core.norm import NormAffine, NormStatistics, PerStepAffine, SharedAffine
 from fewstep.core.outer import (
     Adam,
@@ -19,7 +20,7 @@ from fewstep.core.outer import (
     OuterSchedule,
 )
 from fewstep.core.query_weights import FinalStep, MultiStepLoss, QueryWeights
-from fewstep.core.rates import ConstantRate, InnerRate, LayerStepRates
+from fewstep.core.rates import ConstantRate, InnerRate, LayerStepRates, LearnedRate
 
 ExtraSteps = Literal["refuse", "repeat"]
 
@@ -41,6 +42,10 @@ class Algorithm:
         adapted: The parameters that the inner loop changes.
         norm_affine: Whose scale and shift normalisation layers have.
         norm_statistics: What batch normalisation normalises by.
+        rate_update: Who updates the inner rates that are learned; None leaves them to the outer
+            optimiser.
+        task_reduction: The meta-loss is the mean over the tasks of a batch, or their sum, as the
+            papers write it.
         outer: The optimiser of phi.
         outer_schedule: The course of its rate over training.
         clipping: What happens to the meta-gradient before the optimiser sees it.
@@ -49,8 +54,8 @@ class Algorithm:
             repeat the last row.
 
     Raises:
-        InputError: `num_steps` is negative, `iterations_per_epoch` is below 1, or `extra_steps` is
-            unknown.
+        InputError: `num_steps` is negative, `iterations_per_epoch` is below 1, `extra_steps` or
+            `task_reduction` is unknown, or two parts would own one rate.
     """
 
     num_steps: int
@@ -60,6 +65,8 @@ class Algorithm:
     adapted: AdaptedParameters = field(default_factory=AdaptedParameters)
     norm_affine: NormAffine = field(default_factory=SharedAffine)
     norm_statistics: NormStatistics = field(default_factory=NormStatistics)
+    rate_update: HypergradientRates | None = None
+    task_reduction: Literal["mean", "sum"] = "mean"
     outer: OuterOptimiser = field(default_factory=Adam)
     outer_schedule: OuterSchedule = field(default_factory=Constant)
     clipping: Clipping = field(default_factory=NoClipping)
@@ -71,6 +78,23 @@ class Algorithm:
             raise InputError(f"num_steps={self.num_steps} must be 0 or more inner steps")
         if self.iterations_per_epoch < 1:
             raise InputError(f"iterations_per_epoch={self.iterations_per_epoch} must be at least 1")
+        if self.outer.owns_rate and self.outer_schedule != Constant():
+            raise InputError(
+                f"{type(self.outer).__name__} and {type(self.outer_schedule).__name__} would both "
+                "set the outer rate; leave one out"
+            )
+        if isinstance(self.inner_rate, ConstantRate) and self.rate_update is not None:
+            raise InputError(
+                f"{type(self.rate_update).__name__} has no rate to update under ConstantRate; use "
+                f"LearnedRate({self.inner_rate.inner_lr})"
+            )
+        is_exact = self.rate_update is None or self.rate_update.exact
+        if not is_exact and not isinstance(self.inner_rate, LearnedRate):
+            raise InputError(
+                f"HypergradientRates(exact=False) needs LearnedRate, not "
+                f"{type(self.inner_rate).__name__}; leave exact=False out"
+            )
+        check_name("task_reduction", self.task_reduction, ("mean", "sum"))
         check_name("extra_steps", self.extra_steps, get_args(ExtraSteps))
 
     def check_steps(self, num_steps: int) -> None:
@@ -188,4 +212,45 @@ def maml_plus_plus(
         outer=Adam(outer_lr),
         outer_schedule=CosineAnnealing(num_epochs, final=0.01),
         iterations_per_epoch=iterations_per_epoch,
+    )
+
+
+def alpha_maml(
+    num_steps: int = 1,
+    inner_lr: float = 0.1,
+    outer_lr: float = 0.1,
+    *,
+    inner_hyper_lr: float = 1e-3,
+    outer_hyper_lr: float = 1e-3,
+    task_reduction: Literal["mean", "sum"] = "sum",
+    safe: bool = False,
+) -> Algorithm:
+    """Alpha MAML: MAML whose two learning rates follow their own gradients.
+
+    alpha <- alpha + eta_alpha * sum q . s;  beta <- beta + eta_beta * G[t] . G[t-1]
+
+    Args:
+        num_steps: K, inner steps.
+        inner_lr: alpha at the start.
+        outer_lr: beta at the start, of an outer gradient descent.
+        inner_hyper_lr: eta_alpha.
+        outer_hyper_lr: eta_beta.
+        task_reduction: "sum" over tasks as in the paper, or "mean".
+        safe: Update the logarithms of the rates, by hypergradients clipped at 1, within 1e-5 and
+            10 (as ours; the paper has no guards).
+
+    Deviation: see `HypergradientRates` and `HypergradientSGD`.
+
+    Reference: Behl, Baydin and Torr, Alpha MAML, 2019, arXiv:1905.07435.
+
+    >>> alpha_maml(inner_lr=0.2).inner_rate
+    LearnedRate(inner_lr=0.2)
+    """
+    guards = Guards(1e-5, 10.0, clip=1.0, multiplicative=True) if safe else Guards()
+    return Algorithm(
+        num_steps=num_steps,
+        inner_rate=LearnedRate(inner_lr),
+        rate_update=HypergradientRates(inner_hyper_lr, guards=guards),
+        task_reduction=task_reduction,
+        outer=HypergradientSGD(outer_lr, outer_hyper_lr, guards),
     )

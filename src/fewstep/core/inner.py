@@ -25,6 +25,7 @@ class Point:
         theta: Parameters after them, each (tasks, *shape).
         buffers: Buffers after them, each (tasks, *shape).
         support_losses: Support losses that those steps descended, `step` of (tasks,).
+        gradient: Support gradient of the last of them, each (tasks, *shape); empty at the start.
         query: What the query sets gave here, where they were asked for.
     """
 
@@ -32,6 +33,7 @@ class Point:
     theta: Tensors
     buffers: Tensors
     support_losses: tuple[Tensor, ...]
+    gradient: Tensors
     query: Result | None
 
 
@@ -74,6 +76,7 @@ def trajectory(
         InputError: an adapted parameter does not take part in any support loss.
     """
     support_losses: tuple[Tensor, ...] = ()
+    gradient: Tensors = {}
     for step in range(num_steps + 1):
         query = None
         if step in query_after:
@@ -83,7 +86,7 @@ def trajectory(
                 batch,
             )
             buffers = rows.put_buffers(buffers, step, query.buffers)
-        yield Point(step, theta, buffers, support_losses, query)
+        yield Point(step, theta, buffers, support_losses, gradient, query)
         if step == num_steps:
             return
         with torch.enable_grad():

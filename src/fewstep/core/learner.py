@@ -16,6 +16,7 @@ from fewstep.core.inner import Point, stack, trajectory
 from fewstep.core.metrics import Metrics
 from fewstep.core.network import Loss, Result, TaskNetwork, Tensors, set_mode
 from fewstep.core.norm import NormaliseBy, NormStatistics, StepRows, Use, keep
+from fewstep.core.outer import NoClipping
 from fewstep.core.scores import Scores
 from fewstep.core.tasks import Episodes, TaskBatch
 
@@ -91,7 +92,11 @@ class MetaLearner:
                 "rename it"
             )
         self.buffers: Tensors = {n: _rows(b, buffer_rows.get(n)) for n, b in module.named_buffers()}
-        self.optimiser = algorithm.outer(list(self.parameters.values()))
+        by_outer = self._phi if algorithm.rate_update else self.parameters
+        self._optimised = dict(by_outer)
+        is_exact = algorithm.rate_update is None or algorithm.rate_update.exact
+        self._harvested = () if is_exact else self._adapted
+        self.optimiser = algorithm.outer(list(self._optimised.values()))
         self._outer_lrs = [group["lr"] for group in self.optimiser.param_groups]
         self._network = TaskNetwork(module, loss, metric, vectorize=vectorize)
 
@@ -103,7 +108,7 @@ class MetaLearner:
     def meta_gradient(self, batch: TaskBatch) -> tuple[Tensors, Metrics]:
         """Return the gradient of the meta-loss, by parameter name, and what it saw.
 
-        meta-loss = mean over tasks of sum_k v[k] * L_query(theta[k])
+        meta-loss = mean (or sum) over tasks of sum_k v[k] * L_query(theta[k])
 
         Changes neither parameters nor buffers.
         """
@@ -126,10 +131,9 @@ class MetaLearner:
                 raise FloatingPointError(
                     f"the meta-gradient of `{name}` is not finite, though every loss is"
                 )
-        for name, parameter in self.parameters.items():
-            is_rate = name.startswith("inner_lr.")
-            gradient = gradients[name]
-            parameter.grad = gradient if is_rate else self.algorithm.clipping(gradient)
+        for name, parameter in self._optimised.items():
+            clip = self.algorithm.clipping if name in self._phi else NoClipping()
+            parameter.grad = clip(gradients[name])
         factor = self.algorithm.outer_schedule(self.epoch)
         for group, outer_lr in zip(self.optimiser.param_groups, self._outer_lrs, strict=True):
             group["lr"] = outer_lr * factor
@@ -138,6 +142,9 @@ class MetaLearner:
         with torch.no_grad():
             for name, buffer in self.buffers.items():
                 buffer.copy_(buffers[name])
+            if self.algorithm.rate_update:
+                for name, rate in self._rates.items():
+                    rate.copy_(self.algorithm.rate_update(rate, gradients[f"inner_lr.{name}"]))
         self.iteration += 1
         return metrics
 
@@ -309,7 +316,7 @@ class MetaLearner:
             for name, tensor in owned.items():
                 tensor.copy_(saved[name])
         self.iteration = int(state["iteration"])
-        names = enumerate(self.parameters)
+        names = enumerate(self._optimised)
         per_parameter = {i: _below(state, f"optimiser.{name}.") for i, name in names}
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict(
@@ -373,32 +380,45 @@ class MetaLearner:
     def _meta_gradient(self, batch: TaskBatch) -> tuple[Tensors, Metrics, Tensors]:
         phi = list(self.parameters.values())
         total = [torch.zeros_like(p) for p in phi]
+        share = {"mean": len(batch), "sum": 1}[self.algorithm.task_reduction]
+        rate_gradient = total[0].new_zeros(())
         metrics, buffers = [], []
         use = self.algorithm.norm_statistics.use
         with self._network.mode(is_training=True, use=use):
             for chunk in batch.split(self.chunk_size):
-                seen, after = self._meta_loss(chunk)
-                # The share of this chunk in the mean over all tasks; its graph is freed here.
-                loss = seen.task_loss.sum() / len(batch)
-                parts = torch.autograd.grad(loss, phi, materialize_grads=True)
-                total = [t + part for t, part in zip(total, parts, strict=True)]
+                seen, last, descent = self._meta_loss(chunk)
+                # The share of this chunk in the mean (or sum) over all tasks; its graph is freed.
+                loss = seen.task_loss.sum() / share
+                ends = [last.theta[name] for name in descent]
+                parts = torch.autograd.grad(loss, [*phi, *ends], materialize_grads=True)
+                total = [t + part for t, part in zip(total, parts, strict=False)]
+                for q, s in zip(parts[len(phi) :], descent.values(), strict=True):
+                    rate_gradient = rate_gradient - (q * s).sum()
                 metrics.append(seen.detach())
-                buffers.append(after)
+                buffers.append(last.buffers)
         gradients = dict(zip(self.parameters, total, strict=True))
+        if self._harvested:
+            gradients["inner_lr.all"] = rate_gradient
         return gradients, Metrics.cat(metrics), _mean_over_tasks(buffers)
 
-    def _meta_loss(self, chunk: TaskBatch) -> tuple[Metrics, Tensors]:
-        """Return sum_k v[k] * L_query(theta[k]) of every task, and the buffers at the end."""
+    def _meta_loss(self, chunk: TaskBatch) -> tuple[Metrics, Point, Tensors]:
+        """Return sum_k v[k] * L_query(theta[k]) of every task, the last point, and sum_k s[k].
+
+        s[k], the support gradients, are summed where a hypergradient harvests them.
+        """
         num_steps = self.algorithm.num_steps
         v = self.algorithm.query_weights(num_steps, self.epoch)
         counting = [k for k, weight in enumerate(v) if weight != 0]
         order = self.algorithm.derivative_order(self.epoch)
         queries = []
+        descent: Tensors = {}
         for point in self._trajectory(
             chunk, num_steps, derivative_order=order, query_after=counting
         ):
             if point.query is not None:
                 queries.append(point.query)
+            for name in self._harvested if point.gradient else ():
+                descent[name] = descent.get(name, 0) + point.gradient[name].detach()
         query_loss = torch.stack([query.loss for query in queries], dim=1)
         weights = query_loss.new_tensor([v[k] for k in counting])
         support_loss = torch.stack([query_loss.new_empty(len(chunk)), *point.support_losses], dim=1)
@@ -409,7 +429,7 @@ class MetaLearner:
             support_loss[:, 1:],
             query_loss,
         )
-        return metrics, point.buffers
+        return metrics, point, descent
 
 
 def _rows(tensor: Tensor, rows: int | None) -> Tensor:

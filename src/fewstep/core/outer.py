@@ -15,6 +15,11 @@ from fewstep.core.errors import InputError
 class OuterOptimiser(Protocol):
     """Slot of the outer update: phi <- phi - update(d meta-loss / d phi)."""
 
+    @property
+    def owns_rate(self) -> bool:
+        """Tell whether it changes its rate itself, so that no schedule may."""
+        ...
+
     def __call__(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         """Return the optimiser of the meta-parameters."""
         ...
@@ -110,7 +115,8 @@ class ClipByValue:
         return gradient.clamp(-self.limit, self.limit)
 
 
-def _check_outer_lr(outer_lr: float) -> None:
+def check_outer_lr(outer_lr: float) -> None:
+    """Raise InputError unless the rate is positive and finite."""
     if not (math.isfinite(outer_lr) and outer_lr > 0):
         raise InputError(f"outer_lr={outer_lr} must be a positive number, such as 0.001")
 
@@ -124,9 +130,10 @@ class Adam:
     """
 
     outer_lr: float = 1e-3
+    owns_rate = False
 
     def __post_init__(self) -> None:
-        _check_outer_lr(self.outer_lr)
+        check_outer_lr(self.outer_lr)
 
     def __call__(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         """Return the optimiser."""
@@ -142,9 +149,10 @@ class SGD:
     """
 
     outer_lr: float
+    owns_rate = False
 
     def __post_init__(self) -> None:
-        _check_outer_lr(self.outer_lr)
+        check_outer_lr(self.outer_lr)
 
     def __call__(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         """Return the optimiser."""

@@ -63,6 +63,69 @@ class ConstantRate:
 
 
 @dataclass(frozen=True)
+class LearnedRate:
+    """One inner learning rate for every parameter and step, which is learned.
+
+    theta[k+1] = theta[k] - alpha * grad L_support(theta[k])
+
+    Alpha MAML's, when a hypergradient updates it; else the outer optimiser does.
+
+    Args:
+        inner_lr: alpha at the start.
+
+    Raises:
+        InputError: `inner_lr` is not finite.
+    """
+
+    inner_lr: float
+    per_step = False
+
+    def __post_init__(self) -> None:
+        _check_inner_lr(self.inner_lr)
+
+    def table(self, adapted: Mapping[str, Tensor], num_steps: int) -> dict[str, Tensor]:
+        """Return the one rate, named "all"."""
+        like = next(iter(adapted.values()))
+        return {"all": like.new_tensor(self.inner_lr)}
+
+    def __call__(self, table: Mapping[str, Tensor], name: str, step: int) -> Tensor:
+        """Return alpha."""
+        return table["all"]
+
+
+@dataclass(frozen=True)
+class ElementRates:
+    """A learned inner learning rate for each element of each parameter (Meta-SGD).
+
+    theta[k+1] = theta[k] - alpha * grad L_support(theta[k]), alpha of the parameters' own shape.
+
+    Args:
+        inner_lr: Initial value of every rate.
+
+    Raises:
+        InputError: `inner_lr` is not finite.
+
+    Deviation: the paper draws the initial values at random within an interval.
+
+    Reference: Li et al., Meta-SGD, 2017, arXiv:1707.09835.
+    """
+
+    inner_lr: float
+    per_step = False
+
+    def __post_init__(self) -> None:
+        _check_inner_lr(self.inner_lr)
+
+    def table(self, adapted: Mapping[str, Tensor], num_steps: int) -> dict[str, Tensor]:
+        """Return a rate for each element."""
+        return {n: torch.full_like(p.detach(), self.inner_lr) for n, p in adapted.items()}
+
+    def __call__(self, table: Mapping[str, Tensor], name: str, step: int) -> Tensor:
+        """Return alpha of a parameter."""
+        return table[name]
+
+
+@dataclass(frozen=True)
 class LayerStepRates:
     """A learned inner learning rate for each layer and step (LSLR).
 

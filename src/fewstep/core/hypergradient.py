@@ -1,0 +1,216 @@
+"""Learning rates that follow their own gradient: Alpha MAML's parts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from fewstep.core.errors import InputError
+from fewstep.core.outer import check_outer_lr
+
+
+@dataclass(frozen=True)
+class Guards:
+    """What may keep a hypergradient update within reason; nothing by default.
+
+    additive:        rate <- rate + eta * h                    h = -d loss / d rate
+    multiplicative:  rate <- rate * exp(eta * rate * h)        the same step in log(rate)
+
+    Args:
+        lower: Least rate.
+        upper: Greatest rate.
+        clip: Greatest |h|.
+        multiplicative: Update log(rate), so that the rate keeps its sign.
+
+    Raises:
+        InputError: the bounds are not in order, or `clip` is not positive.
+    """
+
+    lower: float = -math.inf
+    upper: float = math.inf
+    clip: float = math.inf
+    multiplicative: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.lower <= self.upper:
+            raise InputError(f"Guards(lower={self.lower}, upper={self.upper}) are not in order")
+        if not self.clip > 0:
+            raise InputError(f"Guards(clip={self.clip}) must be positive")
+
+    def __call__(self, rate: Tensor, h: Tensor, eta: float) -> Tensor:
+        """Return the updated rate."""
+        h = h.clamp(-self.clip, self.clip)
+        moved = rate * torch.exp(eta * rate * h) if self.multiplicative else rate + eta * h
+        return moved.clamp(self.lower, self.upper)
+
+
+@dataclass(frozen=True)
+class HypergradientRates:
+    """Inner rates that follow the gradient of the meta-loss.
+
+    alpha <- alpha - eta_alpha * d meta-loss / d alpha
+           = alpha + eta_alpha * sum over tasks and steps of lambda[k+1] . s[k]
+
+    with s[k] the support gradient at theta[k], lambda[K] = q the query gradient at theta[K], and
+    lambda[k] = (I - alpha H[k]) lambda[k+1]. The derivative comes out of the backward pass that
+    gives the meta-gradient: alpha is one more leaf of its graph.
+
+    Args:
+        hyper_lr: eta_alpha. It goes with `task_reduction`: for B tasks, eta_alpha under "sum" is
+            B eta_alpha under "mean".
+        exact: False puts q in place of every lambda; the same for one step. Needs `LearnedRate`.
+        guards: Bounds and the like.
+
+    Raises:
+        InputError: `hyper_lr` is negative or not finite.
+
+    Deviation: the poster has one step; the sum over the steps is the exact derivative for several.
+
+    Reference: Behl, Baydin and Torr, Alpha MAML, 2019, arXiv:1905.07435.
+    """
+
+    hyper_lr: float
+    exact: bool = True
+    guards: Guards = Guards()
+
+    def __post_init__(self) -> None:
+        _check_hyper_lr(self.hyper_lr)
+
+    def __call__(self, alpha: Tensor, gradient: Tensor) -> Tensor:
+        """Return the updated rates, given d meta-loss / d alpha."""
+        return self.guards(alpha, -gradient, self.hyper_lr)
+
+
+@dataclass(frozen=True)
+class HypergradientSGD:
+    """Gradient descent whose rate follows the gradient of the meta-loss.
+
+    beta[t] = beta[t-1] + eta_beta * G[t] . G[t-1];   phi <- phi - beta[t] * G[t]
+
+    The first update leaves beta as it is. Keeps one copy of the meta-gradient.
+
+    Args:
+        outer_lr: beta at the start.
+        hyper_lr: eta_beta. It goes with `task_reduction`: for B tasks, eta_beta under "sum" is
+            B^3 eta_beta under "mean", and beta B times beta.
+        guards: Bounds and the like.
+
+    Raises:
+        InputError: `outer_lr` is not a positive finite number, `hyper_lr` negative or not finite.
+
+    Deviation: the poster's algorithm pairs task j's gradients of two iterations; the derivative
+        is the product of the summed gradients, as here.
+
+    Reference: Behl, Baydin and Torr, Alpha MAML, 2019, arXiv:1905.07435; Baydin et al., Online
+        learning rate adaptation with hypergradient descent, ICLR 2018, arXiv:1703.04782.
+    """
+
+    outer_lr: float
+    hyper_lr: float
+    guards: Guards = Guards()
+    owns_rate = True
+
+    def __post_init__(self) -> None:
+        check_outer_lr(self.outer_lr)
+        _check_hyper_lr(self.hyper_lr)
+
+    def __call__(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
+        """Return the optimiser."""
+        return _Hypergradient(parameters, self.outer_lr, self.hyper_lr, self.guards, _gradient)
+
+
+@dataclass(frozen=True)
+class HypergradientAdam:
+    """Adam whose rate follows the gradient of the meta-loss (Adam-HD).
+
+    beta[t] = beta[t-1] + eta_beta * G[t] . u[t-1];   phi <- phi - beta[t] * u[t]
+
+    with u Adam's update at rate 1. Arguments, errors and references as in `HypergradientSGD`.
+    """
+
+    outer_lr: float
+    hyper_lr: float
+    guards: Guards = Guards()
+    owns_rate = True
+
+    def __post_init__(self) -> None:
+        check_outer_lr(self.outer_lr)
+        _check_hyper_lr(self.hyper_lr)
+
+    def __call__(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
+        """Return the optimiser."""
+        return _Hypergradient(parameters, self.outer_lr, self.hyper_lr, self.guards, _adam)
+
+
+def _check_hyper_lr(hyper_lr: float) -> None:
+    if not (math.isfinite(hyper_lr) and hyper_lr >= 0):
+        raise InputError(f"hyper_lr={hyper_lr} must be 0 or a positive number, such as 1e-4")
+
+
+Direction = Callable[[Tensor, dict[str, Tensor]], Tensor]
+
+
+def _gradient(gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
+    return gradient
+
+
+def _adam(gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """Return m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + 1e-8), with b1 = 0.9 and b2 = 0.999."""
+    if "step" not in state:
+        state["step"] = torch.zeros((), device=gradient.device)
+        state["m"], state["v"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
+    t = state["step"].add_(1).to(gradient.dtype)
+    m = state["m"].lerp_(gradient, 0.1)
+    v = state["v"].mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+    return m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+
+
+class _Hypergradient(torch.optim.Optimizer):
+    """phi <- phi - beta * u, with beta <- beta + eta * G . (previous u).
+
+    beta and its hypergradient live in the state of the first parameter.
+    """
+
+    def __init__(
+        self,
+        parameters: list[Tensor],
+        outer_lr: float,
+        hyper_lr: float,
+        guards: Guards,
+        direction: Direction,
+    ) -> None:
+        super().__init__(parameters, {"lr": outer_lr})
+        self._hyper_lr = hyper_lr
+        self._guards = guards
+        self._direction = direction
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Do one update."""
+        group: dict[str, Any] = self.param_groups[0]
+        parameters: list[Tensor] = group["params"]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        first = self.state[parameters[0]]
+        if "beta" not in first:
+            first["beta"] = parameters[0].new_tensor(group["lr"])
+            first["h"] = torch.zeros_like(first["beta"])
+        else:
+            pairs = zip(gradients, parameters, strict=True)
+            first["h"] = torch.stack(
+                [(g * self.state[p]["previous"]).sum() for g, p in pairs]
+            ).sum()
+            first["beta"] = self._guards(first["beta"], first["h"], self._hyper_lr)
+        for p, g in zip(parameters, gradients, strict=True):
+            u = self._direction(g, self.state[p])
+            p.add_(u, alpha=-float(first["beta"]))  # to the bit what torch.optim.SGD does
+            self.state[p]["previous"] = u
+        return None
