@@ -252,7 +252,7 @@ def test_no_extra_backward_pass_and_one_copy_of_the_gradient(monkeypatch, exact)
         counts.append(held)
     parameters = sum(p.numel() for p in net().parameters())
     assert counts[2] == counts[0] == 4
-    assert counts[3] - counts[1] == parameters + 3  # alpha, beta, h
+    assert counts[3] - counts[1] == parameters + 4  # alpha, beta, their h
 
 
 def test_the_state_holds_the_rates():
@@ -267,6 +267,19 @@ def test_the_state_holds_the_rates():
     state = two.state_tensors()
     assert all(torch.equal(t, state[n]) for n, t in one.state_tensors().items())
     assert state["model.inner_lr.all"] != 0.3
+
+
+def test_the_rates_are_there_to_be_logged():
+    learner, batch = learner_of(alpha_maml(2, 0.3, 0.01)), CASE.batch()
+    learner.step(batch)
+    gradient = learner.meta_gradient(batch)[0]["inner_lr.all"]
+    learner.step(batch)
+    rates = learner.rates()
+    assert rates["inner_lr"] == learner.parameters["inner_lr.all"]
+    assert rates["inner_lr_hypergradient"] == -gradient
+    assert rates["outer_lr"] == learner.state_tensors()["optimiser.0.weight.beta"]
+    assert rates["outer_lr_hypergradient"] == learner.state_tensors()["optimiser.0.weight.h"]
+    assert learner_of(plain()).rates() == {}
 
 
 def test_bad_initial_rates_are_mended():

@@ -43,7 +43,8 @@ def test_every_changed_setting_survives_the_file(tmp_path):
         "--learned-rates layer --multi-step-epochs 3 --first-order-epochs 2 --clip-value 5 "
         "--per-step-affine True --per-step-statistics True --statistics support "
         "--outer-lr 0.01 --outer-schedule constant --final-outer-lr 0.001 --not-adapted head.* "
-        "--extra-steps repeat --iterations 7 --epoch-length 3 --keep-best 2 "
+        "--inner-hyper-lr 0.1 --outer sgd --outer-hyper-lr 0.2 --guarded True "
+        "--task-reduction sum --extra-steps repeat --iterations 7 --epoch-length 3 --keep-best 2 "
         "--tasks 3 --chunk-size 2 --val-every 4 --val-tasks 5 --test-tasks 6 --seed 9 --device cpu"
     )
     settings = _train(*changed.split()).settings
@@ -135,6 +136,17 @@ def test_every_network_has_a_preset():
     [
         ("maml", partial(fewstep.maml, 5, 0.1)),
         ("fomaml", partial(fewstep.fomaml, 5, 0.1)),
+        (
+            "alpha-maml",
+            partial(
+                fewstep.alpha_maml,
+                1,
+                0.4,
+                inner_hyper_lr=1e-2,
+                outer_hyper_lr=1e-2,
+                task_reduction="mean",
+            ),
+        ),
         ("maml++", partial(fewstep.maml_plus_plus, iterations_per_epoch=60)),
         (
             "maml++-reference-code",
@@ -144,7 +156,7 @@ def test_every_network_has_a_preset():
 )
 def test_a_recipe_has_the_same_parts_here_and_in_python(name, recipe):
     settings = preset("omniglot", recipe=name).algorithm
-    if "++" not in name:
+    if name in ("maml", "fomaml"):
         settings = replace(
             settings, num_steps=5, inner_lr=0.1, outer_lr=1e-3, outer_schedule="constant"
         )

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from fewstep.core.adapted import AdaptedParameters
 from fewstep.core.derivative_order import DerivativeAnnealing, DerivativeOrder, FixedOrder
 from fewstep.core.errors import InputError, check_name
-from fewstep.core.hypergradient import Guards, HypergradientRates, HypergradientSGD
+from fewstep.core.hypergradient import SAFE, Guards, HypergradientRates, HypergradientSGD
 from fewstep.core.norm import NormAffine, NormStatistics, PerStepAffine, SharedAffine
 from fewstep.core.outer import (
     Adam,
@@ -246,7 +246,7 @@ def alpha_maml(
     >>> alpha_maml(inner_lr=0.2).inner_rate
     LearnedRate(inner_lr=0.2)
     """
-    guards = Guards(1e-5, 10.0, clip=1.0, multiplicative=True) if safe else Guards()
+    guards = SAFE if safe else Guards()
     return Algorithm(
         num_steps=num_steps,
         inner_rate=LearnedRate(inner_lr),

@@ -49,6 +49,9 @@ class Guards:
         return moved.clamp(self.lower, self.upper)
 
 
+SAFE = Guards(1e-5, 10.0, clip=1.0, multiplicative=True)
+
+
 @dataclass(frozen=True)
 class HypergradientRates:
     """Inner rates that follow the gradient of the meta-loss.
@@ -121,7 +124,7 @@ class HypergradientSGD:
 
     def __call__(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         """Return the optimiser."""
-        return _Hypergradient(parameters, self.outer_lr, self.hyper_lr, self.guards, _gradient)
+        return Hypergradient(parameters, self.outer_lr, self.hyper_lr, self.guards, _gradient)
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ class HypergradientAdam:
 
     def __call__(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         """Return the optimiser."""
-        return _Hypergradient(parameters, self.outer_lr, self.hyper_lr, self.guards, _adam)
+        return Hypergradient(parameters, self.outer_lr, self.hyper_lr, self.guards, _adam)
 
 
 def _check_hyper_lr(hyper_lr: float) -> None:
@@ -170,10 +173,10 @@ def _adam(gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
     return m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
 
 
-class _Hypergradient(torch.optim.Optimizer):
+class Hypergradient(torch.optim.Optimizer):
     """phi <- phi - beta * u, with beta <- beta + eta * G . (previous u).
 
-    beta and its hypergradient live in the state of the first parameter.
+    beta and its hypergradient h = -d loss / d beta live in the state of the first parameter.
     """
 
     def __init__(
@@ -188,6 +191,11 @@ class _Hypergradient(torch.optim.Optimizer):
         self._hyper_lr = hyper_lr
         self._guards = guards
         self._direction = direction
+
+    def rates(self) -> dict[str, Tensor]:
+        """Return beta and its hypergradient."""
+        first = self.state[self.param_groups[0]["params"][0]]
+        return {"outer_lr": first["beta"], "outer_lr_hypergradient": first["h"]}
 
     @overload
     def step(self, closure: None = None) -> None: ...

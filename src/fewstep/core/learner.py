@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fewstep.core.algorithm import Algorithm
 from fewstep.core.errors import InputError
+from fewstep.core.hypergradient import Hypergradient
 from fewstep.core.inner import Point, stack, trajectory
 from fewstep.core.metrics import Metrics
 from fewstep.core.network import Loss, Result, TaskNetwork, Tensors, set_mode
@@ -94,6 +95,10 @@ class MetaLearner:
         self.buffers: Tensors = {n: _rows(b, buffer_rows.get(n)) for n, b in module.named_buffers()}
         by_outer = self._phi if algorithm.rate_update else self.parameters
         self._optimised = dict(by_outer)
+        # -d meta-loss / d alpha of the last update, where that is what updates alpha
+        self._hypergradients: Tensors = (
+            {n: torch.zeros_like(t) for n, t in rates.items()} if algorithm.rate_update else {}
+        )
         is_exact = algorithm.rate_update is None or algorithm.rate_update.exact
         self._harvested = () if is_exact else self._adapted
         self.optimiser = algorithm.outer(list(self._optimised.values()))
@@ -144,9 +149,22 @@ class MetaLearner:
                 buffer.copy_(buffers[name])
             if self.algorithm.rate_update:
                 for name, rate in self._rates.items():
-                    rate.copy_(self.algorithm.rate_update(rate, gradients[f"inner_lr.{name}"]))
+                    gradient = gradients[f"inner_lr.{name}"]
+                    rate.copy_(self.algorithm.rate_update(rate, gradient))
+                    self._hypergradients[name].copy_(-gradient)
         self.iteration += 1
         return metrics
+
+    def rates(self) -> Tensors:
+        """Return the learning rates that follow hypergradients, and these; scalars by name."""
+        found: Tensors = {}
+        for name, h in self._hypergradients.items():
+            suffix = "" if name == "all" else f".{name}"
+            found[f"inner_lr{suffix}"] = self._rates[name].detach().mean()
+            found[f"inner_lr{suffix}_hypergradient"] = h.sum()
+        if isinstance(self.optimiser, Hypergradient) and self.iteration > 0:
+            found |= self.optimiser.rates()
+        return found
 
     def adapt(
         self, x_support: Tensor, y_support: Tensor, *, num_steps: int | None = None
@@ -325,7 +343,8 @@ class MetaLearner:
 
     def _owned(self) -> Tensors:
         """Return everything that training may change, but for the optimiser's own state."""
-        return {**self._frozen, **self.parameters, **self.buffers}
+        hypergradients = {f"inner_lr_hypergradient.{n}": h for n, h in self._hypergradients.items()}
+        return {**self._frozen, **self.parameters, **self.buffers, **hypergradients}
 
     def _norm_statistics(self, use: Use | None) -> NormStatistics:
         norm = self.algorithm.norm_statistics

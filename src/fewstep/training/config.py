@@ -14,10 +14,31 @@ from fewstep.core.adapted import AdaptedParameters
 from fewstep.core.algorithm import Algorithm, ExtraSteps
 from fewstep.core.derivative_order import DerivativeAnnealing, DerivativeOrder, FixedOrder
 from fewstep.core.errors import InputError, check_name
+from fewstep.core.hypergradient import (
+    SAFE,
+    Guards,
+    HypergradientAdam,
+    HypergradientRates,
+    HypergradientSGD,
+)
 from fewstep.core.norm import NormStatistics, PerStepAffine, SharedAffine, Use
-from fewstep.core.outer import Adam, ClipByValue, Constant, CosineAnnealing, NoClipping
+from fewstep.core.outer import (
+    SGD,
+    Adam,
+    ClipByValue,
+    Constant,
+    CosineAnnealing,
+    NoClipping,
+    OuterOptimiser,
+)
 from fewstep.core.query_weights import FinalStep, MultiStepLoss
-from fewstep.core.rates import ConstantRate, LayerStepRates
+from fewstep.core.rates import (
+    ConstantRate,
+    ElementRates,
+    InnerRate,
+    LayerStepRates,
+    LearnedRate,
+)
 from fewstep.data.episodes import Rotations
 from fewstep.data.folder import ImageFolder
 from fewstep.data.glyphs import Glyphs
@@ -27,7 +48,7 @@ from fewstep.models.conv import Activation, Conv4, Downsample, Initialisation, N
 from fewstep.models.mlp import fully_connected, sinusoid_mlp
 
 Split = Literal["train", "val", "test"]
-Recipe = Literal["maml", "fomaml", "maml++", "maml++-reference-code"]
+Recipe = Literal["maml", "fomaml", "maml++", "maml++-reference-code", "meta-sgd", "alpha-maml"]
 Images = Glyphs | Omniglot | MiniImageNet | ImageFolder
 
 
@@ -135,8 +156,12 @@ class AlgorithmOptions:
     inner_lr: float = 0.1
     """Inner learning rate, for losses that are means over the examples; where the rates are
     learned, their initial value."""
-    learned_rates: Literal["no", "tensor", "layer"] = "no"
-    """Learn an inner rate for each step and parameter tensor, or layer (LSLR)."""
+    learned_rates: Literal["no", "tensor", "layer", "one", "element"] = "no"
+    """Learn an inner rate for each step and parameter tensor, or layer (LSLR); one for all; or one
+    for each element (Meta-SGD)."""
+    inner_hyper_lr: float | None = None
+    """Update the learned rates by hypergradient, at this rate (Alpha MAML), not by the outer
+    optimiser."""
     multi_step_epochs: int = 0
     """Epochs in which the query loss after every step counts, less and less (MSL)."""
     first_order_epochs: float = 0
@@ -151,8 +176,16 @@ class AlgorithmOptions:
     or running averages."""
     not_adapted: tuple[str, ...] = ()
     """Patterns of parameter names that the inner loop leaves alone, such as "*.norm.*"."""
+    outer: Literal["adam", "sgd"] = "adam"
+    """The outer optimiser."""
     outer_lr: float = 1e-3
-    """Rate of the outer Adam."""
+    """Its rate."""
+    outer_hyper_lr: float | None = None
+    """Update that rate by hypergradient, at this rate (Alpha MAML)."""
+    guarded: bool = False
+    """Hypergradient updates of the logarithms of the rates, clipped and bounded."""
+    task_reduction: Literal["mean", "sum"] = "mean"
+    """The meta-loss is the mean over the tasks, or their sum."""
     outer_schedule: Literal["constant", "cosine"] = "constant"
     """Keep that rate, or let it fall along half a cosine (CA)."""
     final_outer_lr: float = 0.0
@@ -180,9 +213,11 @@ class AlgorithmOptions:
         epoch_length = epoch_length or max(1, iterations // 100)
         return Algorithm(
             num_steps=self.num_steps,
-            inner_rate=ConstantRate(self.inner_lr)
-            if self.learned_rates == "no"
-            else LayerStepRates(self.inner_lr, per=self.learned_rates),
+            inner_rate=self._inner_rate(),
+            rate_update=None
+            if self.inner_hyper_lr is None
+            else HypergradientRates(self.inner_hyper_lr, guards=self._guards()),
+            task_reduction=self.task_reduction,
             query_weights=MultiStepLoss(self.multi_step_epochs)
             if self.multi_step_epochs
             else FinalStep(),
@@ -190,7 +225,7 @@ class AlgorithmOptions:
             adapted=AdaptedParameters(exclude=self.not_adapted),
             norm_affine=PerStepAffine() if self.per_step_affine else SharedAffine(),
             norm_statistics=NormStatistics(self.statistics, self.per_step_statistics),
-            outer=Adam(self.outer_lr),
+            outer=self._outer(),
             outer_schedule=CosineAnnealing(
                 iterations / epoch_length, self.final_outer_lr / self.outer_lr
             )
@@ -200,6 +235,26 @@ class AlgorithmOptions:
             iterations_per_epoch=epoch_length,
             extra_steps=self.extra_steps,
         )
+
+    def _inner_rate(self) -> InnerRate:
+        match self.learned_rates:
+            case "no":
+                return ConstantRate(self.inner_lr)
+            case "one":
+                return LearnedRate(self.inner_lr)
+            case "element":
+                return ElementRates(self.inner_lr)
+            case per:
+                return LayerStepRates(self.inner_lr, per)
+
+    def _outer(self) -> OuterOptimiser:
+        if self.outer_hyper_lr is None:
+            return Adam(self.outer_lr) if self.outer == "adam" else SGD(self.outer_lr)
+        make = HypergradientAdam if self.outer == "adam" else HypergradientSGD
+        return make(self.outer_lr, self.outer_hyper_lr, self._guards())
+
+    def _guards(self) -> Guards:
+        return SAFE if self.guarded else Guards()
 
 
 def _derivative_order(first_order_epochs: float) -> DerivativeOrder:

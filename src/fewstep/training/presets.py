@@ -46,11 +46,28 @@ def preset(dataset: str = "glyphs", network: str | None = None, recipe: str = "m
     match recipe:
         case "fomaml":
             return replace(config, algorithm=replace(config.algorithm, first_order_epochs=math.inf))
+        case "meta-sgd":
+            return replace(config, algorithm=replace(config.algorithm, learned_rates="element"))
+        case "alpha-maml":
+            return replace(config, algorithm=_alpha_maml(config.algorithm))
         case "maml++":
             return _maml_plus_plus(config, is_paper=True)
         case "maml++-reference-code":
             return _maml_plus_plus(config, is_paper=False)
     return config
+
+
+def _alpha_maml(algorithm: AlgorithmOptions) -> AlgorithmOptions:
+    """Return Alpha MAML as the paper has it, but for the mean over tasks."""
+    return replace(
+        algorithm,
+        learned_rates="one",
+        inner_hyper_lr=1e-2,
+        outer="sgd",
+        outer_lr=0.1,
+        outer_hyper_lr=1e-2,
+        outer_schedule="constant",
+    )
 
 
 def _maml_plus_plus(config: RunConfig, *, is_paper: bool) -> RunConfig:

@@ -65,7 +65,9 @@ class Trainer:
                 loss, metric = metrics.loss.item(), metrics.metric.item()
                 seconds = time.perf_counter() - started
                 name = metrics.metric_name
-                log.write(iteration, {"loss": loss, name: metric, "seconds": round(seconds, 6)})
+                rates = {n: r.item() for n, r in self.experiment.learner.rates().items()}
+                values = {"loss": loss, name: metric, **rates, "seconds": round(seconds, 6)}
+                log.write(iteration, values)
                 display.advance(name, loss, metric, seconds)
                 if iteration % config.val_every == 0 or iteration == config.iterations:
                     state = self._validate(iteration, state, log, display)
