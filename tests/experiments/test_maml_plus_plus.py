@@ -8,24 +8,18 @@ from PIL import Image
 from rich.console import Console
 
 from fewstep.core.errors import InputError
-from fewstep.data.folder import ImageFolder
 from fewstep.experiments.maml_plus_plus import MamlPlusPlusAblation
 from fewstep.training.trainer import Trainer
-from tests.data.conftest import write_images
 
 VARIANTS = ("MAML", "MAML++")
 
 
 @pytest.fixture
-def ablation(tmp_path, monkeypatch):
-    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
-    write_images(tmp_path / "images", {f"c{i:02d}": 4 for i in range(12)})
+def ablation(tmp_path, monkeypatch, images):
     usual = MamlPlusPlusAblation._config
 
     def config(self, variant, seed):
-        made = usual(self, variant, seed)
-        data = ImageFolder(root=tmp_path / "images", size=16)
-        return replace(made, dataset="folder", data=data)
+        return replace(usual(self, variant, seed), dataset="folder", data=images)
 
     monkeypatch.setattr(MamlPlusPlusAblation, "_config", config)
     return MamlPlusPlusAblation(

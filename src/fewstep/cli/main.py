@@ -12,6 +12,7 @@ from fewstep.cli.data import DataList, DataPrepare, DataShow, DataVerify
 from fewstep.cli.parse import parse
 from fewstep.cli.runs import Evaluate, Plot, Resume, Train
 from fewstep.core.errors import InputError, check_name
+from fewstep.experiments.alpha_maml import AlphaConvergence, AlphaSensitivity
 from fewstep.experiments.maml_plus_plus import MamlPlusPlusAblation
 from fewstep.training.allocator import keep_freed_memory
 from fewstep.training.trainer import TrainingStopped
@@ -36,6 +37,8 @@ COMMANDS: dict[str, type[Command]] = {
     "data verify": DataVerify,
     "data show": DataShow,
     "reproduce maml++-ablation": MamlPlusPlusAblation,
+    "reproduce alpha-sensitivity": AlphaSensitivity,
+    "reproduce alpha-convergence": AlphaConvergence,
 }
 
 
@@ -70,7 +73,7 @@ def _help(console: Console) -> None:
     console.print("usage: fewstep COMMAND [OPTIONS]\n", markup=False)
     for name, command in COMMANDS.items():
         summary = (command.__doc__ or "").splitlines()[0]
-        console.print(f"  {name:<27}{summary}", highlight=False, markup=False)
+        console.print(f"  {name:<29}{summary}", highlight=False, markup=False)
     console.print(
         "\nfewstep COMMAND --help shows a command's options."
         "\nStart with: fewstep train", highlight=False, markup=False

@@ -93,6 +93,8 @@ class MamlPlusPlusAblation:
     """Tasks of the test."""
     workers: int = 1
     """Runs at once, a single-threaded process each."""
+    ray: bool = False
+    """Send the runs to a Ray cluster instead."""
     out: Path = Path("runs/maml++-ablation")
     """Folder of the runs, the table and the figure; a second call goes on where one stopped."""
     device: str = "auto"
@@ -109,7 +111,7 @@ class MamlPlusPlusAblation:
             for seed in range(self.seeds)
             for variant in self.variants
         }
-        found = complete_all(plan, TESTS, self.workers, console)
+        found = complete_all(plan, TESTS, console, workers=self.workers, ray=self.ray)
         if len(found) < len(plan):
             console.print(
                 f"{len(found)} of {len(plan)} runs are done; the same command goes on",

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fewstep.core.errors import InputError
-from fewstep.training.allocator import keep_freed_memory
+from fewstep.experiments.pool import each
 from fewstep.training.build import Experiment, resolve_device
 from fewstep.training.config import RunConfig, to_dict
 from fewstep.training.evaluate import Checkpoint, evaluate_run, evaluation_file
@@ -86,57 +82,38 @@ def complete(
 
 
 def complete_all(
-    plan: Mapping[Path, RunConfig], tests: tuple[Test, ...], workers: int, console: Console
+    plan: Mapping[Path, RunConfig],
+    tests: tuple[Test, ...],
+    console: Console,
+    *,
+    workers: int,
+    ray: bool = False,
 ) -> dict[Path, list[dict[str, Any]]]:
     """Complete many runs.
 
     Args:
         plan: Folders and settings.
         tests: As in `complete`.
-        workers: How many at once; several share the processor's cores, a single-threaded process
-            each, which uses them better than one run with many threads.
         console: Where to print.
+        workers: How many at once.
+        ray: Send them to a Ray cluster.
 
     Returns:
         What each run's tests wrote; of interrupted runs nothing.
     """
-    if workers < 1:
-        raise InputError(f"workers={workers} must be at least 1 process")
     plan = {p: _resolved(config) for p, config in plan.items()}
+    alone = workers == 1 and not ray
+    own = console if alone else Console(quiet=True)
+    jobs = {path: (path, config, tests, own) for path, config in plan.items()}
     results: dict[Path, list[dict[str, Any]]] = {}
-    if workers == 1:
-        for number, (path, config) in enumerate(plan.items(), 1):
-            console.print(f"run {number} of {len(plan)}: {path}", highlight=False, soft_wrap=True)
-            found = complete(path, config, tests, console)
-            if found is None:
-                break
-            results[path] = found
-        return results
-    context = multiprocessing.get_context("spawn")
-    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
-    with (
-        ProcessPoolExecutor(workers, context, _single_threaded) as pool,
-        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
+    for path, found in each(
+        complete, jobs, workers=workers, ray=ray, console=Console(quiet=True) if alone else console
     ):
-        bar = progress.add_task("runs", total=len(plan))
-        jobs = {
-            pool.submit(complete, path, config, tests, Console(quiet=True)): path
-            for path, config in plan.items()
-        }
-        for job in as_completed(jobs):
-            found = job.result()
-            if found is None:
-                pool.shutdown(cancel_futures=True)
-                break
-            results[jobs[job]] = found
-            progress.advance(bar)
-            console.print(f"done: {jobs[job]}", highlight=False, soft_wrap=True)
+        if found is None:
+            break
+        results[path] = found
+        console.print(f"done: {path} ({len(results)} of {len(plan)})", highlight=False)
     return results
-
-
-def _single_threaded() -> None:
-    torch.set_num_threads(1)
-    keep_freed_memory()
 
 
 def _resolved(config: RunConfig) -> RunConfig:

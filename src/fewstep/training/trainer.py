@@ -110,7 +110,12 @@ class Trainer:
         name = scores.metric_name
         log.write(
             iteration,
-            {f"val_{name}": scores.mean, "val_ci95": scores.ci95, "val_tasks": scores.num_tasks},
+            {
+                f"val_{name}": scores.mean,
+                "val_ci95": scores.ci95,
+                "val_loss": float(scores.loss[:, -1].double().mean()),
+                "val_tasks": scores.num_tasks,
+            },
         )
         log.sync()
         display.print(f"iteration {iteration}: validation {scores}")

@@ -1,0 +1,96 @@
+"""Independent jobs, one after another, on the cores of a machine, or on a Ray cluster."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fewstep.core.errors import InputError
+from fewstep.training.allocator import keep_freed_memory
+
+Key = TypeVar("Key")
+Result = TypeVar("Result")
+Job = tuple[Any, ...]
+
+
+def each(
+    function: Callable[..., Result],
+    jobs: Mapping[Key, Job],
+    *,
+    workers: int,
+    ray: bool,
+    console: Console,
+) -> Iterator[tuple[Key, Result]]:
+    """Call a function for every job and yield the results as they come, with a progress bar.
+
+    Args:
+        function: Importable by other processes.
+        jobs: Its arguments, by a key.
+        workers: Processes at once, with a single thread each, which uses the cores better than
+            one job with many threads; 1 stays in this process.
+        ray: Send the jobs to a Ray cluster instead, a core each.
+        console: Where the bar is shown.
+
+    Raises:
+        InputError: `workers` is below 1, or Ray is not installed.
+    """
+    if workers < 1:
+        raise InputError(f"workers={workers} must be at least 1 process")
+    if ray:
+        results = _on_ray(function, jobs)
+    elif workers == 1:
+        results = ((key, function(*job)) for key, job in jobs.items())
+    else:
+        results = _in_processes(function, jobs, workers)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(function.__name__.replace("_", " "), total=len(jobs))
+        for key, result in results:
+            progress.advance(bar)
+            yield key, result
+
+
+def _in_processes(
+    function: Callable[..., Result], jobs: Mapping[Key, Job], workers: int
+) -> Iterator[tuple[Key, Result]]:
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, _single_threaded)
+    try:
+        keys = {pool.submit(function, *job): key for key, job in jobs.items()}
+        for done in as_completed(keys):
+            yield keys[done], done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _single_threaded() -> None:
+    torch.set_num_threads(1)
+    keep_freed_memory()
+
+
+def _on_ray(
+    function: Callable[..., Result], jobs: Mapping[Key, Job]
+) -> Iterator[tuple[Key, Result]]:
+    if importlib.util.find_spec("ray") is None:
+        raise InputError("--ray needs Ray, which is not installed; pip install 'ray[default]'")
+    ray = importlib.import_module("ray")
+    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    remote = ray.remote(num_cpus=1)(function)
+    keys = {remote.remote(*job): key for key, job in jobs.items()}
+    waiting = list(keys)
+    while waiting:
+        (done,), waiting = ray.wait(waiting, num_returns=1)
+        yield keys[done], ray.get(done)

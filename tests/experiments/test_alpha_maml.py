@@ -1,0 +1,122 @@
+"""The figures of Alpha MAML, on a few tiny images."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from fewstep.core.errors import InputError
+from fewstep.experiments import alpha_maml
+from fewstep.experiments.alpha_maml import AlphaConvergence, AlphaSensitivity, Setting, train
+from fewstep.experiments.pool import each
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def setting(monkeypatch, images):
+    usual = Setting.config
+
+    def config(self, *rates):
+        return replace(usual(self, *rates), dataset="folder", data=images)
+
+    monkeypatch.setattr(Setting, "config", config)
+    alpha_maml._problem.cache_clear()
+    return Setting(dataset="glyphs", ways=2, tasks=2, filters=4)
+
+
+@pytest.fixture
+def sensitivity(setting, tmp_path):
+    return AlphaSensitivity(
+        setting=setting, inner_lrs=(0.01, 0.1), outer_lrs=(0.05, 0.5, 1e30),
+        hyper_lrs=("0.01,0.02",), guarded=True, iterations=12, threshold=5.0, out=tmp_path / "out",
+    )  # fmt: skip
+
+
+def test_the_grid(sensitivity, monkeypatch):
+    sensitivity.run(QUIET)
+    summary = json.loads((sensitivity.out / "grid.json").read_text())
+    grids = summary["iterations_to_threshold"]
+    assert list(grids) == [
+        "MAML",
+        "Alpha MAML, eta_alpha=0.01, eta_beta=0.02",
+        "Alpha MAML, guarded, eta_alpha=0.01, eta_beta=0.02",
+    ]
+    # The first full window is below 5 at once; at a rate of 1e30 no number stays finite.
+    assert grids["MAML"] == [[10, 10, None], [10, 10, None]]
+    assert summary["shares"]["MAML"]["reached"] == 4
+    with Image.open(sensitivity.out / "grid.png") as picture:
+        assert picture.size > (400, 200)
+    table = (sensitivity.out / "table.md").read_text()
+    assert "| MAML | 4 of 6 (67%) | 0 | 6 | 0 |" in table
+
+    monkeypatch.setattr(alpha_maml, "build_learner", lambda *_: pytest.fail("trained again"))
+    sensitivity.run(QUIET)
+    assert json.loads((sensitivity.out / "grid.json").read_text())["shares"] == summary["shares"]
+
+
+def test_shares_count_what_contradicts_the_claim():
+    counts = alpha_maml._compare([[5, None, 7], [None, 9, 3]], [[5, 6, None], [None, 8, 4]])
+    assert counts == {"cells": 6, "reached": 4, "faster": 2, "equal": 2, "slower": 2}
+
+
+def test_an_outcome(setting, tmp_path):
+    config = replace(setting.config(0.1, 0.05, 0.01, 0.02), iterations=12, val_tasks=3)
+    outcome = train(tmp_path / "a.json", config, -math.inf, 1, 5)
+    assert outcome["reached"] is None
+    assert outcome["broken"] is None
+    assert len(outcome["losses"]) == len(outcome["rates"]) == 12
+    assert [iteration for iteration, _ in outcome["validation"]] == [1, 5, 10]
+    first, last = outcome["rates"][0], outcome["rates"][-1]
+    assert first["outer_lr"] == pytest.approx(0.05)
+    for name in ("inner_lr", "outer_lr"):
+        assert last[name] != outcome[name]
+        assert last[f"{name}_hypergradient"] != 0
+    reached = train(tmp_path / "b.json", config, max(outcome["losses"]) + 1, 3, 0)
+    assert reached["reached"] == 3
+    assert reached["losses"] == outcome["losses"][:3]
+    broken = train(tmp_path / "c.json", replace(config, algorithm=replace(
+        config.algorithm, outer_lr=1e30)), -math.inf, 1, 0)  # fmt: skip
+    assert broken["broken"] is not None
+    assert len(broken["losses"]) == broken["broken"] - 1
+
+
+def test_the_courses(setting, tmp_path):
+    convergence = AlphaConvergence(
+        setting=setting, iterations=12, val_every=5, val_tasks=3, hyper_lrs=(0.001, 0.01),
+        out=tmp_path / "out",
+    )  # fmt: skip
+    convergence.run(QUIET)
+    curves = json.loads((convergence.out / "summary.json").read_text())["curves"]
+    assert "tuned: MAML" in curves
+    assert len(curves) == 2 + 3 + 3
+    with Image.open(convergence.out / "convergence.png") as picture:
+        assert picture.size > (400, 400)
+
+
+@pytest.mark.parametrize("text", ["0.1", "a,b", "1,2,3"])
+def test_a_wrong_pair(sensitivity, text):
+    with pytest.raises(InputError, match=f"'{text}' must be two numbers"):
+        replace(sensitivity, hyper_lrs=(text,)).run(QUIET)
+
+
+def _double(x: int) -> int:
+    return 2 * x
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_jobs(workers):
+    jobs = {str(i): (i,) for i in range(5)}
+    found = dict(each(_double, jobs, workers=workers, ray=False, console=QUIET))
+    assert found == {str(i): 2 * i for i in range(5)}
+
+
+def test_jobs_need_workers_or_ray(monkeypatch):
+    with pytest.raises(InputError, match="workers=0"):
+        dict(each(_double, {}, workers=0, ray=False, console=QUIET))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install"):
+        dict(each(_double, {}, workers=1, ray=True, console=QUIET))
