@@ -64,8 +64,8 @@ class HypergradientRates:
     gives the meta-gradient: alpha is one more leaf of its graph.
 
     Args:
-        hyper_lr: eta_alpha. It goes with `task_reduction`: for B tasks, eta_alpha under "sum" is
-            B eta_alpha under "mean".
+        hyper_lr: eta_alpha. It goes with `task_reduction`: for B tasks, what is eta_alpha under
+            "sum" is B * eta_alpha under "mean".
         exact: False puts q in place of every lambda; the same for one step. Needs `LearnedRate`.
         guards: Bounds and the like.
 
@@ -90,7 +90,21 @@ class HypergradientRates:
 
 
 @dataclass(frozen=True)
-class HypergradientSGD:
+class _ByHypergradient:
+    """What the two outer optimisers below share; they differ in the direction u of an update."""
+
+    outer_lr: float
+    hyper_lr: float
+    guards: Guards = Guards()
+    owns_rate = True
+
+    def __post_init__(self) -> None:
+        check_outer_lr(self.outer_lr)
+        _check_hyper_lr(self.hyper_lr)
+
+
+@dataclass(frozen=True)
+class HypergradientSGD(_ByHypergradient):
     """Gradient descent whose rate follows the gradient of the meta-loss.
 
     beta[t] = beta[t-1] + eta_beta * G[t] . G[t-1];   phi <- phi - beta[t] * G[t]
@@ -99,8 +113,8 @@ class HypergradientSGD:
 
     Args:
         outer_lr: beta at the start.
-        hyper_lr: eta_beta. It goes with `task_reduction`: for B tasks, eta_beta under "sum" is
-            B^3 eta_beta under "mean", and beta B times beta.
+        hyper_lr: eta_beta. It goes with `task_reduction`: for B tasks, what is eta_beta and beta
+            under "sum" is B^3 * eta_beta and B * beta under "mean".
         guards: Bounds and the like.
 
     Raises:
@@ -113,37 +127,19 @@ class HypergradientSGD:
         learning rate adaptation with hypergradient descent, ICLR 2018, arXiv:1703.04782.
     """
 
-    outer_lr: float
-    hyper_lr: float
-    guards: Guards = Guards()
-    owns_rate = True
-
-    def __post_init__(self) -> None:
-        check_outer_lr(self.outer_lr)
-        _check_hyper_lr(self.hyper_lr)
-
     def __call__(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         """Return the optimiser."""
         return Hypergradient(parameters, self.outer_lr, self.hyper_lr, self.guards, _gradient)
 
 
 @dataclass(frozen=True)
-class HypergradientAdam:
+class HypergradientAdam(_ByHypergradient):
     """Adam whose rate follows the gradient of the meta-loss (Adam-HD).
 
     beta[t] = beta[t-1] + eta_beta * G[t] . u[t-1];   phi <- phi - beta[t] * u[t]
 
     with u Adam's update at rate 1. Arguments, errors and references as in `HypergradientSGD`.
     """
-
-    outer_lr: float
-    hyper_lr: float
-    guards: Guards = Guards()
-    owns_rate = True
-
-    def __post_init__(self) -> None:
-        check_outer_lr(self.outer_lr)
-        _check_hyper_lr(self.hyper_lr)
 
     def __call__(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         """Return the optimiser."""
