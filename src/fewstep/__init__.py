@@ -1,7 +1,7 @@
 """Gradient-based meta-learning: models that learn a new task in a few gradient steps."""
 
 from fewstep.core.adapted import AdaptedParameters
-from fewstep.core.algorithm import Algorithm, alpha_maml, fomaml, maml, maml_plus_plus
+from fewstep.core.algorithm import Algorithm, alpha_maml, auto, fomaml, maml, maml_plus_plus
 from fewstep.core.derivative_order import DerivativeAnnealing, FixedOrder
 from fewstep.core.errors import InputError
 from fewstep.core.hypergradient import (
@@ -52,6 +52,7 @@ __all__ = [
     "SharedAffine",
     "TaskBatch",
     "alpha_maml",
+    "auto",
     "fomaml",
     "maml",
     "maml_plus_plus",

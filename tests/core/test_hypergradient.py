@@ -1,5 +1,6 @@
 """Alpha MAML's derivatives against differences, and its collapse to MAML."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -25,6 +26,8 @@ from fewstep import (
     MultiStepLoss,
     PerStepAffine,
     alpha_maml,
+    auto,
+    maml_plus_plus,
 )
 from tests.core.reference import MODELS, Case
 
@@ -311,7 +314,10 @@ def test_bad_initial_rates_are_mended():
         (Guards(lower=0.2), -9.0, 0.2),
         (Guards(clip=0.5), 2.0, 0.55),
         (Guards(clip=0.5), -2.0, 0.45),
-        (Guards(multiplicative=True), 2.0, 0.5 * 2.718281828459045**0.1),
+        (Guards(step="multiplicative"), 2.0, 0.5 * math.exp(0.1)),
+        (Guards(step="sign"), 2.0, 0.5 * math.exp(0.1)),
+        (Guards(step="sign"), -9.0, 0.5 * math.exp(-0.1)),
+        (Guards(step="sign"), 0.0, 0.5),
     ],
 )
 def test_guards(guards, h, expected):
@@ -322,8 +328,22 @@ def test_guards(guards, h, expected):
 def test_multiplicative_updates_are_steps_in_the_logarithm():
     rate, eta = torch.tensor(0.5), 1e-6
     h = torch.tensor(3.0)  # -d loss / d rate, so -d loss / d log rate = rate h
-    moved = Guards(multiplicative=True)(rate, h, eta)
+    moved = Guards(step="multiplicative")(rate, h, eta)
     torch.testing.assert_close((moved.log() - rate.log()) / eta, rate * h, rtol=1e-5, atol=0)
+
+
+def test_auto_finds_rates_from_far_off():
+    """From rates a hundred times too small, within a training that MAML++ gets nowhere in."""
+    case = MODELS["mlp"]
+    losses = []
+    for recipe in (maml_plus_plus, auto):
+        torch.manual_seed(0)
+        learner = MetaLearner(case.build(), recipe(2, 1e-3, 1e-5), case.loss)
+        batch = case.batch(tasks=4)
+        for _ in range(600):
+            metrics = learner.step(batch)
+        losses.append(metrics.loss)
+    assert losses[1] < 0.7 * losses[0]
 
 
 def test_meta_sgd_starts_as_maml_and_learns_every_element():
@@ -359,6 +379,7 @@ def test_meta_sgd_starts_as_maml_and_learns_every_element():
         ("outer_lr=0", lambda: HypergradientAdam(0, 0.1)),
         (r"lower=2, upper=1\) are", lambda: Guards(2, 1)),
         ("clip=0", lambda: Guards(clip=0)),
+        ("step 'additve'", lambda: Guards(step="additve")),
         ("task_reduction 'men'", lambda: replace(alpha_maml(), task_reduction="men")),
     ],
 )

@@ -8,7 +8,14 @@ from typing import Literal, get_args
 from fewstep.core.adapted import AdaptedParameters
 from fewstep.core.derivative_order import DerivativeAnnealing, DerivativeOrder, FixedOrder
 from fewstep.core.errors import InputError, check_name
-from fewstep.core.hypergradient import SAFE, Guards, HypergradientRates, HypergradientSGD
+from fewstep.core.hypergradient import (
+    SAFE,
+    SCALE_FREE,
+    Guards,
+    HypergradientAdam,
+    HypergradientRates,
+    HypergradientSGD,
+)
 from fewstep.core.norm import NormAffine, NormStatistics, PerStepAffine, SharedAffine
 from fewstep.core.outer import (
     Adam,
@@ -253,4 +260,35 @@ def alpha_maml(
         rate_update=HypergradientRates(inner_hyper_lr, guards=guards),
         task_reduction=task_reduction,
         outer=HypergradientSGD(outer_lr, outer_hyper_lr, guards),
+    )
+
+
+def auto(
+    num_steps: int = 5,
+    inner_lr: float = 0.1,
+    outer_lr: float = 1e-3,
+    *,
+    iterations_per_epoch: int = 500,
+) -> Algorithm:
+    """MAML++ whose learning rates tune themselves: our combination, in no paper.
+
+    log alpha[layer, k] and log beta move by 2% an iteration along the sign of their hypergradient,
+    so that no hyper-rate has a scale to be tuned. beta is Adam's rate.
+
+    Args:
+        num_steps: K, inner steps.
+        inner_lr: Initial value of every inner rate; its order of magnitude matters little.
+        outer_lr: beta at the start; likewise.
+        iterations_per_epoch: Outer updates of an epoch, the unit of the multi-step loss.
+
+    >>> auto().rate_update.hyper_lr
+    0.02
+    """
+    return replace(
+        maml_plus_plus(
+            num_steps, inner_lr, iterations_per_epoch=iterations_per_epoch, version="reference_code"
+        ),
+        rate_update=HypergradientRates(0.02, guards=SCALE_FREE),
+        outer=HypergradientAdam(outer_lr, 0.02, SCALE_FREE),
+        outer_schedule=Constant(),
     )

@@ -5,51 +5,62 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
 
-from fewstep.core.errors import InputError
+from fewstep.core.errors import InputError, check_name
 from fewstep.core.outer import check_outer_lr
+
+Step = Literal["additive", "multiplicative", "sign"]
 
 
 @dataclass(frozen=True)
 class Guards:
     """What may keep a hypergradient update within reason; nothing by default.
 
-    additive:        rate <- rate + eta * h                    h = -d loss / d rate
-    multiplicative:  rate <- rate * exp(eta * rate * h)        the same step in log(rate)
+    additive:        rate <- rate + eta * h                          h = -d loss / d rate
+    multiplicative:  rate <- rate * exp(eta * rate * h)              the same step in log(rate)
+    sign:            rate <- rate * exp(eta * sign(rate * h))        log(rate) moves by eta
 
     Args:
         lower: Least rate.
         upper: Greatest rate.
         clip: Greatest |h|.
-        multiplicative: Update log(rate), so that the rate keeps its sign.
+        step: As above; all but "additive" keep a rate's sign, and "sign" knows no scale.
 
     Raises:
-        InputError: the bounds are not in order, or `clip` is not positive.
+        InputError: the bounds are not in order, `clip` is not positive, or `step` is unknown.
     """
 
     lower: float = -math.inf
     upper: float = math.inf
     clip: float = math.inf
-    multiplicative: bool = False
+    step: Step = "additive"
 
     def __post_init__(self) -> None:
         if not self.lower <= self.upper:
             raise InputError(f"Guards(lower={self.lower}, upper={self.upper}) are not in order")
         if not self.clip > 0:
             raise InputError(f"Guards(clip={self.clip}) must be positive")
+        check_name("step", self.step, get_args(Step))
 
     def __call__(self, rate: Tensor, h: Tensor, eta: float) -> Tensor:
         """Return the updated rate."""
         h = h.clamp(-self.clip, self.clip)
-        moved = rate * torch.exp(eta * rate * h) if self.multiplicative else rate + eta * h
+        match self.step:
+            case "additive":
+                moved = rate + eta * h
+            case "multiplicative":
+                moved = rate * torch.exp(eta * rate * h)
+            case "sign":
+                moved = rate * torch.exp(eta * torch.sign(rate * h))
         return moved.clamp(self.lower, self.upper)
 
 
-SAFE = Guards(1e-5, 10.0, clip=1.0, multiplicative=True)
+SAFE = Guards(1e-5, 10.0, clip=1.0, step="multiplicative")
+SCALE_FREE = Guards(1e-5, 10.0, step="sign")
 
 
 @dataclass(frozen=True)
