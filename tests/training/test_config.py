@@ -43,7 +43,7 @@ def test_every_changed_setting_survives_the_file(tmp_path):
         "--learned-rates layer --multi-step-epochs 3 --first-order-epochs 2 --clip-value 5 "
         "--per-step-affine True --per-step-statistics True --statistics support "
         "--outer-lr 0.01 --outer-schedule constant --final-outer-lr 0.001 --not-adapted head.* "
-        "--inner-hyper-lr 0.1 --outer sgd --outer-hyper-lr 0.2 --guarded True "
+        "--inner-hyper-lr 0.1 --outer sgd --outer-hyper-lr 0.2 --hyper-step sign "
         "--task-reduction sum --extra-steps repeat --iterations 7 --epoch-length 3 --keep-best 2 "
         "--tasks 3 --chunk-size 2 --val-every 4 --val-tasks 5 --test-tasks 6 --seed 9 --device cpu"
     )
@@ -148,6 +148,7 @@ def test_every_network_has_a_preset():
             ),
         ),
         ("maml++", partial(fewstep.maml_plus_plus, iterations_per_epoch=60)),
+        ("auto", partial(fewstep.auto, iterations_per_epoch=60)),
         (
             "maml++-reference-code",
             partial(fewstep.maml_plus_plus, iterations_per_epoch=60, version="reference_code"),

@@ -192,7 +192,10 @@ class AlphaSensitivity:
                         config,
                         iterations=self.iterations,
                         device=device,
-                        algorithm=replace(config.algorithm, guarded=guarded),
+                        algorithm=replace(
+                            config.algorithm,
+                            hyper_step="multiplicative" if guarded else "additive",
+                        ),
                     )
                     file = f"{alpha:g}-{beta:g}-{eta_alpha}-{eta_beta}{'-guarded' * guarded}.json"
                     path = self.out / "cells" / file

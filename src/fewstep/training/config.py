@@ -16,10 +16,12 @@ from fewstep.core.derivative_order import DerivativeAnnealing, DerivativeOrder, 
 from fewstep.core.errors import InputError, check_name
 from fewstep.core.hypergradient import (
     SAFE,
+    SCALE_FREE,
     Guards,
     HypergradientAdam,
     HypergradientRates,
     HypergradientSGD,
+    Step,
 )
 from fewstep.core.norm import NormStatistics, PerStepAffine, SharedAffine, Use
 from fewstep.core.outer import (
@@ -48,7 +50,9 @@ from fewstep.models.conv import Activation, Conv4, Downsample, Initialisation, N
 from fewstep.models.mlp import fully_connected, sinusoid_mlp
 
 Split = Literal["train", "val", "test"]
-Recipe = Literal["maml", "fomaml", "maml++", "maml++-reference-code", "meta-sgd", "alpha-maml"]
+Recipe = Literal[
+    "maml", "fomaml", "maml++", "maml++-reference-code", "meta-sgd", "alpha-maml", "auto"
+]
 Images = Glyphs | Omniglot | MiniImageNet | ImageFolder
 
 
@@ -182,8 +186,9 @@ class AlgorithmOptions:
     """Its rate."""
     outer_hyper_lr: float | None = None
     """Update that rate by hypergradient, at this rate (Alpha MAML)."""
-    guarded: bool = False
-    """Hypergradient updates of the logarithms of the rates, clipped and bounded."""
+    hyper_step: Step = "additive"
+    """What a hypergradient moves: the rate; its logarithm, clipped and bounded; or its logarithm by
+    the sign alone."""
     task_reduction: Literal["mean", "sum"] = "mean"
     """The meta-loss is the mean over the tasks, or their sum."""
     outer_schedule: Literal["constant", "cosine"] = "constant"
@@ -254,7 +259,7 @@ class AlgorithmOptions:
         return make(self.outer_lr, self.outer_hyper_lr, self._guards())
 
     def _guards(self) -> Guards:
-        return SAFE if self.guarded else Guards()
+        return {"additive": Guards(), "multiplicative": SAFE, "sign": SCALE_FREE}[self.hyper_step]
 
 
 def _derivative_order(first_order_epochs: float) -> DerivativeOrder:

@@ -54,7 +54,23 @@ def preset(dataset: str = "glyphs", network: str | None = None, recipe: str = "m
             return _maml_plus_plus(config, is_paper=True)
         case "maml++-reference-code":
             return _maml_plus_plus(config, is_paper=False)
+        case "auto":
+            return _auto(_maml_plus_plus(config, is_paper=False))
     return config
+
+
+def _auto(config: RunConfig) -> RunConfig:
+    """Return MAML++'s settings with both rates under scale-free hypergradients."""
+    algorithm = replace(
+        config.algorithm,
+        inner_hyper_lr=0.02,
+        outer_hyper_lr=0.02,
+        hyper_step="sign",
+        outer_schedule="constant",
+        final_outer_lr=0.0,
+        clip_value=None,
+    )
+    return replace(config, algorithm=algorithm)
 
 
 def _alpha_maml(algorithm: AlgorithmOptions) -> AlgorithmOptions:
