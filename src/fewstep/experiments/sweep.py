@@ -39,7 +39,7 @@ class Test:
 
 
 def complete(
-    path: Path, config: RunConfig, tests: tuple[Test, ...], console: Console
+    path: Path, config: RunConfig, tests: tuple[Test, ...], console: Console | None = None
 ) -> list[dict[str, Any]] | None:
     """Train a run to its end from wherever it stands, and test it.
 
@@ -47,7 +47,7 @@ def complete(
         path: Folder of the run; need not exist.
         config: Its settings.
         tests: What to test; those done before are read.
-        console: Where to print.
+        console: Where to print; None for nowhere.
 
     Returns:
         What each test wrote, or None if training was interrupted.
@@ -69,7 +69,10 @@ def complete(
         done = state is not None and state.iteration == config.iterations
         if not (done and all(file.exists() for file in files)):
             experiment = Experiment.build(config)
-            if Trainer(experiment, run, console).train().iteration < config.iterations:
+            if (
+                Trainer(experiment, run, console or Console(quiet=True)).train().iteration
+                < config.iterations
+            ):
                 return None
             for test, file in zip(tests, files, strict=True):
                 if not file.exists():
@@ -103,8 +106,8 @@ def complete_all(
     """
     plan = {p: _resolved(config) for p, config in plan.items()}
     alone = workers == 1 and not ray
-    own = console if alone else Console(quiet=True)
-    jobs = {path: (path, config, tests, own) for path, config in plan.items()}
+    own = (console,) if alone else ()  # a console does not travel to other processes
+    jobs = {path: (path, config, tests, *own) for path, config in plan.items()}
     results: dict[Path, list[dict[str, Any]]] = {}
     for path, found in each(
         complete, jobs, workers=workers, ray=ray, console=Console(quiet=True) if alone else console
