@@ -2,6 +2,10 @@
 
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -120,3 +124,39 @@ def test_jobs_need_workers_or_ray(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install"):
         dict(each(_double, {}, workers=1, ray=True, console=QUIET))
+
+
+ENDLESS = """
+import sys, time
+from pathlib import Path
+from rich.console import Console
+from fewstep.experiments.pool import each
+
+def endless(path):
+    Path(path).touch()
+    while True:
+        time.sleep(0.05)
+        Path(path).write_text(str(time.time()))
+
+if __name__ == "__main__":
+    import signal
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    jobs = {i: (f"{sys.argv[1]}/{i}",) for i in range(3)}
+    list(each(endless, jobs, workers=2, ray=False, console=Console(quiet=True)))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_the_command(tmp_path, number):
+    script = tmp_path / "endless.py"
+    script.write_text(ENDLESS)
+    command = subprocess.Popen([sys.executable, script, tmp_path], stderr=subprocess.DEVNULL)
+    while not all((tmp_path / str(i)).exists() for i in range(2)):
+        time.sleep(0.1)
+    command.send_signal(number)
+    assert command.wait(20) != 0
+    time.sleep(1)
+    before = [(tmp_path / str(i)).read_text() for i in range(2)]
+    time.sleep(0.5)
+    assert [(tmp_path / str(i)).read_text() for i in range(2)] == before
+    assert not (tmp_path / "2").exists()

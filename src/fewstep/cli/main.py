@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Protocol
@@ -45,6 +46,7 @@ COMMANDS: dict[str, type[Command]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return 0, 2 after bad input, 1 when training had to stop."""
     keep_freed_memory()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if not words or words[0] in ("-h", "--help") or words in ([group] for group in GROUPS):

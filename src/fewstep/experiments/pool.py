@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any, TypeVar
@@ -67,18 +69,31 @@ def _in_processes(
     function: Callable[..., Result], jobs: Mapping[Key, Job], workers: int
 ) -> Iterator[tuple[Key, Result]]:
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _single_threaded)
+    pool = ProcessPoolExecutor(workers, context, _start_worker)
     try:
         keys = {pool.submit(function, *job): key for key, job in jobs.items()}
         for done in as_completed(keys):
             yield keys[done], done.result()
+    except BaseException:  # an interrupt above all: runs write a checkpoint on SIGTERM
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _single_threaded() -> None:
+def _start_worker() -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Let no worker outlive a parent that was killed; what it had saved can be resumed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _on_ray(
