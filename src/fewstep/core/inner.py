@@ -37,11 +37,6 @@ class Point:
     query: Result | None
 
 
-def stack(tensors: Tensors, tasks: int) -> Tensors:
-    """Give every task the same tensors, without a copy: (*shape) to (tasks, *shape)."""
-    return {name: t.expand(tasks, *t.shape) for name, t in tensors.items()}
-
-
 def trajectory(
     network: TaskNetwork,
     theta: Tensors,

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from fewstep.core.algorithm import Algorithm
 from fewstep.core.errors import InputError
 from fewstep.core.hypergradient import Hypergradient
-from fewstep.core.inner import Point, stack, trajectory
+from fewstep.core.inner import Point, trajectory
+from fewstep.core.meta_parameters import RATE, MetaParameters
 from fewstep.core.metrics import Metrics
 from fewstep.core.network import Loss, Result, TaskNetwork, Tensors, set_mode
-from fewstep.core.norm import NormaliseBy, NormStatistics, StepRows, Use, keep
+from fewstep.core.norm import NormaliseBy, NormStatistics, Use, keep
 from fewstep.core.outer import NoClipping
 from fewstep.core.scores import Scores
 from fewstep.core.tasks import Episodes, TaskBatch
@@ -62,46 +63,10 @@ class MetaLearner:
         self.algorithm = algorithm
         self.chunk_size = chunk_size
         self.iteration = 0
-        named = dict(module.named_parameters())
-        trained = {n: p for n, p in named.items() if p.requires_grad}
-        if not trained:
-            raise InputError(
-                f"{type(module).__name__} has no parameter that requires a gradient; "
-                "nothing could be learned"
-            )
-        parameter_rows = algorithm.norm_affine.rows(module, algorithm.num_steps)
-        buffer_rows = algorithm.norm_statistics.rows(module, algorithm.num_steps)
-        self._rows = StepRows(frozenset(parameter_rows), frozenset(buffer_rows))
-        outer_only = algorithm.norm_affine.outer_only(module)
-        adapted = [n for n in algorithm.adapted.choose(trained) if n not in outer_only]
-        if not adapted:
-            raise InputError(
-                f"{type(module).__name__} has nothing to adapt but what {algorithm.norm_affine} "
-                "keeps for the outer loop; pass PerStepAffine(adapted=True)"
-            )
-        self._adapted = tuple(adapted)
-        self._phi = {n: _rows(p, parameter_rows.get(n)) for n, p in trained.items()}
-        initial = {n: self._phi[n] for n in adapted}
-        rates = algorithm.inner_rate.table(initial, algorithm.num_steps)
-        self._rates = {n: t.detach().requires_grad_() for n, t in rates.items()}
-        self._frozen: Tensors = {n: p for n, p in named.items() if not p.requires_grad}
-        learned = {f"inner_lr.{n}": t for n, t in self._rates.items()}
-        self.parameters: Tensors = self._phi | learned
-        if len(self.parameters) != len(self._phi) + len(learned):
-            raise InputError(
-                f"{type(module).__name__} has a part named 'inner_lr', the name of learned rates; "
-                "rename it"
-            )
-        self.buffers: Tensors = {n: _rows(b, buffer_rows.get(n)) for n, b in module.named_buffers()}
-        by_outer = self._phi if algorithm.rate_update else self.parameters
-        self._optimised = dict(by_outer)
-        # -d meta-loss / d alpha of the last update, where that is what updates alpha
-        self._hypergradients: Tensors = (
-            {n: torch.zeros_like(t) for n, t in rates.items()} if algorithm.rate_update else {}
-        )
-        is_exact = algorithm.rate_update is None or algorithm.rate_update.exact
-        self._harvested = () if is_exact else self._adapted
-        self.optimiser = algorithm.outer(list(self._optimised.values()))
+        self._meta = MetaParameters(module, algorithm)
+        self.parameters = self._meta.parameters
+        self.buffers = self._meta.buffers
+        self.optimiser = algorithm.outer(list(self._meta.by_outer.values()))
         self._outer_lrs = [group["lr"] for group in self.optimiser.param_groups]
         self._network = TaskNetwork(module, loss, metric, vectorize=vectorize)
 
@@ -136,8 +101,8 @@ class MetaLearner:
                 raise FloatingPointError(
                     f"the meta-gradient of `{name}` is not finite, though every loss is"
                 )
-        for name, parameter in self._optimised.items():
-            clip = self.algorithm.clipping if name in self._phi else NoClipping()
+        for name, parameter in self._meta.by_outer.items():
+            clip = self.algorithm.clipping if name in self._meta.phi else NoClipping()
             parameter.grad = clip(gradients[name])
         factor = self.algorithm.outer_schedule(self.epoch)
         for group, outer_lr in zip(self.optimiser.param_groups, self._outer_lrs, strict=True):
@@ -148,19 +113,19 @@ class MetaLearner:
             for name, buffer in self.buffers.items():
                 buffer.copy_(buffers[name])
             if self.algorithm.rate_update:
-                for name, rate in self._rates.items():
-                    gradient = gradients[f"inner_lr.{name}"]
+                for name, rate in self._meta.rates.items():
+                    gradient = gradients[RATE + name]
                     rate.copy_(self.algorithm.rate_update(rate, gradient))
-                    self._hypergradients[name].copy_(-gradient)
+                    self._meta.hypergradients[name].copy_(-gradient)
         self.iteration += 1
         return metrics
 
     def rates(self) -> Tensors:
         """Return the learning rates that follow hypergradients, and these; scalars by name."""
         found: Tensors = {}
-        for name, h in self._hypergradients.items():
+        for name, h in self._meta.hypergradients.items():
             suffix = "" if name == "all" else f".{name}"
-            found[f"inner_lr{suffix}"] = self._rates[name].detach().mean()
+            found[f"inner_lr{suffix}"] = self._meta.rates[name].detach().mean()
             found[f"inner_lr{suffix}_hypergradient"] = h.sum()
         if isinstance(self.optimiser, Hypergradient) and self.iteration > 0:
             found |= self.optimiser.rates()
@@ -185,8 +150,8 @@ class MetaLearner:
         use = self.algorithm.norm_statistics.use
         with torch.no_grad(), self._network.mode(is_training=False, use=use):
             *_, last = self._trajectory(batch, steps, derivative_order=1)
-            theta = self._rows.pick_parameters(last.theta, steps, is_query=True)
-            buffers = self._rows.pick_buffers(last.buffers, steps)
+            theta = self._meta.rows.pick_parameters(last.theta, steps, is_query=True)
+            buffers = self._meta.rows.pick_buffers(last.buffers, steps)
             for name, parameter in module.named_parameters():
                 parameter.copy_(theta[name][0])
             for name, buffer in module.named_buffers():
@@ -307,7 +272,7 @@ class MetaLearner:
 
     def state_tensors(self) -> Tensors:
         """Return all that training changes, by name: model, buffers, optimiser and iteration."""
-        state = {f"model.{name}": t for name, t in self._owned().items()}
+        state = {f"model.{name}": t for name, t in self._meta.tensors().items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimiser.state.get(parameter, {}).items():
                 state[f"optimiser.{name}.{key}"] = torch.as_tensor(value)
@@ -320,31 +285,14 @@ class MetaLearner:
         Raises:
             InputError: it is another model's.
         """
-        owned = self._owned()
-        saved = _below(state, "model.")
-        if differing := sorted(
-            n for n in owned.keys() | saved.keys()
-            if n not in owned or n not in saved or owned[n].shape != saved[n].shape
-        ):  # fmt: skip
-            raise InputError(
-                f"the saved state is another model's: `{differing[0]}` does not fit; "
-                "build the model with the settings it was saved with"
-            )
-        with torch.no_grad():
-            for name, tensor in owned.items():
-                tensor.copy_(saved[name])
+        self._meta.load(_below(state, "model."))
         self.iteration = int(state["iteration"])
-        names = enumerate(self._optimised)
+        names = enumerate(self._meta.by_outer)
         per_parameter = {i: _below(state, f"optimiser.{name}.") for i, name in names}
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict(
             {"state": {i: s for i, s in per_parameter.items() if s}, "param_groups": groups}
         )
-
-    def _owned(self) -> Tensors:
-        """Return everything that training may change, but for the optimiser's own state."""
-        hypergradients = {f"inner_lr_hypergradient.{n}": h for n, h in self._hypergradients.items()}
-        return {**self._frozen, **self.parameters, **self.buffers, **hypergradients}
 
     def _norm_statistics(self, use: Use | None) -> NormStatistics:
         norm = self.algorithm.norm_statistics
@@ -385,12 +333,12 @@ class MetaLearner:
     ) -> Iterator[Point]:
         return trajectory(
             self._network,
-            stack(self._phi | self._frozen, len(batch)),
-            stack(self.buffers, len(batch)),
+            self._meta.theta(len(batch)),
+            self._meta.buffers_of(len(batch)),
             batch,
-            adapted=self._adapted,
-            rate=partial(self.algorithm.inner_rate, self._rates),
-            rows=self._rows,
+            adapted=self._meta.adapted,
+            rate=partial(self.algorithm.inner_rate, self._meta.rates),
+            rows=self._meta.rows,
             num_steps=num_steps,
             derivative_order=derivative_order,
             query_after=query_after,
@@ -416,8 +364,8 @@ class MetaLearner:
                 metrics.append(seen.detach())
                 buffers.append(last.buffers)
         gradients = dict(zip(self.parameters, total, strict=True))
-        if self._harvested:
-            gradients["inner_lr.all"] = rate_gradient
+        if self._meta.harvested:
+            gradients[f"{RATE}all"] = rate_gradient
         return gradients, Metrics.cat(metrics), _mean_over_tasks(buffers)
 
     def _meta_loss(self, chunk: TaskBatch) -> tuple[Metrics, Point, Tensors]:
@@ -436,7 +384,7 @@ class MetaLearner:
         ):
             if point.query is not None:
                 queries.append(point.query)
-            for name in self._harvested if point.gradient else ():
+            for name in self._meta.harvested if point.gradient else ():
                 descent[name] = descent.get(name, 0) + point.gradient[name].detach()
         query_loss = torch.stack([query.loss for query in queries], dim=1)
         weights = query_loss.new_tensor([v[k] for k in counting])
@@ -449,14 +397,6 @@ class MetaLearner:
             query_loss,
         )
         return metrics, point, descent
-
-
-def _rows(tensor: Tensor, rows: int | None) -> Tensor:
-    """Return the tensor itself, or a leaf of so many copies of it."""
-    if rows is None:
-        return tensor
-    copies = tensor.detach().expand(rows, *tensor.shape).clone()
-    return copies.requires_grad_(tensor.requires_grad)
 
 
 def _outputs(queries: list[Result]) -> Tensor:

@@ -1,0 +1,124 @@
+"""What training changes, besides the outer optimiser's own state."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core.algorithm import Algorithm
+from fewstep.core.errors import InputError
+from fewstep.core.network import Tensors
+from fewstep.core.norm import StepRows
+
+RATE = "inner_lr."
+
+
+class MetaParameters:
+    """The module's parameters and buffers, and what the algorithm adds to them.
+
+    Parameters and buffers that differ by step are stacked here, (rows, *shape), and stand in for
+    the module's own.
+
+    Args:
+        module: The module.
+        algorithm: Says what has rows, what is adapted and which rates are learned.
+
+    Attributes:
+        phi: The module's trained parameters, by their names.
+        rates: The table of learned inner rates.
+        parameters: All that has a meta-gradient: phi, and the rates as "inner_lr.*".
+        by_outer: Those of them that the outer optimiser updates.
+        buffers: The module's buffers.
+        rows: Which of all these have a row for each step.
+        adapted: Names of the parameters that the inner loop changes.
+        harvested: Those whose gradients a cheap hypergradient is made of.
+        hypergradients: -d meta-loss / d rate of the last update, where that updates the rates.
+
+    Raises:
+        InputError: nothing to train, or to adapt, or a name is taken.
+    """
+
+    def __init__(self, module: nn.Module, algorithm: Algorithm) -> None:
+        named = dict(module.named_parameters())
+        trained = {n: p for n, p in named.items() if p.requires_grad}
+        kind = type(module).__name__
+        if not trained:
+            raise InputError(
+                f"{kind} has no parameter that requires a gradient; nothing could be learned"
+            )
+        if any(name.startswith(RATE) for name in named):
+            raise InputError(
+                f"{kind} has a part named 'inner_lr', the name of learned rates; rename it"
+            )
+        parameter_rows = algorithm.norm_affine.rows(module, algorithm.num_steps)
+        buffer_rows = algorithm.norm_statistics.rows(module, algorithm.num_steps)
+        self.rows = StepRows(frozenset(parameter_rows), frozenset(buffer_rows))
+        self.phi = {n: _with_rows(p, parameter_rows.get(n)) for n, p in trained.items()}
+        self.buffers: Tensors = {
+            n: _with_rows(b, buffer_rows.get(n)) for n, b in module.named_buffers()
+        }
+        self._frozen: Tensors = {n: p for n, p in named.items() if not p.requires_grad}
+
+        outer_only = algorithm.norm_affine.outer_only(module)
+        self.adapted = tuple(n for n in algorithm.adapted.choose(trained) if n not in outer_only)
+        if not self.adapted:
+            raise InputError(
+                f"{kind} has nothing to adapt but what {algorithm.norm_affine} keeps for the outer "
+                "loop; pass PerStepAffine(adapted=True)"
+            )
+        initial = {n: self.phi[n] for n in self.adapted}
+        table = algorithm.inner_rate.table(initial, algorithm.num_steps)
+        self.rates = {n: t.detach().requires_grad_() for n, t in table.items()}
+        self.parameters: Tensors = self.phi | {RATE + n: t for n, t in self.rates.items()}
+
+        update = algorithm.rate_update
+        self.by_outer: Tensors = self.parameters if update is None else self.phi
+        self.harvested = () if update is None or update.exact else self.adapted
+        self.hypergradients: Tensors = (
+            {} if update is None else {n: torch.zeros_like(t) for n, t in table.items()}
+        )
+
+    def theta(self, tasks: int) -> Tensors:
+        """Return the start of the inner loop, the same for every task: each (tasks, *shape)."""
+        return _stack(self.phi | self._frozen, tasks)
+
+    def buffers_of(self, tasks: int) -> Tensors:
+        """Return the buffers at the start of the inner loop, each (tasks, *shape)."""
+        return _stack(self.buffers, tasks)
+
+    def tensors(self) -> Tensors:
+        """Return everything, by name."""
+        hypergradients = {f"inner_lr_hypergradient.{n}": h for n, h in self.hypergradients.items()}
+        return {**self._frozen, **self.parameters, **self.buffers, **hypergradients}
+
+    def load(self, saved: Tensors) -> None:
+        """Take over what `tensors` gave.
+
+        Raises:
+            InputError: it is another model's.
+        """
+        own = self.tensors()
+        if differing := sorted(
+            n for n in own.keys() | saved.keys()
+            if n not in own or n not in saved or own[n].shape != saved[n].shape
+        ):  # fmt: skip
+            raise InputError(
+                f"the saved state is another model's: `{differing[0]}` does not fit; "
+                "build the model with the settings it was saved with"
+            )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(saved[name])
+
+
+def _with_rows(tensor: Tensor, rows: int | None) -> Tensor:
+    """Return the tensor itself, or a leaf of so many copies of it."""
+    if rows is None:
+        return tensor
+    copies = tensor.detach().expand(rows, *tensor.shape).clone()
+    return copies.requires_grad_(tensor.requires_grad)
+
+
+def _stack(tensors: Tensors, tasks: int) -> Tensors:
+    """Give every task the same tensors, without a copy: (*shape) to (tasks, *shape)."""
+    return {name: t.expand(tasks, *t.shape) for name, t in tensors.items()}
