@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from rich.console import Console
+from rich.table import Table
 
 from fewstep.cli.data import DataList, DataPrepare, DataShow, DataVerify
 from fewstep.cli.parse import parse
@@ -73,9 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _help(console: Console) -> None:
     console.print("usage: fewstep COMMAND [OPTIONS]\n", markup=False)
+    table = Table.grid(padding=(0, 2))
     for name, command in COMMANDS.items():
-        summary = (command.__doc__ or "").splitlines()[0]
-        console.print(f"  {name:<29}{summary}", highlight=False, markup=False)
+        table.add_row(f"  {name}", (command.__doc__ or "").splitlines()[0])
+    console.print(table)
     console.print(
         "\nfewstep COMMAND --help shows a command's options."
         "\nStart with: fewstep train", highlight=False, markup=False

@@ -98,8 +98,7 @@ class Evaluate:
     split: Split = "test"
     """Classes to draw the tasks from."""
     checkpoint: Checkpoint = "best"
-    """The one with the best validation score, the last, or the mean of the outputs of all that
-    the run kept for their scores."""
+    """The best in validation, the last, or the mean of the outputs of all the best kept."""
     tasks: int = 600
     """How many tasks."""
     steps: int | None = None

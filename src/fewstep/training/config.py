@@ -158,26 +158,21 @@ class AlgorithmOptions:
     eval_steps: int = 5
     """Inner steps, in validation and test."""
     inner_lr: float = 0.1
-    """Inner learning rate, for losses that are means over the examples; where the rates are
-    learned, their initial value."""
+    """Inner learning rate, for losses that are means; the initial one where it is learned."""
     learned_rates: Literal["no", "tensor", "layer", "one", "element"] = "no"
-    """Learn an inner rate for each step and parameter tensor, or layer (LSLR); one for all; or one
-    for each element (Meta-SGD)."""
+    """Learn inner rates: by step and tensor or layer (LSLR), one, or by element (Meta-SGD)."""
     inner_hyper_lr: float | None = None
-    """Update the learned rates by hypergradient, at this rate (Alpha MAML), not by the outer
-    optimiser."""
+    """Let the learned rates follow hypergradients, at this rate (Alpha MAML)."""
     multi_step_epochs: int = 0
     """Epochs in which the query loss after every step counts, less and less (MSL)."""
     first_order_epochs: float = 0
-    """Epochs in which the inner gradients are taken as constants, before the second order (DA);
-    "inf" for first order throughout."""
+    """Epochs of first order before the second (DA); inf for first order throughout."""
     per_step_affine: bool = False
     """A scale and shift of normalisation layers for each step, learned outside (BNWB)."""
     per_step_statistics: bool = False
     """Running statistics for each step (BNRS)."""
     statistics: Use = "batch"
-    """What batch normalisation normalises by: the batch at hand (transductive), the support set,
-    or running averages."""
+    """What batch norm normalises by: batch (transductive), support set or running averages."""
     not_adapted: tuple[str, ...] = ()
     """Patterns of parameter names that the inner loop leaves alone, such as "*.norm.*"."""
     outer: Literal["adam", "sgd"] = "adam"
@@ -185,10 +180,9 @@ class AlgorithmOptions:
     outer_lr: float = 1e-3
     """Its rate."""
     outer_hyper_lr: float | None = None
-    """Update that rate by hypergradient, at this rate (Alpha MAML)."""
+    """Let that rate follow its hypergradient, at this rate (Alpha MAML)."""
     hyper_step: Step = "additive"
-    """What a hypergradient moves: the rate; its logarithm, clipped and bounded; or its logarithm by
-    the sign alone."""
+    """A hypergradient adds to the rate, to its log with guards, or to its log by sign alone."""
     task_reduction: Literal["mean", "sum"] = "mean"
     """The meta-loss is the mean over the tasks, or their sum."""
     outer_schedule: Literal["constant", "cosine"] = "constant"
@@ -198,7 +192,7 @@ class AlgorithmOptions:
     clip_value: float | None = None
     """Bring every element of the meta-gradient within this of 0."""
     extra_steps: ExtraSteps = "refuse"
-    """With parts of each step, refuse more test steps than trained, or repeat the last."""
+    """More test steps than trained: refuse, or repeat the last, where parts differ by step."""
 
     def __post_init__(self) -> None:
         if self.multi_step_epochs < 0:
@@ -293,8 +287,7 @@ class RunConfig:
     iterations: int = 1000
     """Outer updates."""
     epoch_length: int | None = None
-    """Iterations of an epoch, the unit of the method's schedules; a hundredth of all if not
-    given."""
+    """Iterations of an epoch, the unit of the schedules; a hundredth of all if not given."""
     tasks: int = 8
     """Tasks of an iteration (meta-batch)."""
     chunk_size: int = 8
