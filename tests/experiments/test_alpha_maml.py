@@ -1,7 +1,6 @@
 """The figures of Alpha MAML, on a few tiny images."""
 
 import json
-import math
 import signal
 import subprocess
 import sys
@@ -13,8 +12,11 @@ from PIL import Image
 from rich.console import Console
 
 from fewstep.core.errors import InputError
-from fewstep.experiments import alpha_maml
-from fewstep.experiments.alpha_maml import AlphaConvergence, AlphaSensitivity, Setting, train
+from fewstep.experiments import alpha_runs
+from fewstep.experiments.alpha_comparison import CHANGES, AlphaComparison, draw, interval
+from fewstep.experiments.alpha_convergence import AlphaConvergence
+from fewstep.experiments.alpha_runs import Setting, train
+from fewstep.experiments.alpha_sensitivity import AlphaSensitivity, _compare
 from fewstep.experiments.pool import each
 
 QUIET = Console(quiet=True)
@@ -28,7 +30,7 @@ def setting(monkeypatch, images):
         return replace(usual(self, *rates), dataset="folder", data=images)
 
     monkeypatch.setattr(Setting, "config", config)
-    alpha_maml._problem.cache_clear()
+    alpha_runs._problem.cache_clear()
     return Setting(dataset="glyphs", ways=2, tasks=2, filters=4)
 
 
@@ -57,19 +59,21 @@ def test_the_grid(sensitivity, monkeypatch):
     table = (sensitivity.out / "table.md").read_text()
     assert "| MAML | 4 of 6 (67%) | 0 | 6 | 0 |" in table
 
-    monkeypatch.setattr(alpha_maml, "build_learner", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(alpha_runs, "build_learner", lambda *_: pytest.fail("trained again"))
     sensitivity.run(QUIET)
     assert json.loads((sensitivity.out / "grid.json").read_text())["shares"] == summary["shares"]
 
 
 def test_shares_count_what_contradicts_the_claim():
-    counts = alpha_maml._compare([[5, None, 7], [None, 9, 3]], [[5, 6, None], [None, 8, 4]])
+    counts = _compare([[5, None, 7], [None, 9, 3]], [[5, 6, None], [None, 8, 4]])
     assert counts == {"cells": 6, "reached": 4, "faster": 2, "equal": 2, "slower": 2}
 
 
 def test_an_outcome(setting, tmp_path):
-    config = replace(setting.config(0.1, 0.05, 0.01, 0.02), iterations=12, val_tasks=3)
-    outcome = train(tmp_path / "a.json", config, -math.inf, 1, 5)
+    config = replace(
+        setting.config(0.1, 0.05, 0.01, 0.02), iterations=12, val_tasks=3, test_tasks=4
+    )
+    outcome = train(tmp_path / "a.json", config, val_every=5, is_tested=True)
     assert outcome["reached"] is None
     assert outcome["broken"] is None
     assert len(outcome["losses"]) == len(outcome["rates"]) == 12
@@ -79,11 +83,13 @@ def test_an_outcome(setting, tmp_path):
     for name in ("inner_lr", "outer_lr"):
         assert last[name] != outcome[name]
         assert last[f"{name}_hypergradient"] != 0
-    reached = train(tmp_path / "b.json", config, max(outcome["losses"]) + 1, 3, 0)
+    assert outcome["test"]["num_tasks"] == config.test_tasks
+    above = max(outcome["losses"]) + 1
+    reached = train(tmp_path / "b.json", config, threshold=above, window=3)
     assert reached["reached"] == 3
     assert reached["losses"] == outcome["losses"][:3]
-    broken = train(tmp_path / "c.json", replace(config, algorithm=replace(
-        config.algorithm, outer_lr=1e30)), -math.inf, 1, 0)  # fmt: skip
+    bursting = replace(config, algorithm=replace(config.algorithm, outer_lr=1e30))
+    broken = train(tmp_path / "c.json", bursting)
     assert broken["broken"] is not None
     assert len(broken["losses"]) == broken["broken"] - 1
 
@@ -99,6 +105,39 @@ def test_the_courses(setting, tmp_path):
     assert len(curves) == 2 + 3 + 3
     with Image.open(convergence.out / "convergence.png") as picture:
         assert picture.size > (400, 400)
+
+
+def test_the_comparison(setting, tmp_path):
+    comparison = AlphaComparison(
+        setting=setting, bounds=(0.01, 0.1), seeds=2, iterations=8, trials=2, val_tasks=3,
+        test_tasks=3, out=tmp_path / "out",
+    )  # fmt: skip
+    comparison.run(QUIET)
+    summary = json.loads((comparison.out / "comparison.json").read_text())
+    assert list(summary["test_accuracy"]) == list(CHANGES)
+    for alpha, beta in summary["initial_rates"]:
+        assert 0.01 <= min(alpha, beta) <= max(alpha, beta) <= 0.1
+    outcomes = comparison.out / "outcomes"
+
+    def outcome(method, name="seed0"):
+        return json.loads((outcomes / method / f"{name}.json").read_text())
+
+    start = tuple(summary["initial_rates"][0])
+    assert (outcome("maml")["inner_lr"], outcome("maml")["outer_lr"]) == start
+    assert summary["test_accuracy"]["MAML"][0] == outcome("maml")["test"]["mean"]
+    # Random search: two trials of two iterations, then four with the better one's rates.
+    trials = [outcome("random-search", f"seed0-trial{i}") for i in range(2)]
+    assert [len(t["losses"]) for t in trials] == [2, 2]
+    better = min(trials, key=lambda t: t["validation"][-1][1])
+    assert outcome("random-search")["inner_lr"] == better["inner_lr"]
+    assert len(outcome("random-search")["losses"]) == 4
+    assert "| Alpha MAML, guarded |" in (comparison.out / "table.md").read_text()
+
+
+def test_draws_and_intervals():
+    assert draw((0.001, 10), 3, 1) == draw((0.001, 10), 3, 1) != draw((0.001, 10), 3, 2)
+    assert interval([0.5, 0.7]) == "60.0 ± 127.1"
+    assert interval([0.5] * 30) == "50.0 ± 0.0"
 
 
 @pytest.mark.parametrize("text", ["0.1", "a,b", "1,2,3"])

@@ -14,7 +14,9 @@ from fewstep.cli.data import DataList, DataPrepare, DataShow, DataVerify
 from fewstep.cli.parse import parse
 from fewstep.cli.runs import Evaluate, Plot, Resume, Train
 from fewstep.core.errors import InputError, check_name
-from fewstep.experiments.alpha_maml import AlphaConvergence, AlphaSensitivity
+from fewstep.experiments.alpha_comparison import AlphaComparison
+from fewstep.experiments.alpha_convergence import AlphaConvergence
+from fewstep.experiments.alpha_sensitivity import AlphaSensitivity
 from fewstep.experiments.maml_plus_plus import MamlPlusPlusAblation
 from fewstep.training.allocator import keep_freed_memory
 from fewstep.training.trainer import TrainingStopped
@@ -41,6 +43,7 @@ COMMANDS: dict[str, type[Command]] = {
     "reproduce maml++-ablation": MamlPlusPlusAblation,
     "reproduce alpha-sensitivity": AlphaSensitivity,
     "reproduce alpha-convergence": AlphaConvergence,
+    "reproduce alpha-comparison": AlphaComparison,
 }
 
 

@@ -59,7 +59,7 @@ def each(
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task(function.__name__.replace("_", " "), total=len(jobs))
+        bar = progress.add_task("jobs", total=len(jobs))
         for key, result in results:
             progress.advance(bar)
             yield key, result

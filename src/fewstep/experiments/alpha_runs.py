@@ -1,0 +1,146 @@
+"""Short runs of MAML and Alpha MAML that differ in their learning rates."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from fewstep.data.omniglot import Omniglot
+from fewstep.training.build import Problem, build_learner, build_problem
+from fewstep.training.config import (
+    AlgorithmOptions,
+    ClassificationOptions,
+    Conv4Options,
+    RunConfig,
+)
+from fewstep.training.presets import preset
+from fewstep.training.run_folder import write_json
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the poster leaves open, chosen by us: one inner step, mean cross-entropy, SGD outside.
+
+    The meta-loss is the mean over tasks.
+    """
+
+    dataset: Literal["omniglot", "glyphs"] = "omniglot"
+    """Where the tasks come from."""
+    ways: int = 20
+    """Classes of a task; chance has a loss of log(ways)."""
+    shots: int = 1
+    """Support images of each class."""
+    tasks: int = 2
+    """Tasks of an iteration."""
+    filters: int = 32
+    """Channels of every block of the network."""
+    seed: int = 0
+    """Seed of the initial parameters and of the episodes, the same for all."""
+    device: str = "cpu"
+    """"cpu", "cuda", ...; "auto" takes a GPU where there is one."""
+
+    def config(
+        self, alpha: float, beta: float, eta_alpha: float | None, eta_beta: float | None
+    ) -> RunConfig:
+        """Return a run's settings; without both hyper-rates it is MAML."""
+        is_alpha_maml = eta_alpha is not None or eta_beta is not None
+        return replace(
+            preset(self.dataset),
+            recipe="alpha-maml" if is_alpha_maml else "maml",
+            data=Omniglot() if self.dataset == "omniglot" else preset(self.dataset).data,
+            episodes=ClassificationOptions(
+                ways=self.ways, shots=self.shots, queries=1, eval_queries=1
+            ),
+            model=Conv4Options(filters=self.filters),
+            algorithm=AlgorithmOptions(
+                num_steps=1,
+                eval_steps=1,
+                inner_lr=alpha,
+                learned_rates="no" if eta_alpha is None else "one",
+                inner_hyper_lr=eta_alpha,
+                outer="sgd",
+                outer_lr=beta,
+                outer_hyper_lr=eta_beta,
+            ),
+            tasks=self.tasks,
+            seed=self.seed,
+            device=self.device,
+        )
+
+
+@lru_cache(maxsize=1)
+def _problem(config: RunConfig) -> Problem:
+    return build_problem(config, config.device)
+
+
+def train(
+    path: Path,
+    config: RunConfig,
+    *,
+    threshold: float = -math.inf,
+    window: int = 1,
+    val_every: int = 0,
+    is_tested: bool = False,
+) -> dict[str, Any]:
+    """Train until the running mean of the loss is below a threshold, or to the last iteration.
+
+    Args:
+        path: JSON file of the outcome; where it exists it is read, and nothing trained.
+        config: Settings.
+        threshold: Loss to reach; minus infinity trains to the end.
+        window: Iterations of the running mean.
+        val_every: Iterations between validations; 0 for none.
+        is_tested: Score the outcome on test tasks.
+
+    Returns:
+        Losses, rates, hypergradients, validation losses, test scores, the iteration at which the
+        threshold was reached, and the one at which a number that was not finite broke it off.
+    """
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+    shared = replace(config, algorithm=AlgorithmOptions(), recipe="maml")  # one problem for all
+    problem = _problem(shared)
+    learner = build_learner(config, problem, config.device)
+    losses: list[float] = []
+    rates: list[dict[str, float]] = []
+    validation: list[tuple[int, float]] = []
+    reached = broken = None
+    for iteration in range(1, config.iterations + 1):
+        try:
+            metrics = learner.step(problem.episodes["train"].batch(
+                (iteration - 1) * config.tasks, config.tasks
+            ))  # fmt: skip
+        except FloatingPointError:
+            broken = iteration
+            break
+        losses.append(metrics.loss.item())
+        rates.append({name: rate.item() for name, rate in learner.rates().items()})
+        if iteration >= window and sum(losses[-window:]) / window < threshold:
+            reached = iteration
+            break
+        if val_every and (iteration % val_every == 0 or iteration == 1):
+            scores = learner.evaluate(problem.episodes["val"], config.val_tasks)
+            validation.append((iteration, float(scores.loss[:, -1].mean())))
+    test = None
+    if is_tested:
+        test = learner.evaluate(problem.episodes["test"], config.test_tasks).as_dict()
+    outcome = {
+        "inner_lr": config.algorithm.inner_lr,
+        "outer_lr": config.algorithm.outer_lr,
+        "inner_hyper_lr": config.algorithm.inner_hyper_lr,
+        "outer_hyper_lr": config.algorithm.outer_hyper_lr,
+        "reached": reached,
+        "broken": broken,
+        "losses": losses,
+        "rates": rates,
+        "validation": validation,
+        "test": test,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, outcome)
+    return outcome

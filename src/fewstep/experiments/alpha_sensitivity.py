@@ -1,0 +1,183 @@
+"""From which initial rates MAML and Alpha MAML get anywhere, and how fast."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from fewstep.core.errors import InputError
+from fewstep.experiments.alpha_runs import Setting, train
+from fewstep.experiments.pool import each
+from fewstep.report.figure import save_figure
+from fewstep.training.build import resolve_device
+from fewstep.training.files import write_atomically
+from fewstep.training.run_folder import command_line, environment, write_json
+
+
+@dataclass(frozen=True)
+class AlphaSensitivity:
+    """Heat maps of iterations to a training loss over a grid of initial rates.
+
+    A cell is the first iteration at which the mean training loss of the last 10 iterations is
+    below the threshold; blank where that does not happen.
+    """
+
+    setting: Setting = field(default_factory=Setting)
+    """What is learned."""
+    inner_lrs: tuple[float, ...] = (0.001, 0.00464, 0.0215, 0.1, 0.464, 2.15, 10.0)
+    """Initial alpha."""
+    outer_lrs: tuple[float, ...] = (0.001, 0.00464, 0.0215, 0.1, 0.464, 2.15, 10.0)
+    """Initial beta."""
+    hyper_lrs: tuple[str, ...] = ("0.01,0.01", "0.1,0.01", "0.01,0.1", "0.1,0.1")
+    """Pairs eta_alpha,eta_beta of Alpha MAML; 0 leaves a rate as it is."""
+    guarded: bool = False
+    """Also run Alpha MAML with guards, at the first pair."""
+    iterations: int = 500
+    """Most iterations of a cell."""
+    threshold: float = 2.5
+    """Training loss to reach."""
+    workers: int = 1
+    """Cells at once, a single-threaded process each."""
+    ray: bool = False
+    """Send the cells to a Ray cluster instead."""
+    out: Path = Path("runs/alpha-sensitivity")
+    """Folder of the outcomes, the table and the figure; a second call goes on where one stopped."""
+
+    def run(self, console: Console) -> None:
+        """Train every cell that is not trained yet; write the figure and the table."""
+        methods = {"MAML": (None, None, False)} | {
+            f"Alpha MAML, eta_alpha={a:g}, eta_beta={b:g}": (a, b, False)
+            for a, b in map(_pair, self.hyper_lrs)
+        }
+        if self.guarded:
+            a, b = _pair(self.hyper_lrs[0])
+            methods[f"Alpha MAML, guarded, eta_alpha={a:g}, eta_beta={b:g}"] = (a, b, True)
+        device = resolve_device(self.setting.device)
+        jobs = {}
+        for name, (eta_alpha, eta_beta, guarded) in methods.items():
+            for alpha in self.inner_lrs:
+                for beta in self.outer_lrs:
+                    config = self.setting.config(alpha, beta, eta_alpha, eta_beta)
+                    config = replace(
+                        config,
+                        iterations=self.iterations,
+                        device=device,
+                        algorithm=replace(
+                            config.algorithm,
+                            hyper_step="multiplicative" if guarded else "additive",
+                        ),
+                    )
+                    file = f"{alpha:g}-{beta:g}-{eta_alpha}-{eta_beta}{'-guarded' * guarded}.json"
+                    path = self.out / "cells" / file
+                    jobs[name, alpha, beta] = (path, config)
+        until = partial(train, threshold=self.threshold, window=10)
+        results = each(until, jobs, workers=self.workers, ray=self.ray, console=console)
+        reached = {key: outcome["reached"] for key, outcome in results}
+        grids = {
+            name: [[reached[name, a, b] for b in self.outer_lrs] for a in self.inner_lrs]
+            for name in methods
+        }
+        shares = {name: _compare(grid, grids["MAML"]) for name, grid in grids.items()}
+        summary = {
+            "command": command_line(),
+            "environment": environment(command_line(), device),
+            "inner_lrs": self.inner_lrs,
+            "outer_lrs": self.outer_lrs,
+            "iterations_to_threshold": grids,
+            "shares": shares,
+        }
+        write_json(self.out / "grid.json", summary)
+        table = _markdown(shares, self)
+        write_atomically(self.out / "table.md", table.encode())
+        plot_grids(grids, self.inner_lrs, self.outer_lrs, self.iterations, self.out / "grid.png")
+        console.print(table, highlight=False, markup=False)
+        console.print(f"wrote table.md, grid.json and grid.png in {self.out}", highlight=False)
+
+
+Grid = Sequence[Sequence[int | None]]
+
+
+def _pair(text: str) -> tuple[float, float]:
+    try:
+        eta_alpha, eta_beta = map(float, text.split(","))
+    except ValueError:
+        raise InputError(
+            f"hyper_lrs {text!r} must be two numbers, eta_alpha,eta_beta, such as 0.01,0.1"
+        ) from None
+    return eta_alpha, eta_beta
+
+
+def _compare(grid: Grid, maml: Grid) -> dict[str, float]:
+    """Count cells that reach the threshold, and those faster or slower than MAML's."""
+    pairs = [
+        (math.inf if own is None else own, math.inf if base is None else base)
+        for row, base_row in zip(grid, maml, strict=True)
+        for own, base in zip(row, base_row, strict=True)
+    ]
+    return {
+        "cells": len(pairs),
+        "reached": sum(own < math.inf for own, _ in pairs),
+        "faster": sum(own < base for own, base in pairs),
+        "equal": sum(own == base for own, base in pairs),
+        "slower": sum(own > base for own, base in pairs),
+    }
+
+
+def _markdown(shares: Mapping[str, Mapping[str, float]], options: AlphaSensitivity) -> str:
+    s = options.setting
+    lines = [
+        f"{s.dataset} {s.ways}-way {s.shots}-shot, Conv4-{s.filters}, 1 step, SGD outside, mean",
+        f"over {s.tasks} tasks; cells that reach a training loss of {options.threshold:g} within",
+        f"{options.iterations} iterations, and iterations compared with MAML from the same rates.",
+        "",
+        "| method | reached | faster than MAML | equal | slower |",
+        "|---|---|---|---|---|",
+    ]
+    for name, n in shares.items():
+        reached = f"{n['reached']} of {n['cells']} ({100 * n['reached'] / n['cells']:.0f}%)"
+        lines.append(f"| {name} | {reached} | {n['faster']} | {n['equal']} | {n['slower']} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot_grids(
+    grids: Mapping[str, Grid],
+    inner_lrs: Sequence[float],
+    outer_lrs: Sequence[float],
+    iterations: int,
+    path: Path,
+) -> None:
+    """Draw heat maps of iterations over initial rates; blank where the threshold is not reached.
+
+    Args:
+        grids: By method; a row for each inner rate, a column for each outer rate.
+        inner_lrs: Initial alpha.
+        outer_lrs: Initial beta.
+        iterations: End of the colour scale.
+        path: PNG file to write.
+    """
+    columns = min(3, len(grids))
+    rows = -(-len(grids) // columns)
+    figure = Figure(figsize=(4.6 * columns, 4.2 * rows), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).flatten()
+    for ax in axes[len(grids) :]:
+        ax.set_axis_off()
+    for ax, (name, grid) in zip(axes, grids.items(), strict=False):
+        values = np.array([[np.nan if v is None else v for v in row] for row in grid], dtype=float)
+        image = ax.imshow(values, origin="lower", vmin=0, vmax=iterations, cmap="viridis_r")
+        for (i, j), value in np.ndenumerate(values):
+            if not np.isnan(value):
+                colour = "white" if value > iterations / 2 else "black"
+                ax.text(j, i, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=7)
+        ax.set_xticks(range(len(outer_lrs)), [f"{b:.2g}" for b in outer_lrs], rotation=45)
+        ax.set_yticks(range(len(inner_lrs)), [f"{a:.2g}" for a in inner_lrs])
+        ax.set(xlabel="initial beta (outer rate)", ylabel="initial alpha (inner rate)")
+        ax.set_title(name.replace(", eta_alpha", "\neta_alpha"), fontsize=10)
+    figure.colorbar(image, ax=axes.tolist(), label="iterations to the threshold")
+    save_figure(figure, path)
