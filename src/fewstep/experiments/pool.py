@@ -100,10 +100,14 @@ def _on_ray(
     function: Callable[..., Result], jobs: Mapping[Key, Job]
 ) -> Iterator[tuple[Key, Result]]:
     if importlib.util.find_spec("ray") is None:
-        raise InputError("--ray needs Ray, which is not installed; pip install 'ray[default]'")
+        raise InputError("--ray needs Ray, which is not installed; pip install ray")
     ray = importlib.import_module("ray")
     ray.init(ignore_reinit_error=True, log_to_driver=False)
-    remote = ray.remote(num_cpus=1)(function)
+
+    def call(*job: Any) -> Result:  # Ray takes functions only
+        return function(*job)
+
+    remote = ray.remote(num_cpus=1)(call)
     keys = {remote.remote(*job): key for key, job in jobs.items()}
     waiting = list(keys)
     while waiting:
