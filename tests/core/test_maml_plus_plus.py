@@ -390,6 +390,20 @@ def test_running_statistics_are_those_of_evaluation_mode():
     torch.testing.assert_close(adapted(task.x_query[0]), learner.predict(task, 1)[0, -1])
 
 
+@pytest.mark.parametrize("per_step", [False, True])
+def test_training_uses_the_running_statistics_of_before(per_step):
+    """The batch at hand enters the averages, but not its own normalisation."""
+    module, batch = net(), CASE.batch()
+    statistics = NormStatistics("running", per_step)
+    learner = learner_of(Algorithm(0, ConstantRate(0.3), norm_statistics=statistics), module)
+    losses = learner.meta_gradient(batch)[1].task_loss
+    module.eval()
+    expected = [
+        F.cross_entropy(module(x), y) for x, y in zip(batch.x_query, batch.y_query, strict=True)
+    ]
+    torch.testing.assert_close(losses, torch.stack(expected).detach())
+
+
 def test_running_statistics_are_collected_for_each_point():
     """Row 0 sees the support set under theta[0], the last row the query set under theta[K]."""
     module, batch = net(), CASE.batch()
