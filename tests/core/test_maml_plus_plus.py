@@ -12,6 +12,7 @@ from fewstep import (
     SGD,
     Algorithm,
     ClipByValue,
+    ConstantRate,
     CosineAnnealing,
     DerivativeAnnealing,
     FixedOrder,
