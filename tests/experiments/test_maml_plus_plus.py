@@ -24,7 +24,7 @@ def ablation(tmp_path, monkeypatch, images):
     monkeypatch.setattr(MamlPlusPlusAblation, "_config", config)
     return MamlPlusPlusAblation(
         dataset="glyphs", ways=2, variants=VARIANTS, seeds=2, iterations=4, tasks=2, filters=4,
-        val_every=2, val_tasks=3, test_tasks=3, out=tmp_path / "out", device="cpu",
+        val_every=2, val_tasks=3, test_tasks=3, out=tmp_path / "out",
     )  # fmt: skip
 
 

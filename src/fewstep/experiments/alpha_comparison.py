@@ -90,7 +90,7 @@ class AlphaComparison:
         write_json(self.out / "comparison.json", summary)
         table = self._markdown(accuracies)
         write_atomically(self.out / "table.md", table.encode())
-        console.print(table, highlight=False, markup=False)
+        console.print(table, highlight=False, markup=False, soft_wrap=True)
         console.print(f"wrote table.md and comparison.json in {self.out}", highlight=False)
 
     def config(self, method: str, alpha: float, beta: float, seed: int) -> RunConfig:

@@ -97,7 +97,7 @@ class AlphaSensitivity:
         table = _markdown(shares, self)
         write_atomically(self.out / "table.md", table.encode())
         plot_grids(grids, self.inner_lrs, self.outer_lrs, self.iterations, self.out / "grid.png")
-        console.print(table, highlight=False, markup=False)
+        console.print(table, highlight=False, markup=False, soft_wrap=True)
         console.print(f"wrote table.md, grid.json and grid.png in {self.out}", highlight=False)
 
 

@@ -15,6 +15,7 @@ from fewstep.core.errors import InputError, check_name
 from fewstep.data.omniglot import Omniglot
 from fewstep.experiments.sweep import Test, complete_all
 from fewstep.report.figure import save_figure
+from fewstep.training.build import resolve_device
 from fewstep.training.config import (
     AlgorithmOptions,
     ClassificationOptions,
@@ -106,8 +107,11 @@ class MamlPlusPlusAblation:
             check_name("variant", variant, VARIANTS)
         if self.seeds < 1:
             raise InputError(f"seeds={self.seeds} must be at least 1")
+        device = resolve_device(self.device)
         plan = {
-            self.out / f"{variant.lower()}-seed{seed}": self._config(variant, seed)
+            self.out / f"{variant.lower()}-seed{seed}": replace(
+                self._config(variant, seed), device=device
+            )
             for seed in range(self.seeds)
             for variant in self.variants
         }
@@ -121,14 +125,14 @@ class MamlPlusPlusAblation:
         rows = {v: self._row(v, found) for v in self.variants}
         summary = {
             "command": command_line(),
-            "environment": environment(command_line(), next(iter(plan.values())).device),
+            "environment": environment(command_line(), device),
             "schedule": self._schedule(),
             "rows": rows,
         }
         write_json(self.out / "table.json", summary)
         write_atomically(self.out / "table.md", self._markdown(rows).encode())
         plot_validation({v: self._folders(v) for v in self.variants}, self.out / "curves.png")
-        console.print(self._markdown(rows), highlight=False, markup=False)
+        console.print(self._markdown(rows), highlight=False, markup=False, soft_wrap=True)
         console.print(f"wrote table.md, table.json and curves.png in {self.out}", highlight=False)
 
     def _folders(self, variant: str) -> list[RunFolder]:
@@ -158,7 +162,6 @@ class MamlPlusPlusAblation:
             test_tasks=self.test_tasks,
             keep_best=5,
             seed=seed,
-            device=self.device,
         )
 
     def _row(self, variant: str, found: Mapping[Path, list[dict[str, Any]]]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fewstep.core.errors import InputError
 from fewstep.experiments.pool import each
-from fewstep.training.build import Experiment, resolve_device
+from fewstep.training.build import Experiment
 from fewstep.training.config import RunConfig, to_dict
 from fewstep.training.evaluate import Checkpoint, evaluate_run, evaluation_file
 from fewstep.training.files import locked
@@ -104,7 +104,6 @@ def complete_all(
     Returns:
         What each run's tests wrote; of interrupted runs nothing.
     """
-    plan = {p: _resolved(config) for p, config in plan.items()}
     alone = workers == 1 and not ray
     own = (console,) if alone else ()  # a console does not travel to other processes
     jobs = {path: (path, config, tests, *own) for path, config in plan.items()}
@@ -117,10 +116,6 @@ def complete_all(
         results[path] = found
         console.print(f"done: {path} ({len(results)} of {len(plan)})", highlight=False)
     return results
-
-
-def _resolved(config: RunConfig) -> RunConfig:
-    return replace(config, device=resolve_device(config.device))
 
 
 def _check_same(path: Path, held: dict[str, Any], asked: dict[str, Any]) -> None:
