@@ -1,0 +1,169 @@
+"""The written-out block against PyTorch's layers, over tasks and in both derivatives."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import fewstep
+from fewstep.models import Conv4, fast_block
+from fewstep.models.fast_block import Form
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+TASKS, CHANNELS, FILTERS = 3, 2, 6
+FORMS = [
+    Form(stride, pool, slope, 1e-5)
+    for stride, pool in ((1, True), (2, False))
+    for slope in (0.0, 0.01)
+]
+
+
+def layers(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, form: Form) -> Tensor:
+    y = F.conv2d(x, weight, stride=form.stride, padding=1)
+    y = F.batch_norm(y, None, None, gamma, beta, training=True, eps=form.eps)
+    z = F.leaky_relu(y, form.slope)
+    return F.max_pool2d(z, 2) if form.pool else z
+
+
+def block(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, form: Form) -> Tensor:
+    return fast_block.block(x, weight, gamma, beta, form).z
+
+
+def arguments(tasks: int | None = TASKS) -> list[Tensor]:
+    lead = () if tasks is None else (tasks,)
+    shapes = ((5, CHANNELS, 6, 7), (FILTERS, CHANNELS, 3, 3), (FILTERS,), (FILTERS,))
+    return [torch.randn(*lead, *shape, requires_grad=True) for shape in shapes]
+
+
+def derivatives(function, inputs: list[Tensor]) -> list[Tensor]:
+    """Values, gradients, and gradients along a direction of the gradients, of all inputs."""
+    generator = torch.Generator().manual_seed(1)
+
+    def like(t: Tensor) -> Tensor:
+        return torch.randn(t.shape, generator=generator, dtype=t.dtype)
+
+    out = function(*inputs)
+    first = torch.autograd.grad((like(out) * out**2).sum(), inputs, create_graph=True)
+    along = sum((g * like(g)).sum() for g in first)
+    return [out.detach(), *(g.detach() for g in first), *torch.autograd.grad(along, inputs)]
+
+
+def assert_equal(ours: list[Tensor], theirs: list[Tensor], tolerance: float = 1e-10) -> None:
+    scale = max(float(t.detach().abs().max()) for t in theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=1e-2 * tolerance * scale)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "in_dims", [(0, 0, 0, 0), (0, 0, None, 0), (0, None, None, None), (None, 0, 0, None)]
+)
+def test_tasks_get_what_the_layers_give_each(form, in_dims):
+    inputs = [
+        given if dim == 0 else shared
+        for dim, given, shared in zip(in_dims, arguments(), arguments(None), strict=True)
+    ]
+    results = [
+        derivatives(torch.vmap(lambda *a, f=f: f(*a, form), in_dims), inputs)
+        for f in (block, layers)
+    ]
+    assert_equal(*results)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_derivatives_against_differences(form):
+    inputs = arguments(None)
+    assert torch.autograd.gradcheck(lambda *a: block(*a, form), inputs)
+    assert torch.autograd.gradgradcheck(lambda *a: block(*a, form), inputs)
+
+
+def test_what_needs_no_gradient_changes_nothing_else():
+    x, weight, gamma, beta = arguments(None)
+    full = derivatives(lambda *a: block(*a, FORMS[0]), [x, weight, gamma, beta])
+    part = derivatives(lambda *a: block(x.detach(), *a, FORMS[0]), [weight, gamma, beta])
+    torch.testing.assert_close(part[0], full[0])
+    torch.testing.assert_close(part[1], full[2])
+
+
+def test_inputs_stay_as_they_are():
+    inputs = arguments()
+    before = [t.detach().clone() for t in inputs]
+    derivatives(torch.vmap(lambda *a: block(*a, FORMS[0])), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+
+
+def test_a_third_derivative_is_refused():
+    for wrt in arguments(None):
+        inputs = [wrt if t.shape == wrt.shape else t for t in arguments(None)]
+        out = block(*inputs, FORMS[0])
+        for _ in range(2):
+            (out,) = torch.autograd.grad((out**3).sum(), wrt, create_graph=True)
+        with pytest.raises(RuntimeError, match="a third was asked for"):
+            torch.autograd.grad(out.sum(), wrt)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of torch.func.jvp
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f, x: torch.func.grad(lambda x: f(x).pow(2).sum())(x),
+        lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
+        lambda f, x: torch.vmap(torch.func.grad(lambda x: f(x).pow(2).sum()))(x[None])[0],
+    ],
+    ids=["grad", "jvp", "vmap of grad"],
+)
+def test_other_transforms_take_the_layers(transform):
+    x, network = torch.rand(4, 1, 16, 16), Conv4(1, 3, 16, filters=4)
+    parameters, buffers = dict(network.named_parameters()), dict(network.named_buffers())
+
+    def call(x: Tensor) -> Tensor:
+        nothing = 0 * x.detach().sum()  # makes each buffer one of this transform, to be written to
+        own = {n: b + nothing.to(b.dtype) for n, b in buffers.items()}
+        return torch.func.functional_call(network, parameters | own, (x,))
+
+    got = transform(call, x)
+    if got.shape == x.shape:
+        (wanted,) = torch.autograd.grad(network(x.requires_grad_()).pow(2).sum(), x)
+    else:
+        wanted = ((network(x + 1e-6) - network(x - 1e-6)) / 2e-6).detach()
+    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_a_meta_gradient_takes_the_fast_block_throughout(monkeypatch, vectorize):
+    shapes = []
+
+    def counted(x: Tensor, *rest: object) -> fast_block.Block:
+        shapes.append(x.shape)
+        return real(x, *rest)
+
+    real = fast_block.block
+    monkeypatch.setattr(fast_block, "block", counted)
+    network = Conv4(1, 3, 16, filters=4)
+    x, y = torch.rand(2, 2, 3, 1, 16, 16), torch.arange(3).expand(2, 3)
+    batch = fewstep.TaskBatch(x[0], y, x[1], y)
+    learner = fewstep.MetaLearner(
+        network, fewstep.maml(5, 0.1), F.cross_entropy, vectorize=vectorize
+    )
+    fast, _ = learner.meta_gradient(batch)
+    assert len(shapes) == 4 * (5 + 1) * (1 if vectorize else 2)
+
+    monkeypatch.setattr(fast_block, "available", lambda: False)
+    slow, _ = learner.meta_gradient(batch)
+    assert len(shapes) == 4 * (5 + 1) * (1 if vectorize else 2)
+    assert_equal(list(fast.values()), list(slow.values()), 1e-9)
+
+
+def test_float32_is_as_exact_as_the_layers():
+    form, errors = FORMS[0], {}
+    inputs = [t.detach() for t in arguments(None)]
+    inputs[0] += 5  # a mean far above the spread
+    exact = derivatives(lambda *a: layers(*a, form), [t.requires_grad_() for t in inputs])
+    for name, function in (("block", block), ("layers", layers)):
+        single = [t.detach().float().requires_grad_() for t in inputs]
+        rounded = derivatives(lambda *a, f=function: f(*a, form), single)
+        errors[name] = max(
+            float((r.double() - e).norm() / e.norm()) for r, e in zip(rounded, exact, strict=True)
+        )
+    assert errors["block"] < 3 * errors["layers"]
