@@ -24,7 +24,7 @@ class Point:
         step: k, how many inner steps led here.
         theta: Parameters after them, each (tasks, *shape).
         buffers: Buffers after them, each (tasks, *shape).
-        support_losses: Support losses that those steps descended, `step` of (tasks,).
+        support_losses: Support losses that the steps since the start descended, each (tasks,).
         gradient: Support gradient of the last of them, each (tasks, *shape); empty at the start.
         query: What the query sets gave here, where they were asked for.
     """
@@ -39,8 +39,7 @@ class Point:
 
 def trajectory(
     network: TaskNetwork,
-    theta: Tensors,
-    buffers: Tensors,
+    start: Point,
     batch: TaskBatch,
     *,
     adapted: tuple[str, ...],
@@ -50,19 +49,18 @@ def trajectory(
     derivative_order: int,
     query_after: Container[int],
 ) -> Iterator[Point]:
-    """Yield theta[0], ..., theta[num_steps] of a batch of tasks.
+    """Yield theta[k], ..., theta[num_steps] of a batch of tasks, k being `start.step`.
 
     theta[k+1] = theta[k] - alpha[k] * grad L_support(theta[k])
 
     Args:
         network: The module and its loss.
-        theta: Initial parameters, each (tasks, *shape).
-        buffers: Initial buffers, each (tasks, *shape).
+        start: Where to start.
         batch: The tasks.
         adapted: Names of the parameters to change; the others stay theta[0].
         rate: alpha, of a name and a step.
         rows: Which parameters and buffers differ by step.
-        num_steps: How many steps to take.
+        num_steps: The step to stop at.
         derivative_order: 2 keeps the graph of the inner gradients; 1 keeps none. Under
             `torch.no_grad` with order 1, nothing outlives a step.
         query_after: After how many steps to call on the query sets.
@@ -70,9 +68,10 @@ def trajectory(
     Raises:
         InputError: an adapted parameter does not take part in any support loss.
     """
+    theta, buffers = start.theta, start.buffers
     support_losses: tuple[Tensor, ...] = ()
     gradient: Tensors = {}
-    for step in range(num_steps + 1):
+    for step in range(start.step, num_steps + 1):
         query = None
         if step in query_after:
             query = network.query(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from fewstep.core.algorithm import Algorithm
 from fewstep.core.errors import InputError
 from fewstep.core.hypergradient import Hypergradient
-from fewstep.core.inner import Point, trajectory
+from fewstep.core.meta_gradient import InnerLoop, meta_gradient
 from fewstep.core.meta_parameters import RATE, MetaParameters
 from fewstep.core.metrics import Metrics
 from fewstep.core.network import Loss, Result, TaskNetwork, Tensors, set_mode
@@ -37,12 +36,15 @@ class MetaLearner:
         metric: (outputs, targets) of one task to a scalar to report; None takes the accuracy where
             targets are integers and the loss elsewhere.
         chunk_size: Tasks that go through the module at once; bounds memory, changes no result.
+        checkpoint_every: Inner steps whose graph is kept at once, in the second order; None keeps
+            all. 1 makes memory nearly independent of their number, for a third more time, and
+            changes no result.
         vectorize: Use `torch.vmap` over the tasks of a chunk; else loop (for modules without
             batching rules, such as `nn.LSTM`).
 
     Raises:
         InputError: `module` has nothing to train, `algorithm.adapted` names no parameter of it, or
-            `chunk_size` is below 1.
+            `chunk_size` or `checkpoint_every` is below 1.
 
     Deviation: the papers' code sums where this takes means; see `maml` for the inner loss.
     """
@@ -55,13 +57,17 @@ class MetaLearner:
         *,
         metric: Loss | None = None,
         chunk_size: int = 8,
+        checkpoint_every: int | None = None,
         vectorize: bool = True,
     ) -> None:
         if chunk_size < 1:
             raise InputError(f"chunk_size={chunk_size} must be at least 1 task")
+        if checkpoint_every is not None and checkpoint_every < 1:
+            raise InputError(f"checkpoint_every={checkpoint_every} must be at least 1 step")
         self.module = module
         self.algorithm = algorithm
         self.chunk_size = chunk_size
+        self.checkpoint_every = checkpoint_every
         self.iteration = 0
         self._meta = MetaParameters(module, algorithm)
         self.parameters = self._meta.parameters
@@ -69,6 +75,7 @@ class MetaLearner:
         self.optimiser = algorithm.outer(list(self._meta.by_outer.values()))
         self._outer_lrs = [group["lr"] for group in self.optimiser.param_groups]
         self._network = TaskNetwork(module, loss, metric, vectorize=vectorize)
+        self._loop = InnerLoop(self._network, self._meta, algorithm)
 
     @property
     def epoch(self) -> float:
@@ -82,7 +89,7 @@ class MetaLearner:
 
         Changes neither parameters nor buffers.
         """
-        gradients, metrics, _ = self._meta_gradient(batch)
+        gradients, metrics, _ = self._differentiate(batch)
         return gradients, metrics
 
     def step(self, batch: TaskBatch) -> Metrics:
@@ -94,7 +101,7 @@ class MetaLearner:
         Raises:
             FloatingPointError: a loss or a gradient is not finite; phi is left as it was.
         """
-        gradients, metrics, buffers = self._meta_gradient(batch)
+        gradients, metrics, buffers = self._differentiate(batch)
         metrics.check_finite()
         for name, gradient in gradients.items():
             if not gradient.isfinite().all():
@@ -149,7 +156,7 @@ class MetaLearner:
         steps = self._steps(num_steps)
         use = self.algorithm.norm_statistics.use
         with torch.no_grad(), self._network.mode(is_training=False, use=use):
-            *_, last = self._trajectory(batch, steps, derivative_order=1)
+            *_, last = self._loop.trajectory(batch, steps, derivative_order=1)
             theta = self._meta.rows.pick_parameters(last.theta, steps, is_query=True)
             buffers = self._meta.rows.pick_buffers(last.buffers, steps)
             for name, parameter in module.named_parameters():
@@ -312,100 +319,25 @@ class MetaLearner:
         with torch.no_grad(), self._network.mode(is_training=False, use=use):
             for start in range(0, num_tasks, self.chunk_size):
                 chunk = episodes.batch(start, min(self.chunk_size, num_tasks - start))
-                points = self._trajectory(
+                points = self._loop.trajectory(
                     chunk, steps, derivative_order=1, query_after=range(steps + 1)
                 )
                 read_out.append(read([p.query for p in points if p.query is not None]))
         return read_out
+
+    def _differentiate(self, batch: TaskBatch) -> tuple[Tensors, Metrics, Tensors]:
+        return meta_gradient(
+            self._loop, batch, self.epoch, chunk_size=self.chunk_size, segment=self.checkpoint_every
+        )
 
     def _steps(self, num_steps: int | None) -> int:
         steps = self.algorithm.num_steps if num_steps is None else num_steps
         self.algorithm.check_steps(steps)
         return steps
 
-    def _trajectory(
-        self,
-        batch: TaskBatch,
-        num_steps: int,
-        *,
-        derivative_order: int,
-        query_after: Container[int] = (),
-    ) -> Iterator[Point]:
-        return trajectory(
-            self._network,
-            self._meta.theta(len(batch)),
-            self._meta.buffers_of(len(batch)),
-            batch,
-            adapted=self._meta.adapted,
-            rate=partial(self.algorithm.inner_rate, self._meta.rates),
-            rows=self._meta.rows,
-            num_steps=num_steps,
-            derivative_order=derivative_order,
-            query_after=query_after,
-        )
-
-    def _meta_gradient(self, batch: TaskBatch) -> tuple[Tensors, Metrics, Tensors]:
-        phi = list(self.parameters.values())
-        total = [torch.zeros_like(p) for p in phi]
-        share = {"mean": len(batch), "sum": 1}[self.algorithm.task_reduction]
-        rate_gradient = total[0].new_zeros(())
-        metrics, buffers = [], []
-        use = self.algorithm.norm_statistics.use
-        with self._network.mode(is_training=True, use=use):
-            for chunk in batch.split(self.chunk_size):
-                seen, last, descent = self._meta_loss(chunk)
-                # The share of this chunk in the mean (or sum) over all tasks; its graph is freed.
-                loss = seen.task_loss.sum() / share
-                ends = [last.theta[name] for name in descent]
-                parts = torch.autograd.grad(loss, [*phi, *ends], materialize_grads=True)
-                total = [t + part for t, part in zip(total, parts, strict=False)]
-                for q, s in zip(parts[len(phi) :], descent.values(), strict=True):
-                    rate_gradient = rate_gradient - (q * s).sum()
-                metrics.append(seen.detach())
-                buffers.append(last.buffers)
-        gradients = dict(zip(self.parameters, total, strict=True))
-        if self._meta.harvested:
-            gradients[f"{RATE}all"] = rate_gradient
-        return gradients, Metrics.cat(metrics), _mean_over_tasks(buffers)
-
-    def _meta_loss(self, chunk: TaskBatch) -> tuple[Metrics, Point, Tensors]:
-        """Return sum_k v[k] * L_query(theta[k]) of every task, the last point, and sum_k s[k].
-
-        s[k], the support gradients, are summed where a hypergradient harvests them.
-        """
-        num_steps = self.algorithm.num_steps
-        v = self.algorithm.query_weights(num_steps, self.epoch)
-        counting = [k for k, weight in enumerate(v) if weight != 0]
-        order = self.algorithm.derivative_order(self.epoch)
-        queries = []
-        descent: Tensors = {}
-        for point in self._trajectory(
-            chunk, num_steps, derivative_order=order, query_after=counting
-        ):
-            if point.query is not None:
-                queries.append(point.query)
-            for name in self._meta.harvested if point.gradient else ():
-                descent[name] = descent.get(name, 0) + point.gradient[name].detach()
-        query_loss = torch.stack([query.loss for query in queries], dim=1)
-        weights = query_loss.new_tensor([v[k] for k in counting])
-        support_loss = torch.stack([query_loss.new_empty(len(chunk)), *point.support_losses], dim=1)
-        metrics = Metrics(
-            self._network.metric_name(chunk.y_query),
-            query_loss @ weights,
-            queries[-1].metric,
-            support_loss[:, 1:],
-            query_loss,
-        )
-        return metrics, point, descent
-
 
 def _outputs(queries: list[Result]) -> Tensor:
     return torch.stack([query.outputs for query in queries], dim=1)
-
-
-def _mean_over_tasks(chunks: list[Tensors]) -> Tensors:
-    stacked = {name: torch.cat([c[name] for c in chunks]) for name in chunks[0]}
-    return {n: b.mean(0) if b.is_floating_point() else b[0] for n, b in stacked.items()}
 
 
 def _below(state: Tensors, prefix: str) -> Tensors:

@@ -1,0 +1,220 @@
+"""The gradient of the meta-loss: the one pass that every algorithm's training is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fewstep.core.algorithm import Algorithm
+from fewstep.core.inner import Point, trajectory
+from fewstep.core.meta_parameters import RATE, MetaParameters
+from fewstep.core.metrics import Metrics
+from fewstep.core.network import Result, TaskNetwork, Tensors
+from fewstep.core.tasks import TaskBatch
+
+
+@dataclass(frozen=True)
+class InnerLoop:
+    """A module, what training changes of it, and the parts that say how it adapts."""
+
+    network: TaskNetwork
+    meta: MetaParameters
+    algorithm: Algorithm
+
+    def start(self, tasks: int) -> Point:
+        """Return theta[0] and its buffers, the same for every task."""
+        return Point(0, self.meta.theta(tasks), self.meta.buffers_of(tasks), (), {}, None)
+
+    def trajectory(
+        self,
+        batch: TaskBatch,
+        num_steps: int,
+        *,
+        derivative_order: int,
+        query_after: Container[int] = (),
+        start: Point | None = None,
+    ) -> Iterator[Point]:
+        """Yield theta[0], or another start, to theta[num_steps]."""
+        return trajectory(
+            self.network,
+            self.start(len(batch)) if start is None else start,
+            batch,
+            adapted=self.meta.adapted,
+            rate=partial(self.algorithm.inner_rate, self.meta.rates),
+            rows=self.meta.rows,
+            num_steps=num_steps,
+            derivative_order=derivative_order,
+            query_after=query_after,
+        )
+
+
+def meta_gradient(
+    loop: InnerLoop,
+    batch: TaskBatch,
+    epoch: float,
+    *,
+    chunk_size: int,
+    segment: int | None,
+) -> tuple[Tensors, Metrics, Tensors]:
+    """Return the gradient of the meta-loss by name, what it saw, and the tasks' mean buffers.
+
+    meta-loss = mean (or sum) over tasks of sum_k v[k] * L_query(theta[k])
+
+    Args:
+        loop: What to differentiate.
+        batch: The tasks.
+        epoch: What schedules read.
+        chunk_size: Tasks whose graph is kept at once.
+        segment: Inner steps whose graph is kept at once; None is all of them.
+    """
+    algorithm = loop.algorithm
+    v = algorithm.query_weights(algorithm.num_steps, epoch)
+    share = {"mean": len(batch), "sum": 1}[algorithm.task_reduction]
+    order = algorithm.derivative_order(epoch)
+    whole = segment is None or order == 1  # order 1 keeps no graph of a step as it is
+    with loop.network.mode(is_training=True, use=algorithm.norm_statistics.use):
+        parts = [
+            _differentiate(loop, chunk, v, share, order, None if whole else segment)
+            for chunk in batch.split(chunk_size)
+        ]
+    gradients = {n: torch.stack([p.gradients[n] for p in parts]).sum(0) for n in parts[0].gradients}
+    return gradients, Metrics.cat([p.metrics for p in parts]), _mean_over_tasks(parts)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a chunk of tasks gives: its share of the gradients, metrics, buffers of every task."""
+
+    gradients: Tensors
+    metrics: Metrics
+    buffers: Tensors
+
+
+def _differentiate(
+    loop: InnerLoop,
+    tasks: TaskBatch,
+    v: Sequence[float],
+    share: int,
+    order: int,
+    segment: int | None,
+) -> _Part:
+    """Differentiate a chunk of tasks, one segment of steps after the other, from the last.
+
+    For a segment from step k to step k',
+    lambda[k] = d (sum_{k < i <= k'} v[i] L_query(theta[i]) + lambda[k'] . theta[k']) / d theta[k]
+    with lambda[K] = 0, and v[0]'s term in the first segment. lambda[0], summed over the tasks, is
+    the gradient by phi. One segment of all the steps is plain backpropagation; of several, one has
+    a graph at a time, for which its steps are taken a second time.
+    """
+    meta, num_steps = loop.meta, loop.algorithm.num_steps
+    counting = [k for k, weight in enumerate(v) if weight != 0]
+    starts = list(range(0, max(num_steps, 1), segment or max(num_steps, 1)))
+    kept = _points(loop, tasks, starts, counting)
+    stop = num_steps
+    buffers: Tensors = {}
+    adjoint: Tensors = {}
+    rates = {n: torch.zeros_like(rate) for n, rate in meta.rates.items()}
+    queries: dict[int, Result] = {}
+    support_losses: tuple[Tensor, ...] = ()
+    # The query gradient at theta[K], and sum_k s[k], where a hypergradient harvests them.
+    q = {n: torch.zeros_like(meta.phi[n]) for n in meta.harvested}
+    descent: Tensors = {}
+    while kept:
+        start, random = kept.pop()
+        random.restore()  # dropout does as it did
+        inputs = {n: t.detach().requires_grad_(n in meta.phi) for n, t in start.theta.items()}
+        here = [k for k in counting if start.step < k <= stop or k == start.step == 0]
+        for point in loop.trajectory(
+            tasks,
+            stop,
+            derivative_order=order,
+            query_after=here,
+            start=replace(start, theta=inputs),
+        ):
+            if point.query is not None:
+                queries[point.step] = point.query
+            for name in meta.harvested if point.gradient else ():
+                descent[name] = descent.get(name, 0) + point.gradient[name].detach()
+        if stop == num_steps:
+            buffers, after = point.buffers, _RandomState.now(len(starts) > 1, tasks)
+        support_losses = (*point.support_losses, *support_losses)
+
+        is_last, stop = stop == num_steps, start.step
+        terms = [v[k] * queries[k].loss.sum() / share for k in here]
+        terms += [(each * point.theta[name]).sum() for name, each in adjoint.items()]
+        if not terms:  # nothing counts from here on
+            continue
+        ends = {n: point.theta[n] for n in meta.harvested if is_last}
+        adjoint, by_rate, by_end = _grad(
+            torch.stack(terms).sum(), {n: inputs[n] for n in meta.phi}, meta.rates, ends
+        )
+        rates = {n: total + by_rate[n] for n, total in rates.items()}
+        q |= by_end
+    after.restore()
+
+    gradients = {n: each.sum(0) for n, each in adjoint.items()}
+    if meta.harvested:
+        rates["all"] = -torch.stack([(q[n] * s).sum() for n, s in descent.items()]).sum()
+    gradients |= {RATE + n: rate for n, rate in rates.items()}
+    query_loss = torch.stack([queries[k].loss.detach() for k in counting], dim=1)
+    metrics = Metrics(
+        loop.network.metric_name(tasks.y_query),
+        query_loss @ query_loss.new_tensor([v[k] for k in counting]),
+        queries[counting[-1]].metric,
+        torch.stack([query_loss.new_empty(len(tasks)), *support_losses], dim=1)[:, 1:],
+        query_loss,
+    )
+    return _Part(gradients, metrics, buffers)
+
+
+def _points(
+    loop: InnerLoop, tasks: TaskBatch, starts: list[int], counting: list[int]
+) -> list[tuple[Point, _RandomState]]:
+    """Return the points that segments start from, and the random state there."""
+    several = len(starts) > 1
+    kept = [(loop.start(len(tasks)), _RandomState.now(several, tasks))]
+    if several:
+        # The queries change buffers, and draw random numbers, on the way.
+        asked = [k for k in counting if k <= starts[-1]]
+        with torch.no_grad():
+            for point in loop.trajectory(tasks, starts[-1], derivative_order=1, query_after=asked):
+                if point.step in starts[1:]:
+                    kept.append((point, _RandomState.now(several, tasks)))
+    return kept
+
+
+@dataclass(frozen=True)
+class _RandomState:
+    """The state of the generators that modules draw from, where steps are taken twice."""
+
+    cpu: Tensor | None = None
+    cuda: Tensor | None = None
+
+    @classmethod
+    def now(cls, needed: bool, tasks: TaskBatch) -> _RandomState:
+        if not needed:
+            return cls()
+        is_cuda = tasks.x_support.is_cuda
+        return cls(torch.get_rng_state(), torch.cuda.get_rng_state() if is_cuda else None)
+
+    def restore(self) -> None:
+        if self.cpu is not None:
+            torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda)
+
+
+def _grad(loss: Tensor, *groups: Tensors) -> list[Tensors]:
+    """Return d loss / d t for every tensor of every group; its graph is freed."""
+    inputs = [t for group in groups for t in group.values()]
+    found = iter(torch.autograd.grad(loss, inputs, materialize_grads=True))
+    return [{name: next(found) for name in group} for group in groups]
+
+
+def _mean_over_tasks(parts: list[_Part]) -> Tensors:
+    stacked = {name: torch.cat([p.buffers[name] for p in parts]) for name in parts[0].buffers}
+    return {n: b.mean(0) if b.is_floating_point() else b[0] for n, b in stacked.items()}

@@ -1,0 +1,158 @@
+"""Steps recomputed in the backward pass give what steps whose graphs are kept give."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+
+import fewstep
+from fewstep import MetaLearner, TaskBatch
+from fewstep.core.derivative_order import FixedOrder
+from fewstep.core.hypergradient import HypergradientRates
+from fewstep.core.norm import NormStatistics
+from fewstep.core.rates import LearnedRate
+from fewstep.models import Conv4
+from tests.core.reference import MODELS, Case, relative_error
+
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    pytest.mark.filterwarnings("ignore:There is a performance drop"),
+]
+
+STEPS = 4
+maml = fewstep.maml(STEPS, 0.2)
+plus_plus = replace(fewstep.maml_plus_plus(STEPS, 0.2), derivative_order=FixedOrder(2))
+ALGORITHMS = {
+    "maml": maml,
+    "fomaml": fewstep.fomaml(STEPS, 0.2),
+    "maml++": plus_plus,
+    "maml++, running statistics": replace(
+        plus_plus, norm_statistics=NormStatistics("running", per_step=True)
+    ),
+    "maml++, support statistics": replace(
+        plus_plus, norm_statistics=NormStatistics("support", per_step=True)
+    ),
+    "alpha maml": fewstep.alpha_maml(STEPS, 0.2, 0.1),
+    "alpha maml, cheap": replace(
+        maml,
+        inner_rate=LearnedRate(0.2),
+        rate_update=HypergradientRates(1e-3, exact=False),
+    ),
+    "sum over tasks": replace(maml, task_reduction="sum"),
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Query weights as given."""
+
+    v: tuple[float, ...]
+
+    def __call__(self, num_steps: int, epoch: float) -> tuple[float, ...]:
+        return self.v
+
+
+def both(module: nn.Module, algorithm, case: Case, batch: TaskBatch, every: int, **options):
+    """Return gradients, metrics, buffers and the random state after, without and with."""
+    results = []
+    for checkpoint_every in (None, every):
+        torch.manual_seed(1)
+        learner = MetaLearner(
+            module, algorithm, case.loss, checkpoint_every=checkpoint_every, **options
+        )
+        results.append((*learner._differentiate(batch), torch.get_rng_state()))
+    return results
+
+
+def assert_same(whole, stepped) -> None:
+    assert relative_error(stepped[0], whole[0]) < 1e-12
+    for a, b in zip(stepped[1]._tensors(), whole[1]._tensors(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    for name, buffer in whole[2].items():
+        torch.testing.assert_close(stepped[2][name], buffer, rtol=1e-12, atol=1e-14)
+    assert torch.equal(stepped[3], whole[3])
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
+@pytest.mark.parametrize("every", [1, 3, 9])
+def test_every_algorithm(algorithm, every):
+    case = MODELS["batch norm"]
+    assert_same(*both(case.build(), algorithm, case, case.batch(), every, chunk_size=2))
+
+
+@pytest.mark.parametrize("case", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("vectorize", [True, False], ids=["vmap", "loop"])
+def test_every_model(case, vectorize):
+    assert_same(*both(case.build(), maml, case, case.batch(), 1, vectorize=vectorize))
+
+
+@pytest.mark.parametrize("v", [(1, 0, 0, 0, 0), (0, 0, 1, 0, 0), (0.5, 0, 0.2, 0, 0.3)])
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("recipe", ["maml", "alpha maml, cheap"])
+def test_every_weighting_of_the_queries(v, every, recipe):
+    case = MODELS["batch norm"]
+    algorithm = replace(ALGORITHMS[recipe], query_weights=Weights(v))
+    assert_same(*both(case.build(), algorithm, case, case.batch(), every))
+
+
+@pytest.mark.parametrize("weights", [fewstep.maml().query_weights, Weights((0.1, 0.2, 0.3, 0.4))])
+def test_dropout_draws_the_same(weights):
+    case = Case(lambda: nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.4), nn.Linear(8, 3)), (6,))
+    algorithm = replace(fewstep.maml(3, 0.3), query_weights=weights)
+    assert_same(*both(case.build(), algorithm, case, case.batch(), 1))
+
+
+def test_no_step_at_all():
+    case = MODELS["batch norm"]
+    assert_same(*both(case.build(), fewstep.maml(0, 0.1), case, case.batch(), 1))
+
+
+class SavedBytes:
+    """The most bytes that graphs held at once."""
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+
+    def __enter__(self) -> "SavedBytes":
+        self._hooks = saved_tensors_hooks(lambda t: Held(self, t), lambda held: held.tensor)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self._hooks.__exit__(*args)
+
+    def add(self, nbytes: int) -> None:
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+
+
+class Held:
+    """A tensor that a graph holds."""
+
+    def __init__(self, count: SavedBytes, tensor: Tensor) -> None:
+        self.tensor, self.count = tensor, count
+        count.add(tensor.nbytes)
+
+    def __del__(self) -> None:
+        self.count.add(-self.tensor.nbytes)
+
+
+def graph_memory(num_steps: int, checkpoint_every: int | None) -> int:
+    network = Conv4(1, 3, 16, filters=4)
+    x, y = torch.rand(2, 2, 3, 1, 16, 16), torch.arange(3).expand(2, 3)
+    learner = MetaLearner(
+        network, fewstep.maml(num_steps, 0.1), F.cross_entropy, checkpoint_every=checkpoint_every
+    )
+    with SavedBytes() as saved:
+        learner.meta_gradient(TaskBatch(x[0], y, x[1], y))
+    assert saved.now == 0
+    return saved.peak
+
+
+def test_memory_does_not_grow_with_the_steps():
+    assert graph_memory(8, None) > 3 * graph_memory(2, None)
+    assert graph_memory(8, 1) == graph_memory(2, 1) < graph_memory(2, None)
+    assert graph_memory(8, 1) < graph_memory(8, 2) < graph_memory(8, 4)
