@@ -15,6 +15,7 @@ from fewstep.core.metrics import Metrics
 from fewstep.core.norm import NormStatistics, PerStepAffine, SharedAffine
 from fewstep.core.outer import SGD, Adam, ClipByValue, Constant, CosineAnnealing, NoClipping
 from fewstep.core.query_weights import FinalStep, MultiStepLoss
+from fewstep.core.ranks import Ranks
 from fewstep.core.rates import ConstantRate, ElementRates, LayerStepRates, LearnedRate
 from fewstep.core.scores import Scores
 from fewstep.core.tasks import Episodes, TaskBatch
@@ -48,6 +49,7 @@ __all__ = [
     "NoClipping",
     "NormStatistics",
     "PerStepAffine",
+    "Ranks",
     "Scores",
     "SharedAffine",
     "TaskBatch",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -64,15 +65,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = parse(options, rest, prog=f"fewstep {name}", default=default)
         command.run(Console())
     except InputError as error:
-        print(f"fewstep: {error}", file=sys.stderr)
+        _complain(f"fewstep: {error}")
         return 2
     except TrainingStopped as error:
-        print(f"fewstep: training stopped: {error}", file=sys.stderr)
+        _complain(f"fewstep: training stopped: {error}")
         return 1
     except KeyboardInterrupt:
-        print("fewstep: interrupted", file=sys.stderr)
+        _complain("fewstep: interrupted")
         return 130
     return 0
+
+
+def _complain(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun, the first one speaks
+        print(text, file=sys.stderr)
 
 
 def _help(console: Console) -> None:

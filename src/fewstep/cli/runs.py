@@ -15,6 +15,7 @@ from rich.table import Table
 from fewstep.cli.parse import load_config, run_config
 from fewstep.core.errors import InputError
 from fewstep.core.norm import Use
+from fewstep.core.ranks import ALONE, Ranks
 from fewstep.core.scores import Scores
 from fewstep.data.episodes import Rotations
 from fewstep.report.curves import plot_runs
@@ -45,7 +46,11 @@ class Train:
     def run(self, console: Console) -> None:
         """Make the run folder, train, test."""
         config = replace(self.settings, device=resolve_device(self.settings.device))
-        experiment = Experiment.build(config)
+        ranks = Ranks.of_torchrun(config.device)
+        experiment = Experiment.build(config, ranks)
+        if not ranks.is_first:
+            _help_train(experiment)
+            return
         path = self.out or _free_folder(config)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -72,19 +77,23 @@ class Resume:
     def run(self, console: Console) -> None:
         """Train from the last checkpoint, if there is anything left to train, and test."""
         run = RunFolder.open(self.run_folder)
+        config = load_config(run.path / "config.toml")
+        if self.iterations is not None:
+            config = replace(config, iterations=self.iterations)
+        if self.device is not None:
+            config = replace(config, device=resolve_device(self.device))
+        ranks = Ranks.of_torchrun(config.device)
+        if not ranks.is_first:
+            _help_train(Experiment.build(config, ranks))
+            return
         with locked(run.path):
-            config = load_config(run.path / "config.toml")
-            if self.iterations is not None:
-                config = replace(config, iterations=self.iterations)
-            if self.device is not None:
-                config = replace(config, device=resolve_device(self.device))
             state = run.state()
             if state is not None and state.iteration > config.iterations:
                 raise InputError(
                     f"iterations={config.iterations} is below the {state.iteration} that "
                     f"{run.path} has done; pass more to go on"
                 )
-            experiment = Experiment.build(config)
+            experiment = Experiment.build(config, ranks)
             run.save_settings(to_dict(config))
             _train(experiment, run, console)
 
@@ -173,6 +182,8 @@ def _train(experiment: Experiment, run: RunFolder, console: Console) -> None:
     config = experiment.config
     _say(console, f"run folder: {run.path}  ({config.recipe} on {config.dataset}, {config.device})")
     state = Trainer(experiment, run, console).train()
+    experiment.learner.ranks.part()
+    experiment.learner.ranks = ALONE
     if state.iteration < config.iterations:
         _say(console, f"stopped after iteration {state.iteration}; the checkpoint is written")
         _say(console, f"next: fewstep resume {run.path}")
@@ -197,6 +208,12 @@ def _train(experiment: Experiment, run: RunFolder, console: Console) -> None:
     _say(console, f"learning curves: {run.path / 'curves.png'}")
     _say(console, f"next: fewstep evaluate {run.path} --split val   (score again, other settings)")
     _say(console, f"      fewstep resume {run.path} --iterations {2 * config.iterations}")
+
+
+def _help_train(experiment: Experiment) -> None:
+    """Do the share of a process that is not the first."""
+    Trainer(experiment, None, Console(quiet=True)).train()
+    experiment.learner.ranks.part()
 
 
 def _free_folder(config: RunConfig) -> Path:

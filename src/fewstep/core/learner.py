@@ -18,6 +18,7 @@ from fewstep.core.metrics import Metrics
 from fewstep.core.network import Loss, Result, TaskNetwork, Tensors, set_mode
 from fewstep.core.norm import NormaliseBy, NormStatistics, Use, keep
 from fewstep.core.outer import NoClipping
+from fewstep.core.ranks import ALONE, Ranks
 from fewstep.core.scores import Scores
 from fewstep.core.tasks import Episodes, TaskBatch
 
@@ -41,6 +42,8 @@ class MetaLearner:
             changes no result.
         vectorize: Use `torch.vmap` over the tasks of a chunk; else loop (for modules without
             batching rules, such as `nn.LSTM`).
+        ranks: The processes that share each batch, from `Ranks.of_torchrun()`. Each calls the same
+            methods with the same tasks, and gets the same results.
 
     Raises:
         InputError: `module` has nothing to train, `algorithm.adapted` names no parameter of it, or
@@ -59,6 +62,7 @@ class MetaLearner:
         chunk_size: int = 8,
         checkpoint_every: int | None = None,
         vectorize: bool = True,
+        ranks: Ranks = ALONE,
     ) -> None:
         if chunk_size < 1:
             raise InputError(f"chunk_size={chunk_size} must be at least 1 task")
@@ -68,6 +72,7 @@ class MetaLearner:
         self.algorithm = algorithm
         self.chunk_size = chunk_size
         self.checkpoint_every = checkpoint_every
+        self.ranks = ranks
         self.iteration = 0
         self._meta = MetaParameters(module, algorithm)
         self.parameters = self._meta.parameters
@@ -199,10 +204,11 @@ class MetaLearner:
         norm = self._norm_statistics(statistics)
 
         def losses_and_metrics(queries: list[Result]) -> Tensor:
-            return torch.stack([torch.stack([q.loss, q.metric]) for q in queries], dim=2)
+            return torch.stack([torch.stack([q.loss, q.metric], dim=1) for q in queries], dim=2)
 
-        chunks = self._test(episodes, num_tasks, num_steps, norm.use, losses_and_metrics)
-        loss, metric = torch.cat(chunks, dim=1).cpu()
+        own = self.ranks.span(num_tasks)
+        found = self._test(episodes, own, num_steps, norm.use, losses_and_metrics)
+        loss, metric = self.ranks.join([found], num_tasks)[0].cpu().unbind(1)
         return Scores(
             metric_name=self._network.metric_name(episodes.batch(0, 1).y_query),
             metric=metric,
@@ -226,7 +232,8 @@ class MetaLearner:
         Arguments and errors as in `evaluate`.
         """
         use = self._norm_statistics(statistics).use
-        return torch.cat(self._test(episodes, num_tasks, num_steps, use, _outputs))
+        found = self._test(episodes, self.ranks.span(num_tasks), num_steps, use, _outputs)
+        return self.ranks.join([found], num_tasks)[0]
 
     def evaluate_ensemble(
         self,
@@ -254,27 +261,29 @@ class MetaLearner:
                 f"an ensemble of {len(states)} states on num_tasks={num_tasks} needs at least 1 "
                 "state and 2 tasks"
             )
-        own = self.state_tensors()
+        norm = self._norm_statistics(statistics)
+        before = self.state_tensors()
+        own = self.ranks.span(num_tasks)
         losses, metrics = [], []
         try:
-            for start in range(0, num_tasks, self.chunk_size):
-                chunk = episodes.batch(start, min(self.chunk_size, num_tasks - start))
+            for start in range(own.start, own.stop, self.chunk_size):
+                chunk = episodes.batch(start, min(self.chunk_size, own.stop - start))
                 outputs = []
                 for state in states:
                     self.load_state_tensors(state)
-                    outputs.append(
-                        self.predict(chunk, len(chunk), num_steps=num_steps, statistics=statistics)
-                    )
+                    everything = slice(0, len(chunk))
+                    outputs.append(self._test(chunk, everything, num_steps, norm.use, _outputs))
                 loss, metric = self._network.score(torch.stack(outputs).mean(0), chunk.y_query)
                 losses.append(loss)
                 metrics.append(metric)
         finally:
-            self.load_state_tensors(own)
+            self.load_state_tensors(before)
+        loss, metric = self.ranks.join([torch.cat(losses), torch.cat(metrics)], num_tasks)
         return Scores(
             metric_name=self._network.metric_name(chunk.y_query),
-            metric=torch.cat(metrics).cpu(),
-            loss=torch.cat(losses).cpu(),
-            statistics=self._norm_statistics(statistics).describe(self.module),
+            metric=metric.cpu(),
+            loss=loss.cpu(),
+            statistics=norm.describe(self.module),
         )
 
     def state_tensors(self) -> Tensors:
@@ -308,26 +317,35 @@ class MetaLearner:
     def _test(
         self,
         episodes: Episodes,
-        num_tasks: int,
+        numbers: slice,
         num_steps: int | None,
         use: Use,
         read: Callable[[list[Result]], Tensor],
-    ) -> list[Tensor]:
-        """Adapt to tasks by the chunk, and return what `read` makes of a chunk's query results."""
+    ) -> Tensor:
+        """Adapt to the tasks of these numbers, by the chunk.
+
+        Returns:
+            What `read` makes of the query results, (tasks, ...).
+        """
         steps = self._steps(num_steps)
         read_out = []
         with torch.no_grad(), self._network.mode(is_training=False, use=use):
-            for start in range(0, num_tasks, self.chunk_size):
-                chunk = episodes.batch(start, min(self.chunk_size, num_tasks - start))
+            for start in range(numbers.start, numbers.stop, self.chunk_size):
+                chunk = episodes.batch(start, min(self.chunk_size, numbers.stop - start))
                 points = self._loop.trajectory(
                     chunk, steps, derivative_order=1, query_after=range(steps + 1)
                 )
                 read_out.append(read([p.query for p in points if p.query is not None]))
-        return read_out
+        return torch.cat(read_out)
 
     def _differentiate(self, batch: TaskBatch) -> tuple[Tensors, Metrics, Tensors]:
         return meta_gradient(
-            self._loop, batch, self.epoch, chunk_size=self.chunk_size, segment=self.checkpoint_every
+            self._loop,
+            batch,
+            self.epoch,
+            chunk_size=self.chunk_size,
+            segment=self.checkpoint_every,
+            ranks=self.ranks,
         )
 
     def _steps(self, num_steps: int | None) -> int:

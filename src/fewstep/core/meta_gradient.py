@@ -14,6 +14,7 @@ from fewstep.core.inner import Point, trajectory
 from fewstep.core.meta_parameters import RATE, MetaParameters
 from fewstep.core.metrics import Metrics
 from fewstep.core.network import Result, TaskNetwork, Tensors
+from fewstep.core.ranks import Ranks
 from fewstep.core.tasks import TaskBatch
 
 
@@ -59,6 +60,7 @@ def meta_gradient(
     *,
     chunk_size: int,
     segment: int | None,
+    ranks: Ranks,
 ) -> tuple[Tensors, Metrics, Tensors]:
     """Return the gradient of the meta-loss by name, what it saw, and the tasks' mean buffers.
 
@@ -70,19 +72,23 @@ def meta_gradient(
         epoch: What schedules read.
         chunk_size: Tasks whose graph is kept at once.
         segment: Inner steps whose graph is kept at once; None is all of them.
+        ranks: The processes that share the batch.
     """
     algorithm = loop.algorithm
     v = algorithm.query_weights(algorithm.num_steps, epoch)
     share = {"mean": len(batch), "sum": 1}[algorithm.task_reduction]
     order = algorithm.derivative_order(epoch)
     whole = segment is None or order == 1  # order 1 keeps no graph of a step as it is
+    own = TaskBatch(*(t[ranks.span(len(batch))] for t in batch.tensors()))
     with loop.network.mode(is_training=True, use=algorithm.norm_statistics.use):
         parts = [
             _differentiate(loop, chunk, v, share, order, None if whole else segment)
-            for chunk in batch.split(chunk_size)
+            for chunk in own.split(chunk_size)
         ]
-    gradients = {n: torch.stack([p.gradients[n] for p in parts]).sum(0) for n in parts[0].gradients}
-    return gradients, Metrics.cat([p.metrics for p in parts]), _mean_over_tasks(parts)
+    found = [torch.stack([p.gradients[n] for p in parts]).sum(0) for n in parts[0].gradients]
+    gradients = dict(zip(parts[0].gradients, ranks.sum(found), strict=True))
+    metrics = Metrics.cat([p.metrics for p in parts]).join(ranks, len(batch))
+    return gradients, metrics, _mean_over_tasks(parts, ranks, len(batch))
 
 
 @dataclass(frozen=True)
@@ -215,6 +221,10 @@ def _grad(loss: Tensor, *groups: Tensors) -> list[Tensors]:
     return [{name: next(found) for name in group} for group in groups]
 
 
-def _mean_over_tasks(parts: list[_Part]) -> Tensors:
-    stacked = {name: torch.cat([p.buffers[name] for p in parts]) for name in parts[0].buffers}
-    return {n: b.mean(0) if b.is_floating_point() else b[0] for n, b in stacked.items()}
+def _mean_over_tasks(parts: list[_Part], ranks: Ranks, tasks: int) -> Tensors:
+    """Return the buffers' mean over all tasks; counts are those of any task."""
+    own = {name: torch.cat([p.buffers[name] for p in parts]) for name in parts[0].buffers}
+    floating = [name for name, b in own.items() if b.is_floating_point()]
+    sums = ranks.sum([own[name].sum(0) for name in floating])
+    means = {name: total / tasks for name, total in zip(floating, sums, strict=True)}
+    return {name: means[name] if name in means else b[0] for name, b in own.items()}

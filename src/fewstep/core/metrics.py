@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewstep.core.ranks import Ranks
+
 
 @dataclass(frozen=True)
 class Metrics:
@@ -42,9 +44,9 @@ class Metrics:
         columns = zip(*(c._tensors() for c in chunks), strict=True)
         return cls(chunks[0].metric_name, *(torch.cat(column) for column in columns))
 
-    def detach(self) -> Metrics:
-        """Return the same values without their graph."""
-        return Metrics(self.metric_name, *(t.detach() for t in self._tensors()))
+    def join(self, ranks: Ranks, tasks: int) -> Metrics:
+        """Join those of the processes that share a batch of so many tasks."""
+        return Metrics(self.metric_name, *ranks.join(list(self._tensors()), tasks))
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.task_loss, self.task_metric, self.support_loss, self.query_loss

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from fewstep.core.errors import InputError
 from fewstep.core.learner import MetaLearner
+from fewstep.core.ranks import ALONE, Ranks
 from fewstep.core.tasks import Episodes
 from fewstep.data.episodes import ClassificationEpisodes
 from fewstep.data.sinusoid import SinusoidEpisodes
@@ -60,15 +61,15 @@ class Experiment:
     learner: MetaLearner
 
     @classmethod
-    def build(cls, config: RunConfig) -> Experiment:
-        """Load the data and build the learner.
+    def build(cls, config: RunConfig, ranks: Ranks = ALONE) -> Experiment:
+        """Load the data and build the learner, for the processes that share each batch.
 
         Raises:
             InputError: the device, the data, the episodes or the model cannot be had.
         """
         device = resolve_device(config.device)
         problem = build_problem(config, device)
-        return cls(config, device, problem, build_learner(config, problem, device))
+        return cls(config, device, problem, build_learner(config, problem, device, ranks))
 
 
 def build_problem(config: RunConfig, device: str) -> Problem:
@@ -116,7 +117,9 @@ def classification_episodes(
     )
 
 
-def build_learner(config: RunConfig, problem: Problem, device: str) -> MetaLearner:
+def build_learner(
+    config: RunConfig, problem: Problem, device: str, ranks: Ranks = ALONE
+) -> MetaLearner:
     """Build the model, its initial parameters drawn from the seed, and its learner."""
     torch.manual_seed(config.seed)  # on the CPU, so that every device starts alike
     module = config.model.build(problem.input_shape, problem.outputs).to(device)
@@ -125,4 +128,5 @@ def build_learner(config: RunConfig, problem: Problem, device: str) -> MetaLearn
         config.algorithm.build(config.iterations, config.epoch_length),
         F.mse_loss if config.dataset == "sinusoid" else F.cross_entropy,
         chunk_size=config.chunk_size,
+        ranks=ranks,
     )

@@ -226,6 +226,7 @@ def environment(command: str, device: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "hardware": hardware(device),
         "threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
     }
 
 

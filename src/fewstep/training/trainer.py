@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 
 import torch
@@ -33,16 +34,16 @@ class Trainer:
 
     Iteration t trains on the episodes (t - 1) * tasks, ..., t * tasks - 1. Nothing else but the
     checkpoint's tensors carries over from one iteration to the next, so a resumed run is the
-    uninterrupted run.
+    uninterrupted run. Of several processes, each trains and the first keeps the folder.
 
     Args:
         experiment: Settings, episodes and learner, as built.
-        run: Where to write.
+        run: Where to write; None in all processes but the first.
         console: Where to print.
     """
 
     experiment: Experiment
-    run: RunFolder
+    run: RunFolder | None
     console: Console
 
     def train(self) -> State:
@@ -56,9 +57,10 @@ class Trainer:
             InputError: the disk is full.
         """
         state = self._restore()
-        config = self.experiment.config
+        config, ranks = self.experiment.config, self.experiment.learner.ranks
         display = Display(self.console, config.iterations, state.iteration, config.tasks)
-        with _Log(self.run, state.iteration) as log, display.shown(), _stop_signals() as stop:
+        make_log = _NoLog if self.run is None else partial(_Log, self.run, state.iteration)
+        with make_log() as log, display.shown(), _stop_signals() as stop:
             for iteration in range(state.iteration + 1, config.iterations + 1):
                 started = time.perf_counter()
                 metrics = self._iterate(iteration)
@@ -71,36 +73,43 @@ class Trainer:
                 display.advance(name, loss, metric, seconds)
                 if iteration % config.val_every == 0 or iteration == config.iterations:
                     state = self._validate(iteration, state, log, display)
-                elif stop:
+                    if ranks.any(bool(stop)):
+                        break
+                elif ranks.any(bool(stop)):
                     log.sync()
                     state = self._checkpoint(iteration, state, None)
-                if stop:
                     break
         return state
 
     def _restore(self) -> State:
-        state = self.run.state()
-        if state is None:
+        learner = self.experiment.learner
+        state, tensors = None, None
+        if self.run is not None and (state := self.run.state()) is not None:
+            tensors = self.run.load_checkpoint(state.last)
+        state, tensors = learner.ranks.of_first((state, tensors))
+        if state is None or tensors is None:
             return self._checkpoint(0, None, None)
-        self.experiment.learner.load_state_tensors(self.run.load_checkpoint(state.last))
+        learner.load_state_tensors(tensors)
         return state
 
     def _iterate(self, iteration: int) -> Metrics:
         config = self.experiment.config
         episodes = self.experiment.problem.episodes["train"]
         batch = episodes.batch((iteration - 1) * config.tasks, config.tasks)
-        torch.manual_seed(key_from_name(config.seed, f"iteration {iteration}"))  # for dropout
+        learner = self.experiment.learner
+        rank = f" of process {learner.ranks.rank}" * (not learner.ranks.is_first)
+        torch.manual_seed(key_from_name(config.seed, f"iteration {iteration}{rank}"))  # for dropout
         try:
-            return self.experiment.learner.step(batch)
+            return learner.step(batch)
         except FloatingPointError as error:
-            state = self.run.state()
-            assert state is not None
+            kept = "the last checkpoint is kept"
+            if self.run is not None and (state := self.run.state()) is not None:
+                kept = f"the checkpoint of iteration {state.iteration} is kept in {self.run.path}"
             raise TrainingStopped(
-                f"iteration {iteration}: {error}; the checkpoint of iteration {state.iteration} is "
-                f"kept in {self.run.path}; lower --inner-lr or --outer-lr"
+                f"iteration {iteration}: {error}; {kept}; lower --inner-lr or --outer-lr"
             ) from error
 
-    def _validate(self, iteration: int, state: State, log: _Log, display: Display) -> State:
+    def _validate(self, iteration: int, state: State, log: _NoLog, display: Display) -> State:
         config = self.experiment.config
         scores = self.experiment.learner.evaluate(
             self.experiment.problem.episodes["val"],
@@ -122,6 +131,8 @@ class Trainer:
         return self._checkpoint(iteration, state, scores)
 
     def _checkpoint(self, iteration: int, state: State | None, scores: Scores | None) -> State:
+        if self.run is None:
+            return State(iteration, "", ())
         return self.run.save_checkpoint(
             self.experiment.learner.state_tensors(),
             state,
@@ -131,7 +142,23 @@ class Trainer:
         )
 
 
-class _Log:
+class _NoLog:
+    """What the processes that keep no folder log."""
+
+    def write(self, iteration: int, values: dict[str, float]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def __enter__(self) -> _NoLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class _Log(_NoLog):
     """Metrics of a run, to metrics.jsonl and TensorBoard, from `iteration` on."""
 
     def __init__(self, run: RunFolder, iteration: int) -> None:

@@ -1,0 +1,125 @@
+"""Two processes that share the tasks do what one process does."""
+
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn import functional as F
+
+import fewstep
+from fewstep import InputError, MetaLearner, Ranks, TaskBatch
+from fewstep.core.hypergradient import HypergradientRates
+from fewstep.core.rates import LearnedRate
+from fewstep.models import Conv4
+
+WAYS, TASKS = 3, 5  # an odd number, so that the shares differ
+ALGORITHMS = {
+    "maml": fewstep.maml(2, 0.1),
+    "maml++": fewstep.maml_plus_plus(2, 0.1),
+    "sum": replace(fewstep.maml(2, 0.1), task_reduction="sum"),
+    "cheap": replace(
+        fewstep.maml(2, 0.1),
+        inner_rate=LearnedRate(0.1),
+        rate_update=HypergradientRates(1e-3, exact=False),
+    ),
+}
+
+
+def batch(dtype: torch.dtype) -> TaskBatch:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.rand(2, TASKS, WAYS, 1, 16, 16, generator=generator, dtype=torch.float64).to(dtype)
+    y = torch.arange(WAYS).expand(TASKS, WAYS)
+    return TaskBatch(x[0], y, x[1], y)
+
+
+def work(name: str, dtype: torch.dtype, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """Train for two iterations, then evaluate; return all that came of it."""
+    torch.manual_seed(0)
+    module: nn.Module = Conv4(1, WAYS, 16, filters=4).to(dtype)
+    learner = MetaLearner(module, ALGORITHMS[name], F.cross_entropy, chunk_size=2, ranks=ranks)
+    tasks = batch(dtype)
+    found = {}
+    for i in range(2):
+        metrics = learner.step(tasks)
+        found |= {f"{i} {k}": t for k, t in enumerate(metrics._tensors())}
+    scores = learner.evaluate(tasks, TASKS)
+    states = [learner.state_tensors(), learner.state_tensors()]
+    ensemble = learner.evaluate_ensemble(states, tasks, TASKS)
+    found |= {"loss": scores.loss, "metric": scores.metric, "ensemble": ensemble.loss}
+    found["outputs"] = learner.predict(tasks, TASKS)
+    return found | learner.state_tensors()
+
+
+def process(rank: int, port: int, out: Path) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    ranks = Ranks.of_torchrun()
+    found = {
+        (name, dtype): work(name, dtype, ranks)
+        for name in ALGORITHMS
+        for dtype in (torch.float32, torch.float64)
+    }
+    found["any"] = [ranks.any(rank == 1), ranks.any(False)]
+    found["first"] = ranks.of_first({"rank": rank})
+    ranks.part()
+    torch.save(found, out / f"{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    out = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(process, (port, out), nprocs=2)
+    return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+def test_two_processes_are_one(two, name, dtype, tolerance):
+    one = work(name, dtype, Ranks())
+    first, second = (found[name, dtype] for found in two)
+    assert first.keys() == second.keys() == one.keys()
+    for key, wanted in one.items():
+        assert torch.equal(first[key], second[key]), key
+        wanted = wanted.to(torch.float64)
+        error = (first[key].to(torch.float64) - wanted).norm()
+        assert error <= tolerance * max(1.0, float(wanted.norm())), key
+
+
+def test_all_get_what_the_first_has(two):
+    assert [found["first"] for found in two] == [{"rank": 0}] * 2
+
+
+def test_a_wish_of_one_is_known_to_all(two):
+    assert [found["any"] for found in two] == [[True, False]] * 2
+
+
+@pytest.mark.parametrize(("size", "tasks"), [(1, 1), (2, 2), (3, 8), (4, 5)])
+def test_shares_are_all_tasks_in_order(size, tasks):
+    shares = [Ranks(rank, size).span(tasks) for rank in range(size)]
+    numbers = [list(range(tasks))[share] for share in shares]
+    assert [n for share in numbers for n in share] == list(range(tasks))
+    assert max(map(len, numbers)) - min(map(len, numbers)) <= 1
+
+
+def test_fewer_tasks_than_processes_are_refused():
+    with pytest.raises(InputError, match=r"^2 tasks cannot be shared by 3 processes; .*$"):
+        Ranks(0, 3).span(2)
+
+
+def test_alone_without_torchrun(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert Ranks.of_torchrun() == Ranks(0, 1)
+    assert Ranks().is_first

@@ -1,0 +1,54 @@
+"""`torchrun` shares a run among processes; the run is the same."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fewstep.cli.main import main
+
+OPTIONS = [
+    *("train", "--dataset", "sinusoid", "--tasks", "5", "--chunk-size", "2", "--device", "cpu"),
+    *("--val-every", "4", "--val-tasks", "5", "--test-tasks", "5"),
+]
+
+
+def of_two(*arguments: str) -> str:
+    """Run a command in two processes and return what they print."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "fewstep", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def content(run: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
+    state = json.loads((run / "state.json").read_text())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    return load_file(run / "checkpoints" / state["last"]), losses
+
+
+def test_a_run_of_two_processes_and_then_one_is_that_of_one(tmp_path, capsys):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main([*OPTIONS, "--iterations", "12", "--out", str(one)]) == 0
+    printed = of_two(*OPTIONS, "--iterations", "8", "--out", str(two))
+    assert printed.count("run folder:") == printed.count("iteration 8: validation") == 1
+    assert json.loads((two / "environment.json").read_text())["processes"] == 2
+    resumed = of_two("resume", str(two), "--iterations", "10")
+    assert resumed.count("next: fewstep resume") == 0
+    assert main(["resume", str(two), "--iterations", "12"]) == 0
+
+    (tensors, losses), (wanted, wanted_losses) = content(two), content(one)
+    assert losses == pytest.approx(wanted_losses, rel=1e-4)
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(tensors[name], tensor, rtol=1e-4, atol=1e-5)
