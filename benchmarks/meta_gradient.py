@@ -1,261 +1,198 @@
-"""One meta-gradient, fewstep against its peers, in one process.
+"""One meta-gradient, fewstep against its peers: time and peak memory.
 
     python benchmarks/meta_gradient.py [--out results/benchmarks/meta_gradient.json]
 
-Every way computes the same meta-gradient of the same network on the same tasks; that is checked
-before anything is timed. The ways take turns, so that a slow moment of the machine meets all.
-`higher` and `torchopt` come with `pip install -e ".[benchmark]"`; without them their rows are left
-out, and the table says so.
+Each way has a process of its own, on the same tasks and parameters. First all must give the same
+meta-gradient in float64, to 1e-9 of its largest entry. Then they take turns, so that a slow moment
+of the machine meets all; the first turn is left out (JAX compiles in it). Memory is what a process
+needs at most, beyond what it needs before the first gradient. Peers that are not installed
+(`pip install -e ".[benchmark]"`) are named and left out.
 """
 
 from __future__ import annotations
 
-import copy
-import importlib.util
+import multiprocessing
+import resource
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn import functional as F
 
-import fewstep
-from fewstep.models import Conv4, sinusoid_mlp
 from fewstep.training.allocator import keep_freed_memory
 from fewstep.training.run_folder import command_line, environment, write_json
+from peers import WAYS, Case
 
-Gradient = Callable[[], list[Tensor]]
+Order = Literal[1, 2]
+Name = Literal[
+    "omniglot-5-way", "omniglot-5-way-32-tasks", "omniglot-20-way", "mini-imagenet-5-way",
+    "sinusoid",
+]  # fmt: skip
+CASES: dict[Name, Case] = {
+    "omniglot-5-way": Case("Omniglot 5-way 1-shot, Conv4-64, 8 tasks", 0, 2, tasks=8),
+    "omniglot-5-way-32-tasks": Case("Omniglot 5-way 1-shot, Conv4-64, 32 tasks", 0, 2, tasks=32),
+    "omniglot-20-way": Case("Omniglot 20-way 1-shot, Conv4-64, 8 tasks", 0, 2, tasks=8, ways=20),
+    "mini-imagenet-5-way": Case(
+        "mini-ImageNet 5-way 1-shot, Conv4-32, 4 tasks", 0, 2, tasks=4, channels=3, size=84,
+        filters=32, chunk_size=4,
+    ),
+    "sinusoid": Case("sinusoid network, 25 tasks", 0, 2, tasks=25, size=0, chunk_size=25),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Case:
-    """What to differentiate."""
+class Options:
+    """Compare one meta-gradient with the peers'."""
 
-    name: str
-    num_steps: int
-    inner_lr: float
-    order: Literal[1, 2]
-    loss: Callable[[Tensor, Tensor], Tensor]
-    batch: fewstep.TaskBatch
-    ours: nn.Module  # built of our blocks
-    plain: nn.Module  # the same function and parameters of PyTorch's layers
-
-    def double(self) -> Case:
-        """Return the same case in float64."""
-        tensors = (t.double() if t.is_floating_point() else t for t in self.batch.tensors())
-        return replace(
-            self,
-            batch=fewstep.TaskBatch(*tensors),
-            ours=copy.deepcopy(self.ours).double(),
-            plain=copy.deepcopy(self.plain).double(),
-        )
-
-
-def plain_conv4(ways: int) -> nn.Sequential:
-    """Return Conv4 as anyone would write it; the bias that batch norm cancels is left out."""
-    layers: list[nn.Module] = []
-    for channels in (1, 64, 64, 64):
-        layers += [
-            nn.Conv2d(channels, 64, 3, padding=1, bias=False),
-            nn.BatchNorm2d(64),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-        ]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, ways))
-
-
-def omniglot_case(num_steps: int, order: Literal[1, 2], tasks: int = 8, ways: int = 5) -> Case:
-    """Return Conv4-64, 28x28, 5-way 1-shot with 1 query image a class."""
-    labels = torch.arange(ways).expand(tasks, ways)
-    images = torch.rand(2, tasks, ways, 1, 28, 28)
-    ours, plain = Conv4(1, ways, 28), plain_conv4(ways)
-    with torch.no_grad():
-        for p, q in zip(plain.parameters(), ours.parameters(), strict=True):
-            p.copy_(q)
-    batch = fewstep.TaskBatch(images[0], labels, images[1], labels)
-    name = f"Conv4-64 {ways}-way 1-shot, {tasks} tasks"
-    return Case(name, num_steps, 0.1, order, F.cross_entropy, batch, ours, plain)
-
-
-def sinusoid_case(num_steps: int, order: Literal[1, 2], tasks: int = 25) -> Case:
-    """Return the sinusoid network with 10 support and 10 query points."""
-    x, y = torch.randn(2, tasks, 10, 1), torch.randn(2, tasks, 10, 1)
-    batch = fewstep.TaskBatch(x[0], y[0], x[1], y[1])
-    net = sinusoid_mlp()
-    return Case(f"sinusoid MLP, {tasks} tasks", num_steps, 0.01, order, F.mse_loss, batch, net, net)
-
-
-def with_fewstep(case: Case, module: nn.Module) -> Gradient:
-    """Return the meta-gradient by this library."""
-    recipe = fewstep.maml if case.order == 2 else fewstep.fomaml
-    learner = fewstep.MetaLearner(
-        module, recipe(case.num_steps, case.inner_lr), case.loss, chunk_size=len(case.batch)
+    cases: tuple[str, ...] = (
+        "omniglot-5-way",
+        "omniglot-20-way",
+        "mini-imagenet-5-way",
+        "sinusoid",
     )
-    return lambda: list(learner.meta_gradient(case.batch)[0].values())
+    """Which of omniglot-5-way, omniglot-5-way-32-tasks, omniglot-20-way, mini-imagenet-5-way and
+    sinusoid."""
+    steps: tuple[int, ...] = (1, 5, 20)
+    """Inner steps."""
+    orders: tuple[Order, ...] = (2, 1)
+    """Derivative orders."""
+    ways: tuple[str, ...] = tuple(WAYS)
+    """Which ways; "plain loop" is what the others are compared with."""
+    repeats: int = 7
+    """Measured turns."""
+    threads: int | None = None
+    """Threads of PyTorch; its own choice if not given."""
+    out: Path | None = None
+    """JSON file for the numbers."""
 
 
-def with_loop(case: Case) -> Gradient:
-    """Return the meta-gradient by a plain loop over tasks and `torch.autograd.grad`."""
-    phi = dict(case.plain.named_parameters())
-
-    def gradient() -> list[Tensor]:
-        total = [torch.zeros_like(p) for p in phi.values()]
-        for task in zip(*case.batch.tensors(), strict=True):
-            x_support, y_support, x_query, y_query = task
-            theta: dict[str, Tensor] = dict(phi)
-            for _ in range(case.num_steps):
-                loss = case.loss(functional_call(case.plain, theta, (x_support,)), y_support)
-                s = torch.autograd.grad(loss, list(theta.values()), create_graph=case.order == 2)
-                theta = {
-                    n: p - case.inner_lr * g for (n, p), g in zip(theta.items(), s, strict=True)
-                }
-            query = case.loss(functional_call(case.plain, theta, (x_query,)), y_query)
-            parts = torch.autograd.grad(query / len(case.batch), list(phi.values()))
-            total = [t + part for t, part in zip(total, parts, strict=True)]
-        return total
-
-    return gradient
-
-
-def with_higher(case: Case) -> Gradient:
-    """Return the meta-gradient by `higher`, of second order."""
-    import higher
-
-    inner = torch.optim.SGD(case.plain.parameters(), lr=case.inner_lr)
-
-    def gradient() -> list[Tensor]:
-        case.plain.zero_grad()
-        for x_support, y_support, x_query, y_query in zip(*case.batch.tensors(), strict=True):
-            with higher.innerloop_ctx(
-                case.plain,
-                inner,
-                copy_initial_weights=False,
-            ) as (net, optimiser):
-                for _ in range(case.num_steps):
-                    optimiser.step(case.loss(net(x_support), y_support))
-                (case.loss(net(x_query), y_query) / len(case.batch)).backward()
-        return [p.grad.clone() for p in case.plain.parameters() if p.grad is not None]
-
-    return gradient
+def serve(case: Case, way: str, threads: int | None, pipe: Connection) -> None:
+    """Compute gradients on request, in a process of its own."""
+    keep_freed_memory()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        gradient = WAYS[way].build(case, torch.float32)
+        before = _peak()
+        gradient()
+        while True:
+            match pipe.recv():
+                case "time":
+                    started = time.perf_counter()
+                    gradient()
+                    pipe.send(time.perf_counter() - started)
+                case "memory":
+                    pipe.send(_peak() - before)
+                case "exact":
+                    small = replace(case, tasks=2, chunk_size=2)
+                    exact = WAYS[way].build(small, torch.float64)()
+                    pipe.send(torch.cat([g.flatten() for g in exact]))
+                case "end":
+                    return
+    except Exception as error:  # the row says so, and the others go on
+        pipe.send(f"{type(error).__name__}: {str(error).splitlines()[0]}")
 
 
-def with_torchopt(case: Case) -> Gradient:
-    """Return the meta-gradient by `torchopt`; it has no first order."""
-    import torchopt
-
-    net = case.plain
-    inner = torchopt.MetaSGD(net, lr=case.inner_lr)
-    phi = list(net.parameters())
-
-    def gradient() -> list[Tensor]:
-        start = torchopt.extract_state_dict(net, by="reference", detach_buffers=True)
-        start_inner = torchopt.extract_state_dict(inner, by="reference")
-        total = [torch.zeros_like(p) for p in phi]
-        for x_support, y_support, x_query, y_query in zip(*case.batch.tensors(), strict=True):
-            for _ in range(case.num_steps):
-                inner.step(case.loss(net(x_support), y_support))
-            query = case.loss(net(x_query), y_query) / len(case.batch)
-            parts = torch.autograd.grad(query, phi)
-            total = [t + part for t, part in zip(total, parts, strict=True)]
-            torchopt.recover_state_dict(net, start)
-            torchopt.recover_state_dict(inner, start_inner)
-        return total
-
-    return gradient
+def _peak() -> float:
+    """Return the most memory this process had so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def ways_of(case: Case) -> dict[str, Gradient]:
-    """Return every way that is installed and applies."""
-    ways = {"fewstep": with_fewstep(case, case.ours), "plain loop": with_loop(case)}
-    if isinstance(case.ours, Conv4):
-        ways["fewstep, plain layers"] = with_fewstep(case, case.plain)
-    # At order 1, higher drops its graph and with it the path from phi to theta[K].
-    if importlib.util.find_spec("higher") and case.order == 2:
-        ways["higher"] = with_higher(case)
-    if importlib.util.find_spec("torchopt") and case.order == 2:
-        ways["torchopt"] = with_torchopt(case)
-    return ways
+def measure(case: Case, options: Options) -> dict[str, dict[str, Any]]:
+    """Return seconds, MiB and the difference from the plain loop, of every way that applies."""
+    processes = multiprocessing.get_context("spawn")
+    ways = [w for w in options.ways if WAYS[w].applies(case) and WAYS[w].is_installed()]
+    pipes, found = {}, {way: {"seconds": []} for way in ways}
+    failed: dict[str, str] = {}
+
+    def ask(way: str, question: str) -> Any:
+        if way in failed:
+            return None
+        try:
+            pipes[way].send(question)
+            answer = pipes[way].recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            answer = "the process was killed"
+        if isinstance(answer, str):
+            failed[way] = answer
+            return None
+        return answer
+
+    for way in ways:
+        pipes[way], theirs = processes.Pipe()
+        processes.Process(
+            target=serve, args=(case, way, options.threads, theirs), daemon=True
+        ).start()
+        theirs.close()
+        found[way]["mib"] = ask(way, "memory")
+    for _ in range(options.repeats):
+        for way in ways:
+            if (seconds := ask(way, "time")) is not None:
+                found[way]["seconds"].append(seconds)
+    exact = {way: ask(way, "exact") for way in ways}
+    reference = exact.get("plain loop")
+    for way in ways:
+        if reference is not None and exact[way] is not None:
+            difference = float((exact[way] - reference).abs().max() / reference.abs().max())
+            assert difference < 1e-9, f"{way} differs from the plain loop by {difference:.1e}"
+            found[way]["difference"] = difference
+        if way in failed:
+            found[way]["failed"] = failed[way]
+        else:
+            pipes[way].send("end")
+    return found
 
 
-def check_agreement(case: Case) -> float:
-    """Return the largest difference from the plain loop in float64, relative to its largest entry.
-
-    Raises:
-        AssertionError: two ways differ by more than rounding.
-    """
-    ways = ways_of(case.double())
-    reference = torch.cat([g.flatten() for g in ways["plain loop"]()])
-    worst = 0.0
-    for name, way in ways.items():
-        gradient = torch.cat([g.flatten() for g in way()])
-        difference = float((gradient - reference).abs().max() / reference.abs().max())
-        assert difference < 1e-9, f"{name} differs from the plain loop by {difference:.1e}"
-        worst = max(worst, difference)
-    return worst
-
-
-def measure(ways: dict[str, Gradient], repeats: int) -> dict[str, list[float]]:
-    """Return the seconds of every way, in turns, after one unmeasured turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(repeats + 1):
-        for name, way in ways.items():
-            started = time.perf_counter()
-            way()
-            if turn:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
-
-
-def main(repeats: int = 9, keep_memory: bool = True, out: Path | None = None) -> None:
-    """Compare one meta-gradient with the peers'.
-
-    Args:
-        repeats: Measured turns.
-        keep_memory: Tell the C library to keep freed memory, as `fewstep train` does; it serves
-            every way alike.
-        out: JSON file for the numbers.
-    """
-    torch.manual_seed(0)
-    if keep_memory:
-        keep_freed_memory()
-    orders: tuple[Literal[1, 2], ...] = (2, 1)
-    cases = [make(k, o) for make in (omniglot_case, sinusoid_case) for o in orders for k in (1, 5)]
-    table = Table("case", "steps", "order", "way", "median s", "min-max s", "x fewstep")
-    rows = []
-    for case in cases:
-        worst = check_agreement(case)
-        ways = ways_of(case)
-        seconds = measure(ways, repeats)
-        base = statistics.median(seconds["fewstep"])
-        for name, s in seconds.items():
-            median = statistics.median(s)
-            row = {
-                "case": case.name, "steps": case.num_steps, "order": case.order, "way": name,
-                "median_s": median, "min_s": min(s), "max_s": max(s), "ratio": median / base,
-                "largest_difference": worst,
-            }  # fmt: skip
-            rows.append(row)
-            table.add_row(
-                case.name, str(case.num_steps), str(case.order), name, f"{median:.4f}",
-                f"{min(s):.4f}-{max(s):.4f}", f"{median / base:.2f}",
-            )  # fmt: skip
-        table.add_section()
-    Console(width=120).print(table)
-    missing = [n for n in ("higher", "torchopt") if not importlib.util.find_spec(n)]
+def main() -> None:
+    """Measure every case and print a table."""
+    options = tyro.cli(Options)
+    rows, console = [], Console(width=140)
+    for name in options.cases:
+        for order in options.orders:
+            table = Table("way", title=f"{CASES[name].name}, order {order}")
+            for k in options.steps:
+                for column in (f"{k} steps: s", "min-max", "x", "MiB"):
+                    table.add_column(column, justify="right")
+            lines: dict[str, list[str]] = {way: [way] for way in options.ways}
+            for k in options.steps:
+                case = replace(CASES[name], num_steps=k, order=order)
+                found = measure(case, options)
+                base = statistics.median(found["fewstep"]["seconds"])
+                for way, line in lines.items():
+                    row = found.get(way)
+                    if row is None or "failed" in row:
+                        line += ["-" if row is None else "failed", "", "", ""]
+                    else:
+                        s = row["seconds"]
+                        median = statistics.median(s)
+                        row |= {"median_s": median, "ratio": median / base}
+                        line += [
+                            f"{median:.4f}", f"{min(s):.4f}-{max(s):.4f}", f"{median / base:.2f}",
+                            f"{row['mib']:.0f}",
+                        ]  # fmt: skip
+                    if row is not None:
+                        rows.append(
+                            {"case": case.name, "steps": k, "order": order, "way": way} | row
+                        )
+            for line in lines.values():
+                if any(cell not in ("-", "") for cell in line[1:]):
+                    table.add_row(*line)
+            console.print(table)
+            if options.out is not None:
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                write_json(
+                    options.out, {"rows": rows, "environment": environment(command_line(), "cpu")}
+                )
+    missing = sorted({w.package for w in WAYS.values() if not w.is_installed()})
     if missing:
         print(f"not installed, so not measured: {', '.join(missing)}")
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, {"rows": rows, "environment": environment(command_line(), "cpu")})
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    main()
