@@ -4,14 +4,14 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch import nn
 from torch.nn import functional as F
 
 import fewstep
 from fewstep import MetaLearner, TaskBatch
 from fewstep.core.derivative_order import FixedOrder
 from fewstep.core.hypergradient import HypergradientRates
+from fewstep.core.memory import GraphMemory
 from fewstep.core.norm import NormStatistics
 from fewstep.core.rates import LearnedRate
 from fewstep.models import Conv4
@@ -110,43 +110,13 @@ def test_no_step_at_all():
     assert_same(*both(case.build(), fewstep.maml(0, 0.1), case, case.batch(), 1))
 
 
-class SavedBytes:
-    """The most bytes that graphs held at once."""
-
-    def __init__(self) -> None:
-        self.now = self.peak = 0
-
-    def __enter__(self) -> "SavedBytes":
-        self._hooks = saved_tensors_hooks(lambda t: Held(self, t), lambda held: held.tensor)
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        self._hooks.__exit__(*args)
-
-    def add(self, nbytes: int) -> None:
-        self.now += nbytes
-        self.peak = max(self.peak, self.now)
-
-
-class Held:
-    """A tensor that a graph holds."""
-
-    def __init__(self, count: SavedBytes, tensor: Tensor) -> None:
-        self.tensor, self.count = tensor, count
-        count.add(tensor.nbytes)
-
-    def __del__(self) -> None:
-        self.count.add(-self.tensor.nbytes)
-
-
 def graph_memory(num_steps: int, checkpoint_every: int | None) -> int:
     network = Conv4(1, 3, 16, filters=4)
     x, y = torch.rand(2, 2, 3, 1, 16, 16), torch.arange(3).expand(2, 3)
     learner = MetaLearner(
         network, fewstep.maml(num_steps, 0.1), F.cross_entropy, checkpoint_every=checkpoint_every
     )
-    with SavedBytes() as saved:
+    with GraphMemory() as saved:
         learner.meta_gradient(TaskBatch(x[0], y, x[1], y))
     assert saved.now == 0
     return saved.peak

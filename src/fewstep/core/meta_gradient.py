@@ -189,7 +189,8 @@ def _points(
         with torch.no_grad():
             for point in loop.trajectory(tasks, starts[-1], derivative_order=1, query_after=asked):
                 if point.step in starts[1:]:
-                    kept.append((point, _RandomState.now(several, tasks)))
+                    start = Point(point.step, point.theta, point.buffers, (), {}, None)
+                    kept.append((start, _RandomState.now(several, tasks)))
     return kept
 
 

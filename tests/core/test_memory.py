@@ -1,0 +1,67 @@
+"""What graphs hold, and plans that stay within a budget."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import fewstep
+from fewstep import InputError, MetaLearner, TaskBatch
+from fewstep.core.memory import GraphMemory, plan_memory
+from fewstep.models import Conv4
+from tests.core.reference import relative_error
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def test_graph_memory_counts_what_is_held_once():
+    x = torch.randn(100, requires_grad=True)
+    with GraphMemory() as memory:
+        y = x * x  # holds x twice
+        assert memory.now == 800
+        z = y.exp().sum()  # holds exp(y)
+        assert memory.now == 1600
+        z.backward()
+        assert memory.now == 0
+        with torch.no_grad():
+            x.exp()
+    assert memory.peak == 1600
+
+
+def learner_and_batch(tasks: int) -> tuple[MetaLearner, TaskBatch]:
+    torch.manual_seed(0)
+    x, y = torch.rand(2, tasks, 3, 1, 16, 16), torch.arange(3).expand(tasks, 3)
+    learner = MetaLearner(Conv4(1, 3, 16, filters=8), fewstep.maml(4, 0.1), F.cross_entropy)
+    return learner, TaskBatch(x[0], y, x[1], y)
+
+
+def peak_mib(learner: MetaLearner, batch: TaskBatch) -> float:
+    with GraphMemory() as memory:
+        learner.meta_gradient(batch)
+    return memory.peak / 2**20
+
+
+@pytest.mark.parametrize(
+    ("share", "chunk_size", "checkpoint_every"),
+    [(1.01, 6, None), (0.99, 5, None), (0.7, 4, None), (0.6, 6, 1), (0.2, 3, 1)],
+)
+def test_plans_fit_and_change_no_gradient(share, chunk_size, checkpoint_every):
+    learner, batch = learner_and_batch(6)
+    whole, _ = learner.meta_gradient(batch)
+    budget = share * 1.5 * peak_mib(learner, batch)
+    plan = plan_memory(learner, batch, budget)
+    assert (plan.chunk_size, plan.checkpoint_every) == (chunk_size, checkpoint_every)
+    assert (learner.chunk_size, learner.checkpoint_every) == (chunk_size, checkpoint_every)
+    assert plan.mib <= budget
+    assert 1.5 * peak_mib(learner, batch) == pytest.approx(plan.mib, rel=0.1)
+    assert relative_error(learner.meta_gradient(batch)[0], whole) < 1e-12
+
+
+def test_one_task_needs_no_second_to_plan():
+    learner, batch = learner_and_batch(1)
+    assert plan_memory(learner, batch, 1e3).chunk_size == 1
+
+
+def test_a_budget_below_one_task_is_refused():
+    learner, batch = learner_and_batch(2)
+    with pytest.raises(InputError, match=r"^memory budget of 0.001 MiB is below the .* MiB.*$"):
+        plan_memory(learner, batch, 0.001)
