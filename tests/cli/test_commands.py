@@ -110,6 +110,25 @@ def test_every_part_of_maml_plus_plus(empty_folder, capsys):
     assert "num_steps=3 is more than the 2" in error
 
 
+def test_a_memory_budget_chooses_chunks_and_checkpoints(empty_folder, capsys):
+    # First order until the third iteration: the budget must hold for the second order too.
+    schedule = "--num-steps 3 --eval-steps 3 --first-order-epochs 2 --epoch-length 1"
+    train = f"{_images(empty_folder / 'images')} {schedule}"
+    chosen = {}
+    for budget in (100, 0.4, 0.2):
+        assert main(f"{train} --memory-budget {budget} --out run-{budget}".split()) == 0
+        (line,) = [l for l in capsys.readouterr().out.splitlines() if "memory budget" in l]
+        chosen[budget] = line.split(": ")[1]
+    assert chosen == {
+        100: "chunk_size=2, checkpoint_every=None",
+        0.4: "chunk_size=2, checkpoint_every=1",
+        0.2: "chunk_size=1, checkpoint_every=1",
+    }
+    assert "memory budget of 0.001 MiB is below" in _refused(
+        capsys, f"{train} --memory-budget 1e-3"
+    )
+
+
 def test_data_commands(empty_folder, capsys):
     _images(empty_folder / "mine")
     assert main(["data", "list"]) == 0

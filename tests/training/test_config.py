@@ -45,7 +45,8 @@ def test_every_changed_setting_survives_the_file(tmp_path):
         "--outer-lr 0.01 --outer-schedule constant --final-outer-lr 0.001 --not-adapted head.* "
         "--inner-hyper-lr 0.1 --outer sgd --outer-hyper-lr 0.2 --hyper-step sign "
         "--task-reduction sum --extra-steps repeat --iterations 7 --epoch-length 3 --keep-best 2 "
-        "--tasks 3 --chunk-size 2 --val-every 4 --val-tasks 5 --test-tasks 6 --seed 9 --device cpu"
+        "--tasks 3 --chunk-size 2 --val-every 4 --val-tasks 5 --test-tasks 6 --seed 9 --device cpu "
+        "--checkpoint-every 2 --memory-budget 100.5"
     )
     settings = _train(*changed.split()).settings
     path = tmp_path / "config.toml"
@@ -107,6 +108,8 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path, text, message):
         (["--itrations", "3"], "unknown option '--itrations'; did you mean '--iterations'?"),
         (["--iterations", "x"], "--iterations"),
         (["--iterations", "0"], "iterations=0 must be at least 1"),
+        (["--checkpoint-every", "0"], "checkpoint_every=0 must be at least 1 step"),
+        (["--memory-budget", "0"], "memory_budget=0.0 must be positive, in MiB"),
         (["--dataset", "sinusoid", "--ways", "3"], "unknown option '--ways'"),
         (["--dataset", "omniglot", "--class-split", "lake"], "'lake'"),
         (["--network", "conv5"], "unknown network 'conv5'; did you mean 'conv4'?"),

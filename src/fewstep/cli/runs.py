@@ -181,9 +181,13 @@ class Plot:
 def _train(experiment: Experiment, run: RunFolder, console: Console) -> None:
     config = experiment.config
     _say(console, f"run folder: {run.path}  ({config.recipe} on {config.dataset}, {config.device})")
+    learner = experiment.learner
+    if config.memory_budget is not None:
+        chosen = f"chunk_size={learner.chunk_size}, checkpoint_every={learner.checkpoint_every}"
+        _say(console, f"memory budget of {config.memory_budget:g} MiB: {chosen}")
     state = Trainer(experiment, run, console).train()
-    experiment.learner.ranks.part()
-    experiment.learner.ranks = ALONE
+    learner.ranks.part()
+    learner.ranks = ALONE
     if state.iteration < config.iterations:
         _say(console, f"stopped after iteration {state.iteration}; the checkpoint is written")
         _say(console, f"next: fewstep resume {run.path}")
@@ -203,7 +207,7 @@ def _train(experiment: Experiment, run: RunFolder, console: Console) -> None:
     if config.keep_best > 1:
         _say(console, f"test, ensemble of {config.keep_best}: {test(checkpoint='ensemble')}")
     if config.dataset == "sinusoid":
-        plot_sinusoid_fits(experiment.learner, run.path / "fits.png")
+        plot_sinusoid_fits(learner, run.path / "fits.png")
         _say(console, f"fits: {run.path / 'fits.png'}")
     _say(console, f"learning curves: {run.path / 'curves.png'}")
     _say(console, f"next: fewstep evaluate {run.path} --split val   (score again, other settings)")

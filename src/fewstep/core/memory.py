@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -81,7 +82,9 @@ class Plan:
     mib: float
 
 
-def plan_memory(learner: MetaLearner, batch: TaskBatch, budget_mib: float) -> Plan:
+def plan_memory(
+    learner: MetaLearner, batch: TaskBatch, budget_mib: float, *, iterations: Sequence[int] = (0,)
+) -> Plan:
     """Choose chunk size and checkpoints so that a meta-gradient fits into a budget, and set them.
 
     Measures the graph of two tasks, with all steps and with one at a time. Takes the largest chunk
@@ -93,6 +96,7 @@ def plan_memory(learner: MetaLearner, batch: TaskBatch, budget_mib: float) -> Pl
         batch: Tasks such as it will see.
         budget_mib: MiB for graphs and what the backward pass needs beside them, estimated as half
             as much again; parameters, data and the program itself come on top.
+        iterations: Where to measure, as schedules change what a graph holds; the worst counts.
 
     Raises:
         InputError: one task with one step at a time needs more.
@@ -101,7 +105,7 @@ def plan_memory(learner: MetaLearner, batch: TaskBatch, budget_mib: float) -> Pl
     some = batch.batch(0, min(2, tasks))  # of one task alone, more memory is shared
     for checkpoint_every in (None, 1):
         learner.checkpoint_every = checkpoint_every
-        each = _MARGIN * _graph_mib(learner, some) / len(some)
+        each = _MARGIN * max(_graph_mib(learner, some, i) for i in iterations) / len(some)
         chunk_size = min(tasks, int(budget_mib / each))
         if chunk_size >= (min(4, tasks) if checkpoint_every is None else 1):
             learner.chunk_size = chunk_size
@@ -112,7 +116,11 @@ def plan_memory(learner: MetaLearner, batch: TaskBatch, budget_mib: float) -> Pl
     )
 
 
-def _graph_mib(learner: MetaLearner, tasks: TaskBatch) -> float:
-    with GraphMemory() as memory:
-        learner.meta_gradient(tasks)
+def _graph_mib(learner: MetaLearner, tasks: TaskBatch, iteration: int) -> float:
+    before, learner.iteration = learner.iteration, iteration
+    try:
+        with GraphMemory() as memory:
+            learner.meta_gradient(tasks)
+    finally:
+        learner.iteration = before
     return memory.peak / _MIB

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from fewstep.core.errors import InputError
 from fewstep.core.learner import MetaLearner
+from fewstep.core.memory import plan_memory
 from fewstep.core.ranks import ALONE, Ranks
 from fewstep.core.tasks import Episodes
 from fewstep.data.episodes import ClassificationEpisodes
@@ -69,7 +70,15 @@ class Experiment:
         """
         device = resolve_device(config.device)
         problem = build_problem(config, device)
-        return cls(config, device, problem, build_learner(config, problem, device, ranks))
+        learner = build_learner(config, problem, device, ranks)
+        if config.memory_budget is not None:
+            plan_memory(
+                learner,
+                problem.episodes["train"].batch(0, config.tasks),
+                config.memory_budget,
+                iterations=(0, config.iterations - 1),
+            )
+        return cls(config, device, problem, learner)
 
 
 def build_problem(config: RunConfig, device: str) -> Problem:
@@ -128,5 +137,6 @@ def build_learner(
         config.algorithm.build(config.iterations, config.epoch_length),
         F.mse_loss if config.dataset == "sinusoid" else F.cross_entropy,
         chunk_size=config.chunk_size,
+        checkpoint_every=config.checkpoint_every,
         ranks=ranks,
     )

@@ -292,6 +292,12 @@ class RunConfig:
     """Tasks of an iteration (meta-batch)."""
     chunk_size: int = 8
     """Tasks that go through the model at once; bounds memory, changes no result but rounding."""
+    checkpoint_every: int | None = None
+    """Inner steps whose graph is kept at once, in the second order; 1 takes least memory and a third
+    more time, and changes no result but rounding. All of them if not given."""
+    memory_budget: float | None = None
+    """MiB for the graphs of a meta-gradient; chunk_size and checkpoint_every are then chosen by
+    measuring."""
     val_every: int = 250
     """Iterations between validations; each writes a checkpoint."""
     val_tasks: int = 200
@@ -314,6 +320,10 @@ class RunConfig:
                 raise InputError(f"{name}={value} must be at least {least}")
         if self.epoch_length is not None and self.epoch_length < 1:
             raise InputError(f"epoch_length={self.epoch_length} must be at least 1 iteration")
+        if self.checkpoint_every is not None and self.checkpoint_every < 1:
+            raise InputError(f"checkpoint_every={self.checkpoint_every} must be at least 1 step")
+        if self.memory_budget is not None and not self.memory_budget > 0:
+            raise InputError(f"memory_budget={self.memory_budget} must be positive, in MiB")
         wanted = (
             ("dataset", "data", SOURCES[self.dataset]),
             ("dataset", "episodes", _episode_options(self.dataset)),
