@@ -117,8 +117,8 @@ def test_a_memory_budget_chooses_chunks_and_checkpoints(empty_folder, capsys):
     chosen = {}
     for budget in (100, 0.4, 0.2):
         assert main(f"{train} --memory-budget {budget} --out run-{budget}".split()) == 0
-        (line,) = [l for l in capsys.readouterr().out.splitlines() if "memory budget" in l]
-        chosen[budget] = line.split(": ")[1]
+        lines = capsys.readouterr().out.splitlines()
+        (chosen[budget],) = (s.split(": ")[1] for s in lines if s.startswith("memory budget"))
     assert chosen == {
         100: "chunk_size=2, checkpoint_every=None",
         0.4: "chunk_size=2, checkpoint_every=1",
