@@ -19,6 +19,7 @@ from fewstep.core.network import Loss, Result, TaskNetwork, Tensors, set_mode
 from fewstep.core.norm import NormaliseBy, NormStatistics, Use, keep
 from fewstep.core.outer import NoClipping
 from fewstep.core.ranks import ALONE, Ranks
+from fewstep.core.replay import Replay
 from fewstep.core.scores import Scores
 from fewstep.core.tasks import Episodes, TaskBatch
 
@@ -44,10 +45,13 @@ class MetaLearner:
             batching rules, such as `nn.LSTM`).
         ranks: The processes that share each batch, from `Ranks.of_torchrun()`. Each calls the same
             methods with the same tasks, and gets the same results.
+        replay: Record the operations of a meta-gradient once and replay them: the same numbers,
+            sooner, as no Python is between them. What the module decides in Python is decided once.
+            Recording takes seconds, and again where the shapes or the schedules change.
 
     Raises:
         InputError: `module` has nothing to train, `algorithm.adapted` names no parameter of it, or
-            `chunk_size` or `checkpoint_every` is below 1.
+            `chunk_size` or `checkpoint_every` is below 1, or the latter goes with `replay`.
 
     Deviation: the papers' code sums where this takes means; see `maml` for the inner loss.
     """
@@ -63,16 +67,23 @@ class MetaLearner:
         checkpoint_every: int | None = None,
         vectorize: bool = True,
         ranks: Ranks = ALONE,
+        replay: bool = False,
     ) -> None:
         if chunk_size < 1:
             raise InputError(f"chunk_size={chunk_size} must be at least 1 task")
         if checkpoint_every is not None and checkpoint_every < 1:
             raise InputError(f"checkpoint_every={checkpoint_every} must be at least 1 step")
+        if checkpoint_every is not None and replay:
+            raise InputError(
+                f"checkpoint_every={checkpoint_every} restores random states, which replay=True "
+                "cannot; leave one of them out"
+            )
         self.module = module
         self.algorithm = algorithm
         self.chunk_size = chunk_size
         self.checkpoint_every = checkpoint_every
         self.ranks = ranks
+        self._replay = Replay() if replay else None
         self.iteration = 0
         self._meta = MetaParameters(module, algorithm)
         self.parameters = self._meta.parameters
@@ -346,6 +357,7 @@ class MetaLearner:
             chunk_size=self.chunk_size,
             segment=self.checkpoint_every,
             ranks=self.ranks,
+            replay=self._replay,
         )
 
     def _steps(self, num_steps: int | None) -> int:

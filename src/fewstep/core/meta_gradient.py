@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from fewstep.core.meta_parameters import RATE, MetaParameters
 from fewstep.core.metrics import Metrics
 from fewstep.core.network import Result, TaskNetwork, Tensors
 from fewstep.core.ranks import Ranks
+from fewstep.core.replay import Replay
 from fewstep.core.tasks import TaskBatch
 
 
@@ -61,6 +63,7 @@ def meta_gradient(
     chunk_size: int,
     segment: int | None,
     ranks: Ranks,
+    replay: Replay | None,
 ) -> tuple[Tensors, Metrics, Tensors]:
     """Return the gradient of the meta-loss by name, what it saw, and the tasks' mean buffers.
 
@@ -73,37 +76,49 @@ def meta_gradient(
         chunk_size: Tasks whose graph is kept at once.
         segment: Inner steps whose graph is kept at once; None is all of them.
         ranks: The processes that share the batch.
+        replay: Recordings of the same; None computes it anew.
     """
     algorithm = loop.algorithm
     v = algorithm.query_weights(algorithm.num_steps, epoch)
     share = {"mean": len(batch), "sum": 1}[algorithm.task_reduction]
     order = algorithm.derivative_order(epoch)
-    whole = segment is None or order == 1  # order 1 keeps no graph of a step as it is
+    if order == 1:
+        segment = None  # order 1 keeps no graph of a step as it is
+    counting = tuple(k for k, weight in enumerate(v) if weight != 0)
+    like = next(iter(loop.meta.parameters.values()))
+    weights = like.new_tensor([v[k] for k in counting])
+    differentiate = partial(
+        _differentiate, loop, counting, share=share, order=order, segment=segment
+    )
     own = TaskBatch(*(t[ranks.span(len(batch))] for t in batch.tensors()))
     with loop.network.mode(is_training=True, use=algorithm.norm_statistics.use):
-        parts = [
-            _differentiate(loop, chunk, v, share, order, None if whole else segment)
-            for chunk in own.split(chunk_size)
-        ]
+        parts = []
+        for chunk in own.split(chunk_size):
+            tensors = (weights, *chunk.tensors())
+            if replay is None:
+                parts.append(differentiate(*tensors))
+            else:
+                parts.append(replay(differentiate, tensors, (counting, share, order)))
     found = [torch.stack([p.gradients[n] for p in parts]).sum(0) for n in parts[0].gradients]
     gradients = dict(zip(parts[0].gradients, ranks.sum(found), strict=True))
-    metrics = Metrics.cat([p.metrics for p in parts]).join(ranks, len(batch))
+    name = loop.network.metric_name(batch.y_query)
+    metrics = Metrics.cat([Metrics(name, *p.metrics) for p in parts]).join(ranks, len(batch))
     return gradients, metrics, _mean_over_tasks(parts, ranks, len(batch))
 
 
-@dataclass(frozen=True)
-class _Part:
+class _Part(NamedTuple):
     """What a chunk of tasks gives: its share of the gradients, metrics, buffers of every task."""
 
     gradients: Tensors
-    metrics: Metrics
+    metrics: tuple[Tensor, Tensor, Tensor, Tensor]  # those of `Metrics`
     buffers: Tensors
 
 
 def _differentiate(
     loop: InnerLoop,
-    tasks: TaskBatch,
-    v: Sequence[float],
+    counting: tuple[int, ...],
+    weights: Tensor,
+    *tensors: Tensor,
     share: int,
     order: int,
     segment: int | None,
@@ -116,8 +131,9 @@ def _differentiate(
     the gradient by phi. One segment of all the steps is plain backpropagation; of several, one has
     a graph at a time, for which its steps are taken a second time.
     """
+    tasks = TaskBatch(*tensors)
+    v = dict(zip(counting, weights, strict=True))
     meta, num_steps = loop.meta, loop.algorithm.num_steps
-    counting = [k for k, weight in enumerate(v) if weight != 0]
     starts = list(range(0, max(num_steps, 1), segment or max(num_steps, 1)))
     kept = _points(loop, tasks, starts, counting)
     stop = num_steps
@@ -167,9 +183,8 @@ def _differentiate(
         rates["all"] = -torch.stack([(q[n] * s).sum() for n, s in descent.items()]).sum()
     gradients |= {RATE + n: rate for n, rate in rates.items()}
     query_loss = torch.stack([queries[k].loss.detach() for k in counting], dim=1)
-    metrics = Metrics(
-        loop.network.metric_name(tasks.y_query),
-        query_loss @ query_loss.new_tensor([v[k] for k in counting]),
+    metrics = (
+        torch.stack([v[k] * queries[k].loss.detach() for k in counting]).sum(0),
         queries[counting[-1]].metric,
         torch.stack([query_loss.new_empty(len(tasks)), *support_losses], dim=1)[:, 1:],
         query_loss,
@@ -178,7 +193,7 @@ def _differentiate(
 
 
 def _points(
-    loop: InnerLoop, tasks: TaskBatch, starts: list[int], counting: list[int]
+    loop: InnerLoop, tasks: TaskBatch, starts: list[int], counting: tuple[int, ...]
 ) -> list[tuple[Point, _RandomState]]:
     """Return the points that segments start from, and the random state there."""
     several = len(starts) > 1

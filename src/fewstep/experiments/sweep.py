@@ -118,12 +118,16 @@ def complete_all(
     return results
 
 
+# Settings that say how to compute, and change no result but rounding.
+_HOW = ("device", "chunk_size", "checkpoint_every", "memory_budget", "replay")
+
+
 def _check_same(path: Path, held: dict[str, Any], asked: dict[str, Any]) -> None:
     for key in sorted(held.keys() | asked.keys()):
         there, here = held.get(key), asked.get(key)
         if isinstance(there, dict) and isinstance(here, dict):
             _check_same(path, there, here)
-        elif there != here and key != "device":
+        elif there != here and key not in _HOW:
             raise InputError(
                 f"{path} holds a run with {key}={there!r}, but {key}={here!r} is asked for; "
                 "choose another folder with --out"

@@ -138,5 +138,6 @@ def build_learner(
         F.mse_loss if config.dataset == "sinusoid" else F.cross_entropy,
         chunk_size=config.chunk_size,
         checkpoint_every=config.checkpoint_every,
+        replay=config.replay,
         ranks=ranks,
     )

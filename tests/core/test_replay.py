@@ -1,0 +1,144 @@
+"""Recorded operations, replayed, give the same numbers to the bit."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fewstep
+from fewstep import DerivativeAnnealing, FixedOrder, InputError, MetaLearner, MultiStepLoss
+from fewstep.core.replay import Replay
+from tests.core.reference import MODELS, Case
+from tests.core.test_checkpointing import ALGORITHMS
+
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    pytest.mark.filterwarnings("ignore:There is a performance drop"),
+]
+
+
+def train(case: Case, algorithm, *, replay: bool, iterations: int = 3, **options):
+    """Return the state after some iterations, and the metrics of each."""
+    torch.manual_seed(0)
+    learner = MetaLearner(case.build(), algorithm, case.loss, replay=replay, **options)
+    seen = []
+    for i in range(iterations):
+        torch.manual_seed(i)
+        seen += learner.step(case.batch())._tensors()
+    return learner.state_tensors(), seen
+
+
+def assert_equal_to_the_bit(case: Case, algorithm, **options) -> None:
+    (state, seen), (wanted, wanted_seen) = (
+        train(case, algorithm, replay=replay, **options) for replay in (True, False)
+    )
+    assert state.keys() == wanted.keys()
+    assert all(torch.equal(state[name], wanted[name]) for name in wanted)
+    assert all(torch.equal(a, b) for a, b in zip(seen, wanted_seen, strict=True))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
+def test_every_algorithm(algorithm):
+    assert_equal_to_the_bit(MODELS["batch norm"], algorithm, iterations=2)
+
+
+@pytest.mark.parametrize("case", MODELS.values(), ids=MODELS)
+def test_every_model(case):
+    assert_equal_to_the_bit(case, fewstep.maml(2, 0.1), iterations=2)
+
+
+def test_a_loop_over_the_tasks():
+    assert_equal_to_the_bit(MODELS["batch norm"], fewstep.maml(2, 0.1), vectorize=False)
+
+
+def test_schedules_go_on():
+    # Query weights change for 2 iterations, the order at the 4th.
+    algorithm = replace(
+        fewstep.maml_plus_plus(2, iterations_per_epoch=1),
+        query_weights=MultiStepLoss(2),
+        derivative_order=DerivativeAnnealing(4),
+    )
+    assert_equal_to_the_bit(MODELS["mlp"], algorithm, iterations=6)
+
+
+def test_it_records_once_for_each_phase_and_shape(monkeypatch):
+    recorded = []
+    real = torch.fx.experimental.proxy_tensor.make_fx
+
+    def counted(function):
+        recorded.append(function)
+        return real(function)
+
+    monkeypatch.setattr("fewstep.core.replay.make_fx", counted)
+    case = MODELS["mlp"]
+    train(case, fewstep.maml(2, 0.1), replay=True, iterations=4)
+    assert len(recorded) == 1
+    train(case, fewstep.maml(2, 0.1), replay=True, iterations=4, chunk_size=2)  # 2 tasks, and 1
+    assert len(recorded) == 1 + 2
+    annealed = replace(
+        fewstep.maml_plus_plus(2, iterations_per_epoch=2),
+        query_weights=MultiStepLoss(2),
+        derivative_order=DerivativeAnnealing(3),
+    )
+    train(case, annealed, replay=True, iterations=8)  # other weights are no other operations
+    assert len(recorded) == 1 + 2 + 3
+
+
+def test_dropout_draws_anew_each_time():
+    case = Case(lambda: nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3)), (6,))
+    assert_equal_to_the_bit(case, fewstep.maml(2, 0.1))
+    learner = MetaLearner(case.build(), fewstep.maml(1, 0.1), case.loss, replay=True)
+    batch = case.batch()
+    first, second = (learner.meta_gradient(batch)[0] for _ in range(2))
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def test_it_reads_parameters_anew():
+    x = torch.ones(3, requires_grad=True)
+    replay = Replay()
+
+    def square(y: Tensor) -> Tensor:
+        return torch.autograd.grad((x * x * y).sum(), x)[0]
+
+    y = torch.ones(3)
+    assert replay(square, (y,), ()).tolist() == [2, 2, 2]
+    with torch.no_grad():
+        x.mul_(5)
+    again = replay(square, (2 * y,), ())
+    assert again.tolist() == [20, 20, 20]
+    assert not again.requires_grad
+
+
+class Deciding(nn.Module):
+    """Looks at its input before it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x if x.sum() > 0 else -x)
+
+
+def test_a_module_that_looks_at_values_is_refused():
+    case = replace(MODELS["mlp"], build=Deciding)
+    learner = MetaLearner(
+        case.build(), fewstep.maml(1), F.cross_entropy, vectorize=False, replay=True
+    )
+    with pytest.raises(InputError, match=r"^the module, its loss or its metric decides .*$"):
+        learner.meta_gradient(case.batch())
+
+
+def test_checkpoints_are_refused():
+    with pytest.raises(InputError, match=r"^checkpoint_every=1 restores .*$"):
+        MetaLearner(
+            nn.Linear(4, 3), fewstep.maml(), F.cross_entropy, checkpoint_every=1, replay=True
+        )
+
+
+def test_orders_are_recorded_apart():
+    case = MODELS["mlp"]
+    for order in (1, 2):
+        assert_equal_to_the_bit(case, replace(fewstep.maml(2), derivative_order=FixedOrder(order)))
