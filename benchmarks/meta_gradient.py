@@ -68,6 +68,8 @@ class Options:
     """Measured turns."""
     threads: int | None = None
     """Threads of PyTorch; its own choice if not given."""
+    device: str = "cpu"
+    """"cpu" or "cuda"; JAX takes its own choice."""
     out: Path | None = None
     """JSON file for the numbers."""
 
@@ -79,16 +81,18 @@ def serve(case: Case, way: str, threads: int | None, pipe: Connection) -> None:
         torch.set_num_threads(threads)
     try:
         gradient = WAYS[way].build(case, torch.float32)
-        before = _peak()
+        before = _peak(case.device)
         gradient()
         while True:
             match pipe.recv():
                 case "time":
                     started = time.perf_counter()
                     gradient()
+                    if torch.cuda.is_initialized():
+                        torch.cuda.synchronize()
                     pipe.send(time.perf_counter() - started)
                 case "memory":
-                    pipe.send(_peak() - before)
+                    pipe.send(_peak(case.device) - before)
                 case "exact":
                     small = replace(case, tasks=2, chunk_size=2)
                     exact = WAYS[way].build(small, torch.float64)()
@@ -99,8 +103,10 @@ def serve(case: Case, way: str, threads: int | None, pipe: Connection) -> None:
         pipe.send(f"{type(error).__name__}: {str(error).splitlines()[0]}")
 
 
-def _peak() -> float:
-    """Return the most memory this process had so far, in MiB."""
+def _peak(device: str) -> float:
+    """Return the most memory this process had so far, in MiB: its own, or on the GPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -161,7 +167,7 @@ def main() -> None:
                     table.add_column(column, justify="right")
             lines: dict[str, list[str]] = {way: [way] for way in options.ways}
             for k in options.steps:
-                case = replace(CASES[name], num_steps=k, order=order)
+                case = replace(CASES[name], num_steps=k, order=order, device=options.device)
                 found = measure(case, options)
                 base = statistics.median(found["fewstep"]["seconds"])
                 for way, line in lines.items():
@@ -186,9 +192,8 @@ def main() -> None:
             console.print(table)
             if options.out is not None:
                 options.out.parent.mkdir(parents=True, exist_ok=True)
-                write_json(
-                    options.out, {"rows": rows, "environment": environment(command_line(), "cpu")}
-                )
+                about = environment(command_line(), options.device)
+                write_json(options.out, {"rows": rows, "environment": about})
     missing = sorted({w.package for w in WAYS.values() if not w.is_installed()})
     if missing:
         print(f"not installed, so not measured: {', '.join(missing)}")

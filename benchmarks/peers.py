@@ -31,6 +31,7 @@ class Case:
     size: int = 28  # 0 for the sinusoid network
     filters: int = 64
     chunk_size: int = 8
+    device: str = "cpu"
 
     @property
     def inner_lr(self) -> float:
@@ -50,14 +51,15 @@ class Case:
             y = torch.arange(self.ways).expand(2, self.tasks, self.ways)
         else:
             y = torch.rand(2, self.tasks, *shape, generator=generator).to(dtype)
-        return fewstep.TaskBatch(x[0], y[0], x[1], y[1])
+        return fewstep.TaskBatch(x[0], y[0], x[1], y[1]).to(self.device)
 
     def ours(self, dtype: torch.dtype) -> nn.Module:
         """Return the network of our blocks."""
         torch.manual_seed(0)
         if not self.size:
-            return sinusoid_mlp().to(dtype)
-        return Conv4(self.channels, self.ways, self.size, filters=self.filters).to(dtype)
+            return sinusoid_mlp().to(self.device, dtype)
+        net = Conv4(self.channels, self.ways, self.size, filters=self.filters)
+        return net.to(self.device, dtype)
 
     def plain(self, dtype: torch.dtype) -> nn.Module:
         """Return the same network and parameters of PyTorch's layers."""
@@ -70,7 +72,7 @@ class Case:
             layers += [conv, nn.BatchNorm2d(self.filters), nn.ReLU(), nn.MaxPool2d(2)]
         side = self.size // 16
         head = nn.Linear(self.filters * side * side, self.ways)
-        net = nn.Sequential(*layers, nn.Flatten(), head).to(dtype)
+        net = nn.Sequential(*layers, nn.Flatten(), head).to(self.device, dtype)
         with torch.no_grad():
             for p, q in zip(net.parameters(), ours.parameters(), strict=True):
                 p.copy_(q)
@@ -94,6 +96,11 @@ def with_fewstep(case: Case, dtype: torch.dtype, **options: Any) -> Gradient:
 def with_checkpoints(case: Case, dtype: torch.dtype) -> Gradient:
     """Return it with the graph of one inner step at a time."""
     return with_fewstep(case, dtype, checkpoint_every=1)
+
+
+def with_replay(case: Case, dtype: torch.dtype) -> Gradient:
+    """Return it with the operations recorded in the first call."""
+    return with_fewstep(case, dtype, replay=True)
 
 
 def with_loop(case: Case, dtype: torch.dtype) -> Gradient:
@@ -172,8 +179,8 @@ def with_jax(case: Case, dtype: torch.dtype, *, native: bool) -> Gradient:
     from jax import numpy as jnp
 
     jax.config.update("jax_enable_x64", dtype == torch.float64)
-    phi = [jnp.asarray(p.detach().numpy()) for p in case.plain(dtype).parameters()]
-    arrays = [jnp.asarray(t.numpy()) for t in case.batch(dtype).tensors()]
+    phi = [jnp.asarray(p.detach().cpu().numpy()) for p in case.plain(dtype).parameters()]
+    arrays = [jnp.asarray(t.cpu().numpy()) for t in case.batch(dtype).tensors()]
     if case.size:
         arrays[0], arrays[2] = (jnp.moveaxis(a, 2, -1) for a in (arrays[0], arrays[2]))
 
@@ -267,6 +274,7 @@ class Way:
 
 WAYS = {
     "fewstep": Way(with_fewstep),
+    "fewstep, replay": Way(with_replay),
     "fewstep, checkpoint_every=1": Way(with_checkpoints, orders=(2,), least_steps=2),
     "plain loop": Way(with_loop),
     # At order 1, higher drops its graph and with it the path from phi to theta[K]; torchopt has no
