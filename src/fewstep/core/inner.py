@@ -24,15 +24,15 @@ class Point:
         step: k, how many inner steps led here.
         theta: Parameters after them, each (tasks, *shape).
         buffers: Buffers after them, each (tasks, *shape).
-        support_losses: Support losses that the steps since the start descended, each (tasks,).
-        gradient: Support gradient of the last of them, each (tasks, *shape); empty at the start.
+        support_loss: The support loss that the last of them descended, (tasks,); none at the start.
+        gradient: Its gradient, each (tasks, *shape); empty at the start.
         query: What the query sets gave here, where they were asked for.
     """
 
     step: int
     theta: Tensors
     buffers: Tensors
-    support_losses: tuple[Tensor, ...]
+    support_loss: Tensor | None
     gradient: Tensors
     query: Result | None
 
@@ -69,7 +69,7 @@ def trajectory(
         InputError: an adapted parameter does not take part in any support loss.
     """
     theta, buffers = start.theta, start.buffers
-    support_losses: tuple[Tensor, ...] = ()
+    support_loss: Tensor | None = None
     gradient: Tensors = {}
     for step in range(start.step, num_steps + 1):
         query = None
@@ -80,7 +80,7 @@ def trajectory(
                 batch,
             )
             buffers = rows.put_buffers(buffers, step, query.buffers)
-        yield Point(step, theta, buffers, support_losses, gradient, query)
+        yield Point(step, theta, buffers, support_loss, gradient, query)
         if step == num_steps:
             return
         with torch.enable_grad():
@@ -106,7 +106,7 @@ def trajectory(
             for name, p in theta.items()
         }
         buffers = rows.put_buffers(buffers, step, support.buffers)
-        support_losses = (*support_losses, support.loss.detach())
+        support_loss = support.loss.detach()
 
 
 def _leaves(theta: Tensors, adapted: tuple[str, ...]) -> Tensors:

@@ -30,7 +30,7 @@ class InnerLoop:
 
     def start(self, tasks: int) -> Point:
         """Return theta[0] and its buffers, the same for every task."""
-        return Point(0, self.meta.theta(tasks), self.meta.buffers_of(tasks), (), {}, None)
+        return Point(0, self.meta.theta(tasks), self.meta.buffers_of(tasks), None, {}, None)
 
     def trajectory(
         self,
@@ -134,19 +134,13 @@ def _differentiate(
     tasks = TaskBatch(*tensors)
     v = dict(zip(counting, weights, strict=True))
     meta, num_steps = loop.meta, loop.algorithm.num_steps
-    starts = list(range(0, max(num_steps, 1), segment or max(num_steps, 1)))
-    kept = _points(loop, tasks, starts, counting)
-    stop = num_steps
-    buffers: Tensors = {}
+    starts = range(0, max(num_steps, 1), segment or max(num_steps, 1))
+    kept = _points(loop, tasks, list(starts), counting)
+    seen = _Seen()
     adjoint: Tensors = {}
     rates = {n: torch.zeros_like(rate) for n, rate in meta.rates.items()}
-    queries: dict[int, Result] = {}
-    support_losses: tuple[Tensor, ...] = ()
-    # The query gradient at theta[K], and sum_k s[k], where a hypergradient harvests them.
     q = {n: torch.zeros_like(meta.phi[n]) for n in meta.harvested}
-    descent: Tensors = {}
-    while kept:
-        start, random = kept.pop()
+    for (start, random), stop in reversed([*zip(kept, [*starts[1:], num_steps], strict=True)]):
         random.restore()  # dropout does as it did
         inputs = {n: t.detach().requires_grad_(n in meta.phi) for n, t in start.theta.items()}
         here = [k for k in counting if start.step < k <= stop or k == start.step == 0]
@@ -157,39 +151,56 @@ def _differentiate(
             query_after=here,
             start=replace(start, theta=inputs),
         ):
-            if point.query is not None:
-                queries[point.step] = point.query
-            for name in meta.harvested if point.gradient else ():
-                descent[name] = descent.get(name, 0) + point.gradient[name].detach()
+            seen.note(point, meta.harvested)
         if stop == num_steps:
-            buffers, after = point.buffers, _RandomState.now(len(starts) > 1, tasks)
-        support_losses = (*point.support_losses, *support_losses)
+            buffers, after = point.buffers, _RandomState.now(len(kept) > 1, tasks)
 
-        is_last, stop = stop == num_steps, start.step
-        terms = [v[k] * queries[k].loss.sum() / share for k in here]
+        terms = [v[k] * seen.queries[k].loss.sum() / share for k in here]
         terms += [(each * point.theta[name]).sum() for name, each in adjoint.items()]
-        if not terms:  # nothing counts from here on
-            continue
-        ends = {n: point.theta[n] for n in meta.harvested if is_last}
-        adjoint, by_rate, by_end = _grad(
-            torch.stack(terms).sum(), {n: inputs[n] for n in meta.phi}, meta.rates, ends
-        )
-        rates = {n: total + by_rate[n] for n, total in rates.items()}
-        q |= by_end
+        if terms:  # else nothing counts from here on
+            ends = {n: point.theta[n] for n in meta.harvested if stop == num_steps}
+            adjoint, by_rate, by_end = _grad(
+                torch.stack(terms).sum(), {n: inputs[n] for n in meta.phi}, meta.rates, ends
+            )
+            rates = {n: total + by_rate[n] for n, total in rates.items()}
+            q |= by_end
     after.restore()
 
+    if meta.harvested:  # q in place of every lambda
+        rates["all"] = -torch.stack([(q[n] * s).sum() for n, s in seen.descent.items()]).sum()
     gradients = {n: each.sum(0) for n, each in adjoint.items()}
-    if meta.harvested:
-        rates["all"] = -torch.stack([(q[n] * s).sum() for n, s in descent.items()]).sum()
     gradients |= {RATE + n: rate for n, rate in rates.items()}
-    query_loss = torch.stack([queries[k].loss.detach() for k in counting], dim=1)
-    metrics = (
-        torch.stack([v[k] * queries[k].loss.detach() for k in counting]).sum(0),
-        queries[counting[-1]].metric,
-        torch.stack([query_loss.new_empty(len(tasks)), *support_losses], dim=1)[:, 1:],
-        query_loss,
-    )
-    return _Part(gradients, metrics, buffers)
+    return _Part(gradients, seen.metrics(v), buffers)
+
+
+class _Seen:
+    """What the tasks of a chunk gave on the way."""
+
+    def __init__(self) -> None:
+        self.queries: dict[int, Result] = {}
+        self.descent: Tensors = {}  # sum_k s[k], the support gradients, where they are harvested
+        self._support_losses: dict[int, Tensor] = {}
+
+    def note(self, point: Point, harvested: tuple[str, ...]) -> None:
+        """Note a point of the trajectory."""
+        if point.query is not None:
+            self.queries[point.step] = point.query
+        if point.support_loss is not None:
+            self._support_losses[point.step] = point.support_loss
+            for name in harvested:
+                self.descent[name] = self.descent.get(name, 0) + point.gradient[name].detach()
+
+    def metrics(self, v: dict[int, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return what `Metrics` holds."""
+        query = {k: self.queries[k].loss.detach() for k in v}
+        meta_loss = torch.stack([v[k] * loss for k, loss in query.items()]).sum(0)
+        support = [loss for _, loss in sorted(self._support_losses.items())]
+        return (
+            meta_loss,
+            self.queries[max(v)].metric,
+            torch.stack(support, dim=1) if support else meta_loss.new_empty(len(meta_loss), 0),
+            torch.stack(list(query.values()), dim=1),
+        )
 
 
 def _points(
@@ -204,7 +215,7 @@ def _points(
         with torch.no_grad():
             for point in loop.trajectory(tasks, starts[-1], derivative_order=1, query_after=asked):
                 if point.step in starts[1:]:
-                    start = Point(point.step, point.theta, point.buffers, (), {}, None)
+                    start = Point(point.step, point.theta, point.buffers, None, {}, None)
                     kept.append((start, _RandomState.now(several, tasks)))
     return kept
 
