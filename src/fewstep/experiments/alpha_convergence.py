@@ -32,7 +32,7 @@ class AlphaConvergence:
     """alpha and beta at the start of the first column."""
     untuned: tuple[float, float] = (0.01, 0.01)
     """alpha and beta at the start of the others."""
-    hyper_lrs: tuple[float, ...] = (0.001, 0.01, 0.1)
+    hyper_lrs: tuple[float, ...] = (0.001, 0.003, 0.01)
     """Hyper-rates to vary; the other is the middle one."""
     iterations: int = 500
     """Outer updates."""

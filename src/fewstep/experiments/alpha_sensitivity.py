@@ -35,7 +35,7 @@ class AlphaSensitivity:
     """Initial alpha."""
     outer_lrs: tuple[float, ...] = (0.001, 0.00464, 0.0215, 0.1, 0.464, 2.15, 10.0)
     """Initial beta."""
-    hyper_lrs: tuple[str, ...] = ("0.01,0.01", "0.1,0.01", "0.01,0.1", "0.1,0.1")
+    hyper_lrs: tuple[str, ...] = ("0.01,0.01", "0.001,0.01", "0.01,0.001")
     """Pairs eta_alpha,eta_beta of Alpha MAML; 0 leaves a rate as it is."""
     guarded: bool = False
     """Also run Alpha MAML with guards, at the first pair."""
@@ -162,7 +162,7 @@ def plot_grids(
         iterations: End of the colour scale.
         path: PNG file to write.
     """
-    columns = min(3, len(grids))
+    columns = min(3, math.ceil(math.sqrt(len(grids))))
     rows = -(-len(grids) // columns)
     figure = Figure(figsize=(4.6 * columns, 4.2 * rows), layout="constrained")
     axes = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).flatten()
