@@ -75,7 +75,8 @@ class AlphaConvergence:
                 path = self.out / "curves" / f"{alpha:g}-{beta:g}-{eta_alpha}-{eta_beta}.json"
                 jobs[column, label] = (path, config)
         validated = partial(train, val_every=self.val_every)
-        outcomes = dict(each(validated, jobs, workers=self.workers, ray=self.ray, console=console))
+        found = dict(each(validated, jobs, workers=self.workers, ray=self.ray, console=console))
+        outcomes = {key: found[key] for key in jobs}  # in the order of the legend
         write_json(
             self.out / "summary.json",
             {
