@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import fewstep
 from fewstep import DerivativeAnnealing, FixedOrder, InputError, MetaLearner, MultiStepLoss
-from fewstep.core.replay import Replay
+from fewstep.core.replay import Replay, _Recorder
 from tests.core.reference import MODELS, Case
 from tests.core.test_checkpointing import ALGORITHMS
 
@@ -65,13 +65,13 @@ def test_schedules_go_on():
 
 def test_it_records_once_for_each_phase_and_shape(monkeypatch):
     recorded = []
-    real = torch.fx.experimental.proxy_tensor.make_fx
 
-    def counted(function):
-        recorded.append(function)
-        return real(function)
+    class Counted(_Recorder):
+        def __enter__(self):
+            recorded.append(self)
+            return super().__enter__()
 
-    monkeypatch.setattr("fewstep.core.replay.make_fx", counted)
+    monkeypatch.setattr("fewstep.core.replay._Recorder", Counted)
     case = MODELS["mlp"]
     train(case, fewstep.maml(2, 0.1), replay=True, iterations=4)
     assert len(recorded) == 1
@@ -131,11 +131,16 @@ def test_a_module_that_looks_at_values_is_refused():
         learner.meta_gradient(case.batch())
 
 
-def test_checkpoints_are_refused():
-    with pytest.raises(InputError, match=r"^checkpoint_every=1 restores .*$"):
-        MetaLearner(
-            nn.Linear(4, 3), fewstep.maml(), F.cross_entropy, checkpoint_every=1, replay=True
-        )
+@pytest.mark.parametrize("name", ["batch norm", "transformer"])
+def test_segments_of_steps(name):
+    assert_equal_to_the_bit(MODELS[name], fewstep.maml(3, 0.1), checkpoint_every=2)
+
+
+def test_dropout_in_segments_is_refused():
+    case = Case(lambda: nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3)), (6,))
+    learner = MetaLearner(case.build(), fewstep.maml(2), case.loss, checkpoint_every=1, replay=True)
+    with pytest.raises(InputError, match=r"draws random numbers, .* leave out checkpoint_every"):
+        learner.meta_gradient(case.batch())
 
 
 def test_orders_are_recorded_apart():

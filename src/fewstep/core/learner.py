@@ -47,11 +47,11 @@ class MetaLearner:
             methods with the same tasks, and gets the same results.
         replay: Record the operations of a meta-gradient once and replay them: the same numbers,
             sooner, as no Python is between them. What the module decides in Python is decided once.
-            Recording takes seconds, and again where the shapes or the schedules change.
+            Recording takes a second or two, and again where the shapes or the schedules change.
 
     Raises:
         InputError: `module` has nothing to train, `algorithm.adapted` names no parameter of it, or
-            `chunk_size` or `checkpoint_every` is below 1, or the latter goes with `replay`.
+            `chunk_size` or `checkpoint_every` is below 1.
 
     Deviation: the papers' code sums where this takes means; see `maml` for the inner loss.
     """
@@ -73,11 +73,6 @@ class MetaLearner:
             raise InputError(f"chunk_size={chunk_size} must be at least 1 task")
         if checkpoint_every is not None and checkpoint_every < 1:
             raise InputError(f"checkpoint_every={checkpoint_every} must be at least 1 step")
-        if checkpoint_every is not None and replay:
-            raise InputError(
-                f"checkpoint_every={checkpoint_every} restores random states, which replay=True "
-                "cannot; leave one of them out"
-            )
         self.module = module
         self.algorithm = algorithm
         self.chunk_size = chunk_size

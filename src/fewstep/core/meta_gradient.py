@@ -98,7 +98,8 @@ def meta_gradient(
             if replay is None:
                 parts.append(differentiate(*tensors))
             else:
-                parts.append(replay(differentiate, tensors, (counting, share, order)))
+                key = (counting, share, order, segment)
+                parts.append(replay(differentiate, tensors, key, may_draw=segment is None))
     found = [torch.stack([p.gradients[n] for p in parts]).sum(0) for n in parts[0].gradients]
     gradients = dict(zip(parts[0].gradients, ranks.sum(found), strict=True))
     name = loop.network.metric_name(batch.y_query)

@@ -148,8 +148,7 @@ class _Convolve(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, sign: Tensor, stride: int, groups: int) -> Tensor:
-        signed = torch.empty_like(w, memory_format=torch.channels_last)
-        torch.mul(w, sign.view(-1, 1, 1, 1), out=signed)
+        signed = _channels_last(w * sign.view(-1, 1, 1, 1))
         ctx.save_for_backward(x, w, sign, signed)
         ctx.args = stride, groups
         return F.conv2d(x, signed, None, stride, 1, 1, groups)
@@ -191,7 +190,7 @@ class _ConvolveBackward(Function):
                 _, to_w = _transposed(g, hx, signed, ctx.args, False, True)
                 to_w.mul_(sign.view(-1, 1, 1, 1))
         if hw is not None:
-            hw = torch.mul(hw, sign.view(-1, 1, 1, 1), out=torch.empty_like(signed))
+            hw = _channels_last(hw * sign.view(-1, 1, 1, 1))
             terms.append(F.conv2d(x, hw, None, stride, 1, 1, groups))
             if needs_x:
                 to_x, _ = _transposed(g, x, hw, ctx.args, True, False)

@@ -298,9 +298,8 @@ class RunConfig:
     memory_budget: float | None = None
     """MiB for the graphs of a meta-gradient; chunk_size and checkpoint_every are then chosen by
     measuring."""
-    replay: bool = False
-    """Record the operations of a meta-gradient once and replay them: the same numbers, sooner; it
-    takes some seconds at the start."""
+    replay: bool = True
+    """Record the operations of a meta-gradient once and replay them: the same numbers, sooner."""
     val_every: int = 250
     """Iterations between validations; each writes a checkpoint."""
     val_tasks: int = 200
@@ -327,10 +326,6 @@ class RunConfig:
             raise InputError(f"checkpoint_every={self.checkpoint_every} must be at least 1 step")
         if self.memory_budget is not None and not self.memory_budget > 0:
             raise InputError(f"memory_budget={self.memory_budget} must be positive, in MiB")
-        if self.replay and (self.checkpoint_every or self.memory_budget):
-            raise InputError(
-                "replay=True cannot go with checkpoint_every or memory_budget; pass --replay False"
-            )
         wanted = (
             ("dataset", "data", SOURCES[self.dataset]),
             ("dataset", "episodes", _episode_options(self.dataset)),

@@ -123,7 +123,6 @@ def _problem_defaults(dataset: str, network: str) -> dict[str, Any]:
                 "iterations": 30_000,
                 "tasks": 25,
                 "chunk_size": 200,
-                "replay": True,
                 "val_every": 2_000,
             }
         case "omniglot":
