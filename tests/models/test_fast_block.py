@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import fewstep
 from fewstep.models import Conv4, fast_block
-from fewstep.models.fast_block import Form
+from fewstep.models.block_functions import Form
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -28,6 +28,11 @@ def layers(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, form: Form) -
 
 def block(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, form: Form) -> Tensor:
     return fast_block.block(x, weight, gamma, beta, form).z
+
+
+def with_data(function, x: Tensor):
+    """The function of the other inputs alone: x is data, and few channels have their own way."""
+    return lambda *inputs: function(x.detach(), *inputs)
 
 
 def arguments(tasks: int | None = TASKS) -> list[Tensor]:
@@ -78,12 +83,45 @@ def test_derivatives_against_differences(form):
     assert torch.autograd.gradgradcheck(lambda *a: block(*a, form), inputs)
 
 
-def test_what_needs_no_gradient_changes_nothing_else():
-    x, weight, gamma, beta = arguments(None)
-    full = derivatives(lambda *a: block(*a, FORMS[0]), [x, weight, gamma, beta])
-    part = derivatives(lambda *a: block(x.detach(), *a, FORMS[0]), [weight, gamma, beta])
-    torch.testing.assert_close(part[0], full[0])
-    torch.testing.assert_close(part[1], full[2])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("in_dims", [(0, 0, 0, 0), (0, 0, None, 0), (None, 0, 0, None)])
+def test_tasks_with_data_get_what_the_layers_give_each(form, in_dims):
+    x, *inputs = [
+        given if dim == 0 else shared
+        for dim, given, shared in zip(in_dims, arguments(), arguments(None), strict=True)
+    ]
+    results = [
+        derivatives(with_data(torch.vmap(lambda *a, f=f: f(*a, form), in_dims), x), inputs)
+        for f in (block, layers)
+    ]
+    assert_equal(*results)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_derivatives_with_data_against_differences(form):
+    x, *inputs = arguments(None)
+    function = with_data(lambda *a: block(*a, form), x)
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize(("channels", "by_patches"), [(1, True), (3, True), (4, False)])
+def test_statistics_of_data_with_few_channels_come_from_its_patches(
+    monkeypatch, channels, by_patches
+):
+    called = []
+    real = fast_block._by_patches
+    monkeypatch.setattr(fast_block, "_by_patches", lambda *a: called.append(a) or real(*a))
+    x, (_, _, gamma, beta) = torch.rand(5, channels, 8, 8), arguments(None)
+    weight = torch.randn(FILTERS, channels, 3, 3)
+    out = fast_block.block(x, weight, gamma, beta, FORMS[0])
+    assert bool(called) == by_patches
+    y = F.conv2d(x, weight, padding=1)
+    torch.testing.assert_close(out.mean, y.mean((0, 2, 3)))
+    torch.testing.assert_close(out.var, y.var((0, 2, 3), correction=0))
+    called.clear()
+    fast_block.block(x.requires_grad_(), weight, gamma, beta, FORMS[0])
+    assert not called
 
 
 def test_inputs_stay_as_they_are():
@@ -93,9 +131,11 @@ def test_inputs_stay_as_they_are():
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
 
 
-def test_a_third_derivative_is_refused():
-    for wrt in arguments(None):
+@pytest.mark.parametrize("is_data", [False, True])
+def test_a_third_derivative_is_refused(is_data):
+    for wrt in arguments(None)[is_data:]:
         inputs = [wrt if t.shape == wrt.shape else t for t in arguments(None)]
+        inputs[0] = inputs[0].detach() if is_data else inputs[0]
         out = block(*inputs, FORMS[0])
         for _ in range(2):
             (out,) = torch.autograd.grad((out**3).sum(), wrt, create_graph=True)
@@ -155,14 +195,19 @@ def test_a_meta_gradient_takes_the_fast_block_throughout(monkeypatch, vectorize)
     assert_equal(list(fast.values()), list(slow.values()), 1e-9)
 
 
-def test_float32_is_as_exact_as_the_layers():
+@pytest.mark.parametrize("is_data", [False, True])
+def test_float32_is_as_exact_as_the_layers(is_data):
     form, errors = FORMS[0], {}
     inputs = [t.detach() for t in arguments(None)]
     inputs[0] += 5  # a mean far above the spread
-    exact = derivatives(lambda *a: layers(*a, form), [t.requires_grad_() for t in inputs])
+
+    def all_derivatives(function, inputs: list[Tensor]) -> list[Tensor]:
+        own = [t.requires_grad_() for t in inputs[is_data:]]
+        return derivatives(lambda *a: function(*inputs[:is_data], *a, form), own)
+
+    exact = all_derivatives(layers, [t.clone() for t in inputs])
     for name, function in (("block", block), ("layers", layers)):
-        single = [t.detach().float().requires_grad_() for t in inputs]
-        rounded = derivatives(lambda *a, f=function: f(*a, form), single)
+        rounded = all_derivatives(function, [t.float() for t in inputs])
         errors[name] = max(
             float((r.double() - e).norm() / e.norm()) for r, e in zip(rounded, exact, strict=True)
         )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fewstep.core.errors import InputError
 from fewstep.core.norm import NormaliseBy
 from fewstep.models import fast_block
+from fewstep.models.block_functions import Form
 
 Norm = Literal["batch", "layer", "none"]
 Downsample = Literal["max-pool", "stride"]
@@ -78,7 +79,7 @@ class ConvBlock(nn.Module):
 
     def _in_one_piece(self, x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
         pool = isinstance(self.pool, nn.MaxPool2d)
-        form = fast_block.Form(self.conv.stride[0], pool, self.slope, norm.eps)
+        form = Form(self.conv.stride[0], pool, self.slope, norm.eps)
         out = fast_block.block(x, self.conv.weight, norm.weight, norm.bias, form)
         height, width = ((size - 1) // form.stride + 1 for size in x.shape[-2:])
         _update_running(norm, out.mean, out.var, x.shape[0] * height * width)
