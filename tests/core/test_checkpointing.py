@@ -1,5 +1,6 @@
 """Steps recomputed in the backward pass give what steps whose graphs are kept give."""
 
+import weakref
 from dataclasses import dataclass, replace
 
 import pytest
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 
 import fewstep
 from fewstep import MetaLearner, TaskBatch
+from fewstep.core import meta_gradient
 from fewstep.core.derivative_order import FixedOrder
 from fewstep.core.hypergradient import HypergradientRates
 from fewstep.core.memory import GraphMemory
@@ -126,3 +128,21 @@ def test_memory_does_not_grow_with_the_steps():
     assert graph_memory(8, None) > 3 * graph_memory(2, None)
     assert graph_memory(8, 1) == graph_memory(2, 1) < graph_memory(2, None)
     assert graph_memory(8, 1) < graph_memory(8, 2) < graph_memory(8, 4)
+
+
+def test_few_points_are_kept_at_a_time(monkeypatch):
+    made, most = [], []
+    real = meta_gradient._walk
+
+    def counted(*arguments):
+        start = real(*arguments)
+        made.append(weakref.ref(start.point))
+        most.append(sum(ref() is not None for ref in made))
+        return start
+
+    monkeypatch.setattr(meta_gradient, "_walk", counted)
+    case = MODELS["mlp"]
+    learner = MetaLearner(case.build(), fewstep.maml(32, 0.1), case.loss, checkpoint_every=1)
+    learner.meta_gradient(case.batch())
+    assert len(most) == 31
+    assert max(most) == 5

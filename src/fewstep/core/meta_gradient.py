@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -130,21 +130,24 @@ def _differentiate(
     lambda[k] = d (sum_{k < i <= k'} v[i] L_query(theta[i]) + lambda[k'] . theta[k']) / d theta[k]
     with lambda[K] = 0, and v[0]'s term in the first segment. lambda[0], summed over the tasks, is
     the gradient by phi. One segment of all the steps is plain backpropagation; of several, one has
-    a graph at a time, for which its steps are taken a second time.
+    a graph at a time.
     """
     tasks = TaskBatch(*tensors)
     v = dict(zip(counting, weights, strict=True))
     meta, num_steps = loop.meta, loop.algorithm.num_steps
     starts = range(0, max(num_steps, 1), segment or max(num_steps, 1))
-    kept = _points(loop, tasks, list(starts), counting)
+    several = len(starts) > 1
+    first = _Start(loop.start(len(tasks)), _RandomState.now(several, tasks))
+    backwards = _starts_backwards(loop, tasks, starts, counting, first)
     seen = _Seen()
     adjoint: Tensors = {}
     rates = {n: torch.zeros_like(rate) for n, rate in meta.rates.items()}
     q = {n: torch.zeros_like(meta.phi[n]) for n in meta.harvested}
-    for (start, random), stop in reversed([*zip(kept, [*starts[1:], num_steps], strict=True)]):
-        random.restore()  # dropout does as it did
+    for at, stop in zip(backwards, [num_steps, *reversed(starts[1:])], strict=True):
+        at.random.restore()  # dropout does as it did
+        start = at.point
         inputs = {n: t.detach().requires_grad_(n in meta.phi) for n, t in start.theta.items()}
-        here = [k for k in counting if start.step < k <= stop or k == start.step == 0]
+        here = _between(counting, start.step, stop)
         for point in loop.trajectory(
             tasks,
             stop,
@@ -154,7 +157,7 @@ def _differentiate(
         ):
             seen.note(point, meta.harvested)
         if stop == num_steps:
-            buffers, after = point.buffers, _RandomState.now(len(kept) > 1, tasks)
+            buffers, after = point.buffers, _RandomState.now(several, tasks)
 
         terms = [v[k] * seen.queries[k].loss.sum() / share for k in here]
         terms += [(each * point.theta[name]).sum() for name, each in adjoint.items()]
@@ -204,21 +207,62 @@ class _Seen:
         )
 
 
-def _points(
-    loop: InnerLoop, tasks: TaskBatch, starts: list[int], counting: tuple[int, ...]
-) -> list[tuple[Point, _RandomState]]:
-    """Return the points that segments start from, and the random state there."""
-    several = len(starts) > 1
-    kept = [(loop.start(len(tasks)), _RandomState.now(several, tasks))]
-    if several:
-        # The queries change buffers, and draw random numbers, on the way.
-        asked = [k for k in counting if k <= starts[-1]]
-        with torch.no_grad():
-            for point in loop.trajectory(tasks, starts[-1], derivative_order=1, query_after=asked):
-                if point.step in starts[1:]:
-                    start = Point(point.step, point.theta, point.buffers, None, {}, None)
-                    kept.append((start, _RandomState.now(several, tasks)))
-    return kept
+@dataclass(frozen=True)
+class _Start:
+    """Where a segment of steps starts, and the random state there."""
+
+    point: Point
+    random: _RandomState
+
+
+def _starts_backwards(
+    loop: InnerLoop,
+    tasks: TaskBatch,
+    steps: Sequence[int],
+    counting: tuple[int, ...],
+    first: _Start,
+) -> Iterator[_Start]:
+    """Yield the start of the last segment, of the one before, ..., of the first.
+
+    Halving keeps log2 of them at a time; each is walked to again from the nearest one kept.
+
+    Args:
+        loop: What walks.
+        tasks: The tasks.
+        steps: Where segments start.
+        counting: Steps whose query loss counts.
+        first: The start at steps[0].
+    """
+    if len(steps) == 1:
+        yield first
+        return
+    half = len(steps) // 2
+    yield from _starts_backwards(
+        loop, tasks, steps[half:], counting, _walk(loop, tasks, first, steps[half], counting)
+    )
+    yield from _starts_backwards(loop, tasks, steps[:half], counting, first)
+
+
+def _walk(
+    loop: InnerLoop, tasks: TaskBatch, start: _Start, step: int, counting: tuple[int, ...]
+) -> _Start:
+    """Return the start at a later step, without a graph."""
+    start.random.restore()
+    with torch.no_grad():
+        for point in loop.trajectory(
+            tasks,
+            step,
+            derivative_order=1,
+            query_after=_between(counting, start.point.step, step),  # they change buffers
+            start=start.point,
+        ):
+            reached = Point(point.step, point.theta, point.buffers, None, {}, None)
+    return _Start(reached, _RandomState.now(True, tasks))
+
+
+def _between(counting: tuple[int, ...], start: int, stop: int) -> list[int]:
+    """Return the counting steps of a segment: those after its start, and step 0."""
+    return [k for k in counting if start < k <= stop or k == start == 0]
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from operator import getitem
-from typing import Any
+import math
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.fx import Graph, GraphModule
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -16,7 +15,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fewstep.core.errors import InputError
 
 _MOST = 16  # recordings to keep; schedules go on, and do not come back
-_VIEWS_OF_ALL = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+_SAME = (
+    torch.ops.aten.detach.default,
+    torch.ops.aten.alias.default,
+)  # another name, below autograd
+_LINES = 500  # lines of a compiled function; compiling takes memory with its length
 
 
 class Replay:
@@ -28,7 +31,7 @@ class Replay:
     """
 
     def __init__(self) -> None:
-        self._recordings: dict[Hashable, tuple[GraphModule, TreeSpec]] = {}
+        self._recordings: dict[Hashable, _Recording] = {}
 
     def __call__(
         self,
@@ -52,9 +55,7 @@ class Replay:
         """
         key = (key, *((t.shape, t.dtype, t.device, t.stride()) for t in tensors))
         if key in self._recordings:
-            operations, form = self._recordings[key]
-            with torch.no_grad():  # the recorded derivatives need no graph
-                return tree_unflatten(operations(*tensors), form)
+            return self._recordings[key](tensors)
         if len(self._recordings) == _MOST:
             del self._recordings[next(iter(self._recordings))]
         recorder = _Recorder(tensors, may_draw)
@@ -64,17 +65,37 @@ class Replay:
         return tree_map(Tensor.detach, outputs)
 
 
+class _Recording(NamedTuple):
+    """Operations as compiled functions, that read and write a list v and read a list c."""
+
+    parts: list[Callable[[list[Any], list[Any]], None]]
+    slots: int  # of v, where the arguments are first
+    constants: list[Any]  # c
+    outputs: list[tuple[str, int]]
+    form: TreeSpec
+
+    def __call__(self, tensors: tuple[Tensor, ...]) -> Any:
+        v, c = [*tensors, *[None] * (self.slots - len(tensors))], self.constants
+        with torch.no_grad():  # the recorded derivatives need no graph
+            for part in self.parts:
+                part(v, c)
+        outputs = [(v if of == "v" else c)[i] for of, i in self.outputs]
+        return tree_unflatten(outputs, self.form)
+
+
 class _Recorder(TorchDispatchMode):
-    """Writes down the operations below autograd and `vmap`, as a graph."""
+    """Writes down the operations below autograd and `vmap`, each as a line of Python."""
 
     def __init__(self, tensors: tuple[Tensor, ...], may_draw: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._may_draw = may_draw
-        self._graph = Graph()
-        self._root = nn.Module()
-        self._nodes = WeakTensorKeyDictionary()
-        for i, t in enumerate(tensors):
-            self._nodes[t] = self._graph.placeholder(f"tensor_{i}")
+        self._lines: list[str] = []
+        self._last_used: dict[int, int] = {}  # line of each slot
+        self._constants: list[Any] = []
+        self._functions: dict[Any, str] = {}
+        self._places = WeakTensorKeyDictionary()  # ("v" or "c", index) of a tensor
+        for t in tensors:
+            self._new_slot(t)
 
     def __torch_dispatch__(
         self,
@@ -91,35 +112,79 @@ class _Recorder(TorchDispatchMode):
             )
         kwargs = kwargs or {}
         outputs = func(*args, **kwargs)
-        if func in _VIEWS_OF_ALL:
-            self._nodes[outputs] = self._node(args[0])
+        if func in _SAME:
+            self._places[outputs] = self._place(args[0])
             return outputs
-        node = self._graph.call_function(func, *tree_map(self._node, (args, kwargs)))
-        if isinstance(outputs, Tensor):
-            self._nodes[outputs] = node
-            return outputs
-        for i, output in enumerate(outputs if isinstance(outputs, tuple | list) else [outputs]):
-            if isinstance(output, Tensor):
-                self._nodes[output] = self._graph.call_function(getitem, (node, i))
-            elif output is not None:
-                raise InputError(
-                    "the module, its loss or its metric decides by a tensor's value, which a "
-                    "recording cannot; pass replay=False"
-                )
+        if func not in self._functions:
+            self._functions[func] = self._constant(func)
+        given = [self._text(a) for a in args] + [f"{k}={self._text(a)}" for k, a in kwargs.items()]
+        call = f"{self._functions[func]}({', '.join(given)})"
+        several = isinstance(outputs, tuple | list)
+        targets = [self._target(output) for output in (outputs if several else [outputs])]
+        if any(targets):
+            call = f"{', '.join(t or '_' for t in targets)}{',' * several} = {call}"
+        self._lines.append(call)
         return outputs
 
-    def _node(self, value: Any) -> Any:
-        """Return the node of a tensor, and anything else as it is."""
-        if not isinstance(value, Tensor):
-            return value
-        if value not in self._nodes:  # the function closes over it
-            name = f"closed_over_{len(self._root._buffers)}"
-            self._root.register_buffer(name, value.detach())
-            self._nodes[value] = self._graph.get_attr(name)
-        return self._nodes[value]
+    def _target(self, output: Any) -> str:
+        """Return what to assign an output to: nothing if it was written in place or is None."""
+        if output is None or (isinstance(output, Tensor) and output in self._places):
+            return ""
+        if not isinstance(output, Tensor):
+            raise InputError(
+                "the module, its loss or its metric decides by a tensor's value, which a "
+                "recording cannot; pass replay=False"
+            )
+        return self._new_slot(output)
 
-    def end(self, outputs: Any) -> tuple[GraphModule, TreeSpec]:
-        """Return what was recorded, and how to put its outputs together."""
+    def _new_slot(self, t: Tensor) -> str:
+        slot = len(self._last_used)
+        self._last_used[slot] = len(self._lines)
+        self._places[t] = ("v", slot)
+        return f"v[{slot}]"
+
+    def _constant(self, value: Any) -> str:
+        self._constants.append(value)
+        return f"c[{len(self._constants) - 1}]"
+
+    def _place(self, t: Tensor) -> tuple[str, int]:
+        """Return where a tensor is."""
+        if t not in self._places:  # the function closes over it
+            self._constant(t.detach())
+            self._places[t] = ("c", len(self._constants) - 1)
+        place: tuple[str, int] = self._places[t]
+        of, i = place
+        if of == "v":
+            self._last_used[i] = len(self._lines)
+        return place
+
+    def _text(self, value: Any) -> str:
+        """Return an argument as source text."""
+        match value:
+            case Tensor():
+                of, i = self._place(value)
+                return f"{of}[{i}]"
+            case list() | tuple():
+                return f"[{', '.join(self._text(each) for each in value)}]"
+            case float() if not math.isfinite(value):
+                return self._constant(value)
+            case bool() | int() | float() | str() | None:
+                return repr(value)
+        return self._constant(value)
+
+    def end(self, outputs: Any) -> _Recording:
+        """Return what was recorded."""
         leaves, form = tree_flatten(outputs)
-        self._graph.output(tuple(self._node(leaf) for leaf in leaves))
-        return GraphModule(self._root, self._graph), form
+        places = [self._place(leaf) for leaf in leaves]
+        for slot, line in self._last_used.items():
+            if line < len(self._lines):  # else an output
+                self._lines[line] += f"; v[{slot}] = None"
+        parts = [_compile(self._lines[i : i + _LINES]) for i in range(0, len(self._lines), _LINES)]
+        return _Recording(parts, len(self._last_used), self._constants, places, form)
+
+
+def _compile(lines: Iterable[str]) -> Callable[[list[Any], list[Any]], None]:
+    scope: dict[str, Any] = {}
+    exec("\n    ".join(["def part(v, c):", *lines]), scope)  # lines of our own
+    part: Callable[[list[Any], list[Any]], None] = scope["part"]
+    return part
