@@ -3,10 +3,10 @@
     python benchmarks/meta_gradient.py [--out results/benchmarks/meta_gradient.json]
 
 Each way has a process of its own, on the same tasks and parameters. First all must give the same
-meta-gradient in float64, to 1e-9 of its largest entry. Then they take turns, so that a slow moment
-of the machine meets all; the first turn is left out (JAX compiles in it). Memory is what a process
-needs at most, beyond what it needs before the first gradient. Peers that are not installed
-(`pip install -e ".[benchmark]"`) are named and left out.
+meta-gradient in float64 on two of the tasks, to 1e-9 of its largest entry. Then they take turns, so
+that a slow moment of the machine meets all; the first gradient, in which JAX compiles and replay
+records, is told apart. Memory is what a process needs at most during it, beyond what it needs
+before. Peers that are not installed (`pip install -e ".[benchmark]"`) are named and left out.
 """
 
 from __future__ import annotations
@@ -22,27 +22,30 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from fewstep.report.figure import save_figure
 from fewstep.training.allocator import keep_freed_memory
 from fewstep.training.run_folder import command_line, environment, write_json
-from peers import WAYS, Case
+from peers import WAYS, Case, Gradient
 
 Order = Literal[1, 2]
+Question = Literal["gradient", "first", "time"]
 Name = Literal[
-    "omniglot-5-way", "omniglot-5-way-32-tasks", "omniglot-20-way", "mini-imagenet-5-way",
-    "sinusoid",
+    "omniglot-5-way", "sinusoid", "omniglot-20-way", "mini-imagenet-5-way",
+    "omniglot-5-way-32-tasks",
 ]  # fmt: skip
 CASES: dict[Name, Case] = {
     "omniglot-5-way": Case("Omniglot 5-way 1-shot, Conv4-64, 8 tasks", 0, 2, tasks=8),
-    "omniglot-5-way-32-tasks": Case("Omniglot 5-way 1-shot, Conv4-64, 32 tasks", 0, 2, tasks=32),
+    "sinusoid": Case("sinusoid network, 25 tasks", 0, 2, tasks=25, size=0, chunk_size=25),
     "omniglot-20-way": Case("Omniglot 20-way 1-shot, Conv4-64, 8 tasks", 0, 2, tasks=8, ways=20),
     "mini-imagenet-5-way": Case(
         "mini-ImageNet 5-way 1-shot, Conv4-32, 4 tasks", 0, 2, tasks=4, channels=3, size=84,
         filters=32, chunk_size=4,
     ),
-    "sinusoid": Case("sinusoid network, 25 tasks", 0, 2, tasks=25, size=0, chunk_size=25),
+    "omniglot-5-way-32-tasks": Case("Omniglot 5-way 1-shot, Conv4-64, 32 tasks", 0, 2, tasks=32),
 }  # fmt: skip
 
 
@@ -50,14 +53,8 @@ CASES: dict[Name, Case] = {
 class Options:
     """Compare one meta-gradient with the peers'."""
 
-    cases: tuple[str, ...] = (
-        "omniglot-5-way",
-        "omniglot-20-way",
-        "mini-imagenet-5-way",
-        "sinusoid",
-    )
-    """Which of omniglot-5-way, omniglot-5-way-32-tasks, omniglot-20-way, mini-imagenet-5-way and
-    sinusoid."""
+    cases: tuple[Name, ...] = tuple(CASES)
+    """What to differentiate."""
     steps: tuple[int, ...] = (1, 5, 20)
     """Inner steps."""
     orders: tuple[Order, ...] = (2, 1)
@@ -66,6 +63,8 @@ class Options:
     """Which ways; "plain loop" is what the others are compared with."""
     repeats: int = 7
     """Measured turns."""
+    seconds: float = 20.0
+    """A way that has taken as long in a row of the table takes no further turn, after two."""
     threads: int | None = None
     """Threads of PyTorch; its own choice if not given."""
     device: str = "cpu"
@@ -74,33 +73,69 @@ class Options:
     """JSON file for the numbers."""
 
 
+class Process:
+    """A way to compute a case's gradient, in a process of its own."""
+
+    def __init__(self, case: Case, way: str, threads: int | None) -> None:
+        self.failed: str | None = None
+        processes = multiprocessing.get_context("spawn")
+        self._pipe, theirs = processes.Pipe()
+        self._process = processes.Process(
+            target=serve, args=(case, way, threads, theirs), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+
+    def ask(self, question: Question, case: Case | None = None) -> Any:
+        """Return the answer; None once anything failed."""
+        if self.failed is None:
+            try:
+                self._pipe.send((question, case))
+                answer = self._pipe.recv()
+            except (EOFError, BrokenPipeError, ConnectionResetError):
+                answer = "the process was killed"
+            if not isinstance(answer, str):
+                return answer
+            self.failed = answer
+        return None
+
+    def end(self) -> None:
+        """End the process."""
+        self._process.terminate()
+        self._process.join()
+
+
 def serve(case: Case, way: str, threads: int | None, pipe: Connection) -> None:
-    """Compute gradients on request, in a process of its own."""
+    """Answer questions about the gradient."""
     keep_freed_memory()
     if threads is not None:
         torch.set_num_threads(threads)
+    gradient: Gradient | None = None
     try:
-        gradient = WAYS[way].build(case, torch.float32)
-        before = _peak(case.device)
-        gradient()
         while True:
-            match pipe.recv():
-                case "time":
-                    started = time.perf_counter()
-                    gradient()
-                    if torch.cuda.is_initialized():
-                        torch.cuda.synchronize()
-                    pipe.send(time.perf_counter() - started)
-                case "memory":
-                    pipe.send(_peak(case.device) - before)
-                case "exact":
-                    small = replace(case, tasks=2, chunk_size=2)
-                    exact = WAYS[way].build(small, torch.float64)()
-                    pipe.send(torch.cat([g.flatten() for g in exact]))
-                case "end":
-                    return
+            question, other = pipe.recv()
+            if question == "gradient":
+                exact = WAYS[way].build(other, torch.float64)()
+                pipe.send(torch.cat([g.flatten() for g in exact]))
+            elif gradient is None:  # "first"
+                gradient = WAYS[way].build(case, torch.float32)
+                before, started = _peak(case.device), time.perf_counter()
+                _finish(gradient)
+                pipe.send((time.perf_counter() - started, _peak(case.device) - before))
+            else:  # "time"
+                started = time.perf_counter()
+                _finish(gradient)
+                pipe.send(time.perf_counter() - started)
+    except EOFError:
+        return
     except Exception as error:  # the row says so, and the others go on
         pipe.send(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+
+
+def _finish(gradient: Gradient) -> None:
+    gradient()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def _peak(device: str) -> float:
@@ -110,90 +145,150 @@ def _peak(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure(case: Case, options: Options) -> dict[str, dict[str, Any]]:
-    """Return seconds, MiB and the difference from the plain loop, of every way that applies."""
-    processes = multiprocessing.get_context("spawn")
-    ways = [w for w in options.ways if WAYS[w].applies(case) and WAYS[w].is_installed()]
-    pipes, found = {}, {way: {"seconds": []} for way in ways}
-    failed: dict[str, str] = {}
+def differences(cases: list[Case], ways: list[str], threads: int | None) -> list[dict[str, float]]:
+    """Return how far each way is from the plain loop in each case, in float64 and with 2 tasks.
 
-    def ask(way: str, question: str) -> Any:
-        if way in failed:
-            return None
-        try:
-            pipes[way].send(question)
-            answer = pipes[way].recv()
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            answer = "the process was killed"
-        if isinstance(answer, str):
-            failed[way] = answer
-            return None
-        return answer
-
+    Raises:
+        SystemExit: any is further than 1e-9 of the largest entry.
+    """
+    small = [replace(case, tasks=2, chunk_size=2) for case in cases]
+    exact: dict[str, list[Any]] = {}
     for way in ways:
-        pipes[way], theirs = processes.Pipe()
-        processes.Process(
-            target=serve, args=(case, way, options.threads, theirs), daemon=True
-        ).start()
-        theirs.close()
-        found[way]["mib"] = ask(way, "memory")
-    for _ in range(options.repeats):
+        process = Process(small[0], way, threads)
+        exact[way] = [
+            process.ask("gradient", case) if WAYS[way].applies(case) else None for case in small
+        ]
+        process.end()
+    found: list[dict[str, float]] = [{} for _ in cases]
+    for i, reference in enumerate(exact.get("plain loop", ())):
         for way in ways:
-            if (seconds := ask(way, "time")) is not None:
-                found[way]["seconds"].append(seconds)
-    exact = {way: ask(way, "exact") for way in ways}
-    reference = exact.get("plain loop")
-    for way in ways:
-        if reference is not None and exact[way] is not None:
-            difference = float((exact[way] - reference).abs().max() / reference.abs().max())
-            assert difference < 1e-9, f"{way} differs from the plain loop by {difference:.1e}"
-            found[way]["difference"] = difference
-        if way in failed:
-            found[way]["failed"] = failed[way]
-        else:
-            pipes[way].send("end")
+            if exact[way][i] is not None:
+                error = float((exact[way][i] - reference).abs().max() / reference.abs().max())
+                if not error < 1e-9:
+                    raise SystemExit(
+                        f"{way} differs from the plain loop by {error:.1e}: {cases[i]}"
+                    )
+                found[i][way] = error
     return found
 
 
+def measure(case: Case, options: Options) -> dict[str, dict[str, Any]]:
+    """Return seconds and MiB of every way that applies."""
+    ways = [w for w in options.ways if WAYS[w].applies(case) and WAYS[w].is_installed()]
+    processes, found = {}, {}
+    for way in ways:
+        processes[way] = Process(case, way, options.threads)
+        first = processes[way].ask("first")
+        found[way] = {"seconds": []} | (
+            {} if first is None else {"first_s": first[0], "mib": first[1]}
+        )
+    for _ in range(options.repeats):
+        for way in ways:
+            seconds = found[way]["seconds"]
+            wanted = len(seconds) < 2 or sum(seconds) < options.seconds
+            if wanted and (s := processes[way].ask("time")) is not None:
+                seconds.append(s)
+    for way in ways:
+        if (reason := processes[way].failed) is not None:
+            found[way]["failed"] = reason
+        processes[way].end()
+    return found
+
+
+def rows_of(name: Name, order: Order, options: Options) -> list[dict[str, Any]]:
+    """Return a row for each number of steps and each way, after checking that all agree."""
+    cases = [
+        replace(CASES[name], num_steps=k, order=order, device=options.device) for k in options.steps
+    ]
+    installed = [way for way in options.ways if WAYS[way].is_installed()]
+    errors = differences(cases, installed, options.threads)
+    rows = []
+    for case, error in zip(cases, errors, strict=True):
+        found = measure(case, options)
+        base = statistics.median(found["fewstep"]["seconds"])
+        for way, row in found.items():
+            about = {"case": name, "steps": case.num_steps, "order": order, "way": way}
+            if "failed" not in row:
+                median = statistics.median(row["seconds"])
+                row |= {"median_s": median, "ratio": median / base, "difference": error[way]}
+            rows.append(about | row)
+    return rows
+
+
+def table_of(rows: list[dict[str, Any]], title: str) -> Table:
+    """Return a table with a line for each way and columns for each number of steps."""
+    table = Table("way", title=title)
+    lines: dict[str, list[str]] = {row["way"]: [row["way"]] for row in rows}
+    for k in dict.fromkeys(row["steps"] for row in rows):
+        for column in (f"{k} steps: s", "min-max", "x", "MiB"):
+            table.add_column(column, justify="right")
+        here = {row["way"]: row for row in rows if row["steps"] == k}
+        for way, line in lines.items():
+            row = here.get(way)
+            if row is None or "failed" in row:
+                line += ["-" if row is None else "failed", "", "", ""]
+            else:
+                s = row["seconds"]
+                line += [
+                    f"{row['median_s']:.4f}", f"{min(s):.4f}-{max(s):.4f}", f"{row['ratio']:.2f}",
+                    f"{row['mib']:.0f}",
+                ]  # fmt: skip
+    for line in lines.values():
+        table.add_row(*line)
+    return table
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw time and memory against the number of steps, for each case, in the second order."""
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    figure = Figure(figsize=(3.2 * len(cases) + 2.6, 6), layout="constrained")
+    axes = figure.subplots(2, len(cases), squeeze=False, sharex=True)
+    ways = list(dict.fromkeys(row["way"] for row in rows))
+    for column, case in enumerate(cases):
+        for (key, label), ax in zip(
+            (("median_s", "seconds"), ("mib", "MiB")), axes[:, column], strict=True
+        ):
+            for i, way in enumerate(ways):
+                points = [
+                    (row["steps"], row[key])
+                    for row in rows
+                    if (row["case"], row["way"], row["order"]) == (case, way, 2) and key in row
+                ]
+                if points:
+                    ours = way.startswith("fewstep")
+                    ax.plot(
+                        *zip(*points, strict=True), "o-" if ours else "s--", ms=4, label=way,
+                        color=f"C{i}",
+                    )  # fmt: skip
+            ax.set(xscale="log", yscale="log", ylabel=label if column == 0 else None)
+            ax.set_xticks(steps := sorted({row["steps"] for row in rows}), map(str, steps))
+            ax.minorticks_off()
+        axes[0, column].set_title(case)
+        axes[1, column].set_xlabel("inner steps")
+    handles = {
+        text: handle
+        for ax in axes.flat
+        for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize="small")
+    save_figure(figure, path)
+
+
 def main() -> None:
-    """Measure every case and print a table."""
+    """Measure every case, print a table of each, and draw how they grow."""
     options = tyro.cli(Options)
-    rows, console = [], Console(width=140)
+    rows: list[dict[str, Any]] = []
     for name in options.cases:
         for order in options.orders:
-            table = Table("way", title=f"{CASES[name].name}, order {order}")
-            for k in options.steps:
-                for column in (f"{k} steps: s", "min-max", "x", "MiB"):
-                    table.add_column(column, justify="right")
-            lines: dict[str, list[str]] = {way: [way] for way in options.ways}
-            for k in options.steps:
-                case = replace(CASES[name], num_steps=k, order=order, device=options.device)
-                found = measure(case, options)
-                base = statistics.median(found["fewstep"]["seconds"])
-                for way, line in lines.items():
-                    row = found.get(way)
-                    if row is None or "failed" in row:
-                        line += ["-" if row is None else "failed", "", "", ""]
-                    else:
-                        s = row["seconds"]
-                        median = statistics.median(s)
-                        row |= {"median_s": median, "ratio": median / base}
-                        line += [
-                            f"{median:.4f}", f"{min(s):.4f}-{max(s):.4f}", f"{median / base:.2f}",
-                            f"{row['mib']:.0f}",
-                        ]  # fmt: skip
-                    if row is not None:
-                        rows.append(
-                            {"case": case.name, "steps": k, "order": order, "way": way} | row
-                        )
-            for line in lines.values():
-                if any(cell not in ("-", "") for cell in line[1:]):
-                    table.add_row(*line)
-            console.print(table)
+            found = rows_of(name, order, options)
+            title = f"{CASES[name].name}, order {order}"
+            Console(width=140).print(table_of(found, title))
+            rows += found
             if options.out is not None:
                 options.out.parent.mkdir(parents=True, exist_ok=True)
                 about = environment(command_line(), options.device)
                 write_json(options.out, {"rows": rows, "environment": about})
+                plot(rows, options.out.with_suffix(".png"))
     missing = sorted({w.package for w in WAYS.values() if not w.is_installed()})
     if missing:
         print(f"not installed, so not measured: {', '.join(missing)}")
