@@ -108,6 +108,11 @@ def with_replay(case: Case, dtype: torch.dtype) -> Gradient:
     return with_fewstep(case, dtype, replay=True)
 
 
+def with_compile(case: Case, dtype: torch.dtype) -> Gradient:
+    """Return it with the recorded operations compiled."""
+    return with_fewstep(case, dtype, replay=True, compile=True)
+
+
 def with_loop(case: Case, dtype: torch.dtype) -> Gradient:
     """Return it by a plain loop over tasks and `torch.autograd.grad`."""
     net, batch = case.plain(dtype), case.batch(dtype)
@@ -262,16 +267,11 @@ class Way:
     build: Callable[[Case, torch.dtype], Gradient]
     package: str = "torch"
     orders: tuple[int, ...] = (1, 2)
-    only_images: bool = False
-    only_small: bool = False
+    where: Callable[[Case], bool] = lambda case: True
 
     def applies(self, case: Case) -> bool:
         """Whether there is such a way for a case."""
-        return (
-            case.order in self.orders
-            and (case.size > 0 or not self.only_images)
-            and (case.num_steps * case.tasks * case.ways <= 200 or not self.only_small)
-        )
+        return case.order in self.orders and self.where(case)
 
     def is_installed(self) -> bool:
         """Whether its package is here."""
@@ -283,7 +283,10 @@ WAYS = {
     "fewstep, replay": Way(with_replay),
     "fewstep, checkpoint_every=1": Way(with_checkpoints, orders=(2,)),
     "fewstep, checkpoint_every=1, chunk_size=1": Way(
-        with_least_memory, orders=(2,), only_images=True
+        with_least_memory, orders=(2,), where=lambda case: case.size > 0
+    ),
+    "fewstep, compile": Way(
+        with_compile, where=lambda case: case.size == 0 and case.num_steps < 20
     ),
     "plain loop": Way(with_loop),
     # At order 1, higher drops its graph and with it the path from phi to theta[K]; torchopt has no
@@ -291,6 +294,10 @@ WAYS = {
     "higher": Way(with_higher, "higher", orders=(2,)),
     "torchopt": Way(with_torchopt, "torchopt", orders=(2,)),
     "JAX, matmul": Way(with_jax_matmul, "jax"),
-    # 9 seconds for the case of the README: a batch of filters has no fast kernel.
-    "JAX, its convolution": Way(with_jax_native, "jax", only_images=True, only_small=True),
+    # 9 seconds for 5-way and 5 steps: a batch of filters has no fast kernel.
+    "JAX, its convolution": Way(
+        with_jax_native,
+        "jax",
+        where=lambda case: case.size == 28 and case.num_steps * case.tasks * case.ways <= 200,
+    ),
 }

@@ -1,5 +1,6 @@
 """Recorded operations, replayed, give the same numbers to the bit."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -147,3 +148,50 @@ def test_orders_are_recorded_apart():
     case = MODELS["mlp"]
     for order in (1, 2):
         assert_equal_to_the_bit(case, replace(fewstep.maml(2), derivative_order=FixedOrder(order)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own modules
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_recording_trains_alike():
+    case, algorithm = MODELS["sinusoid MLP"], fewstep.maml(1, 0.1)
+    state, seen = train(case, algorithm, replay=True, compile=True)
+    wanted, wanted_seen = train(case, algorithm, replay=True)
+    for a, b in zip([*state.values(), *seen], [*wanted.values(), *wanted_seen], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def miscompile(function, **_):
+    return lambda *arguments: [1.001 * each for each in function(*arguments)]
+
+
+def fail_to_compile(function, **_):
+    def compiled(*_):
+        raise RuntimeError("no compiler")
+
+    return compiled
+
+
+@pytest.mark.parametrize(
+    ("compiler", "message"),
+    [
+        (miscompile, r"^torch.compile gives other numbers .* leave out compile=True$"),
+        (fail_to_compile, r"^torch.compile fails .* \(no compiler\); leave out compile=True$"),
+    ],
+)
+def test_a_compiler_that_errs_is_found_out(monkeypatch, compiler, message):
+    monkeypatch.setattr(torch, "compile", compiler)
+    with pytest.raises(InputError, match=message):
+        train(MODELS["mlp"], fewstep.maml(1), replay=True, compile=True)
+
+
+def test_what_compiling_needs():
+    dropout = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5))
+    with pytest.raises(InputError, match=r"draws random numbers"):
+        train(
+            replace(MODELS["mlp"], build=lambda: dropout),
+            fewstep.maml(1),
+            replay=True,
+            compile=True,
+        )
+    with pytest.raises(InputError, match=r"^compile=True compiles what replay=True records"):
+        train(MODELS["mlp"], fewstep.maml(1), replay=False, compile=True)

@@ -48,10 +48,13 @@ class MetaLearner:
         replay: Record the operations of a meta-gradient once and replay them: the same numbers,
             sooner, as no Python is between them. What the module decides in Python is decided once.
             Recording takes a second or two, and again where the shapes or the schedules change.
+        compile: Hand the recording to `torch.compile`: several times faster for small networks, the
+            same to rounding (checked), after compiling for some ten seconds and more with steps
+            and layers; refused where that fails, as for `Conv4`.
 
     Raises:
-        InputError: `module` has nothing to train, `algorithm.adapted` names no parameter of it, or
-            `chunk_size` or `checkpoint_every` is below 1.
+        InputError: `module` has nothing to train, `algorithm.adapted` names no parameter of it,
+            `chunk_size` or `checkpoint_every` is below 1, or `compile` comes without `replay`.
 
     Deviation: the papers' code sums where this takes means; see `maml` for the inner loss.
     """
@@ -68,9 +71,12 @@ class MetaLearner:
         vectorize: bool = True,
         ranks: Ranks = ALONE,
         replay: bool = False,
+        compile: bool = False,
     ) -> None:
         if chunk_size < 1:
             raise InputError(f"chunk_size={chunk_size} must be at least 1 task")
+        if compile and not replay:
+            raise InputError("compile=True compiles what replay=True records; pass that too")
         if checkpoint_every is not None and checkpoint_every < 1:
             raise InputError(f"checkpoint_every={checkpoint_every} must be at least 1 step")
         self.module = module
@@ -78,7 +84,7 @@ class MetaLearner:
         self.chunk_size = chunk_size
         self.checkpoint_every = checkpoint_every
         self.ranks = ranks
-        self._replay = Replay() if replay else None
+        self._replay = Replay(compiled=compile) if replay else None
         self.iteration = 0
         self._meta = MetaParameters(module, algorithm)
         self.parameters = self._meta.parameters

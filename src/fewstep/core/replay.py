@@ -28,10 +28,15 @@ class Replay:
     A replay does what the function did, to the bit, without the Python, the `vmap` and the autograd
     in between; tensors that the function closes over are read anew each time. What the function
     decides in Python is decided once for each key and shape.
+
+    Args:
+        compiled: Hand each recording to `torch.compile`, which fuses small operations: the same to
+            rounding, which is checked when it has compiled.
     """
 
-    def __init__(self) -> None:
-        self._recordings: dict[Hashable, _Recording] = {}
+    def __init__(self, *, compiled: bool = False) -> None:
+        self._compiled = compiled
+        self._recordings: dict[Hashable, _Recording | _Compiled] = {}
 
     def __call__(
         self,
@@ -51,23 +56,29 @@ class Replay:
 
         Raises:
             InputError: it reads a value out of a tensor, or draws what it may not, and so cannot be
-                recorded.
+                recorded; or torch.compile fails.
         """
         key = (key, *((t.shape, t.dtype, t.device, t.stride()) for t in tensors))
         if key in self._recordings:
             return self._recordings[key](tensors)
         if len(self._recordings) == _MOST:
             del self._recordings[next(iter(self._recordings))]
-        recorder = _Recorder(tensors, may_draw)
+        recorder = _Recorder(tensors, may_draw and not self._compiled)
         with recorder:
             outputs = function(*tensors)
-        self._recordings[key] = recorder.end(outputs)
-        return tree_map(Tensor.detach, outputs)
+        recording = recorder.end(outputs)
+        outputs = tree_map(Tensor.detach, outputs)
+        if self._compiled:
+            compiled = _Compiled(recording)
+            outputs = compiled.check(tensors, outputs)
+        self._recordings[key] = compiled if self._compiled else recording
+        return outputs
 
 
 class _Recording(NamedTuple):
     """Operations as compiled functions, that read and write a list v and read a list c."""
 
+    lines: list[str]
     parts: list[Callable[[list[Any], list[Any]], None]]
     slots: int  # of v, where the arguments are first
     constants: list[Any]  # c
@@ -81,6 +92,43 @@ class _Recording(NamedTuple):
                 part(v, c)
         outputs = [(v if of == "v" else c)[i] for of, i in self.outputs]
         return tree_unflatten(outputs, self.form)
+
+
+class _Compiled:
+    """A recording under `torch.compile`, compared with what was recorded."""
+
+    def __init__(self, recording: _Recording) -> None:
+        self._constants, self._form = recording.constants, recording.form
+        lines = [
+            f"v = [*tensors, *[None] * ({recording.slots} - len(tensors))]",
+            *recording.lines,
+            f"return [{', '.join(f'{of}[{i}]' for of, i in recording.outputs)}]",
+        ]
+        self._run = torch.compile(_define("tensors, c", lines), fullgraph=True, dynamic=False)
+
+    def check(self, tensors: tuple[Tensor, ...], outputs: Any) -> Any:
+        """Return the outputs, which must be those given, to rounding."""
+        try:
+            found = self(tensors)
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"torch.compile fails on the operations of this meta-gradient ({reason:.160}); "
+                "leave out compile=True"
+            ) from error
+        for a, b in zip(*(tree_flatten(each)[0] for each in (found, outputs)), strict=True):
+            if b.is_floating_point():
+                tolerance = torch.finfo(b.dtype).eps ** 0.5
+                if not (a - b).norm() <= tolerance * b.norm():
+                    raise InputError(
+                        "torch.compile gives other numbers than the operations it compiled; leave "
+                        "out compile=True"
+                    )
+        return found
+
+    def __call__(self, tensors: tuple[Tensor, ...]) -> Any:
+        with torch.no_grad():
+            return tree_unflatten(self._run(tensors, self._constants), self._form)
 
 
 class _Recorder(TorchDispatchMode):
@@ -107,8 +155,8 @@ class _Recorder(TorchDispatchMode):
         """Call the operation and write it down."""
         if torch.Tag.nondeterministic_seeded in func.tags and not self._may_draw:
             raise InputError(
-                f"{func} draws random numbers, which a recording cannot repeat in every segment; "
-                "leave out checkpoint_every or replay=True"
+                f"{func} draws random numbers, which a recording can neither repeat in every "
+                "segment nor compile; leave out checkpoint_every and compile, or replay=True"
             )
         kwargs = kwargs or {}
         outputs = func(*args, **kwargs)
@@ -179,12 +227,16 @@ class _Recorder(TorchDispatchMode):
         for slot, line in self._last_used.items():
             if line < len(self._lines):  # else an output
                 self._lines[line] += f"; v[{slot}] = None"
-        parts = [_compile(self._lines[i : i + _LINES]) for i in range(0, len(self._lines), _LINES)]
-        return _Recording(parts, len(self._last_used), self._constants, places, form)
+        parts = [
+            _define("v, c", self._lines[i : i + _LINES]) for i in range(0, len(self._lines), _LINES)
+        ]
+        slots = len(self._last_used)
+        return _Recording(self._lines, parts, slots, self._constants, places, form)
 
 
-def _compile(lines: Iterable[str]) -> Callable[[list[Any], list[Any]], None]:
+def _define(parameters: str, lines: Iterable[str]) -> Callable[..., Any]:
+    """Return a function with this body."""
     scope: dict[str, Any] = {}
-    exec("\n    ".join(["def part(v, c):", *lines]), scope)  # lines of our own
-    part: Callable[[list[Any], list[Any]], None] = scope["part"]
-    return part
+    exec("\n    ".join([f"def function({parameters}):", *lines]), scope)  # lines of our own
+    function: Callable[..., Any] = scope["function"]
+    return function

@@ -119,7 +119,7 @@ def complete_all(
 
 
 # Settings that say how to compute, and change no result but rounding.
-_HOW = ("device", "chunk_size", "checkpoint_every", "memory_budget", "replay")
+_HOW = ("device", "chunk_size", "checkpoint_every", "memory_budget", "replay", "compile")
 
 
 def _check_same(path: Path, held: dict[str, Any], asked: dict[str, Any]) -> None:

@@ -139,5 +139,6 @@ def build_learner(
         chunk_size=config.chunk_size,
         checkpoint_every=config.checkpoint_every,
         replay=config.replay,
+        compile=config.compile,
         ranks=ranks,
     )

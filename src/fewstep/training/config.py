@@ -300,6 +300,9 @@ class RunConfig:
     measuring."""
     replay: bool = True
     """Record the operations of a meta-gradient once and replay them: the same numbers, sooner."""
+    compile: bool = False
+    """Hand the recording to torch.compile (needs a C++ compiler): small networks are several times
+    faster, after some ten seconds; Conv4 is refused."""
     val_every: int = 250
     """Iterations between validations; each writes a checkpoint."""
     val_tasks: int = 200
