@@ -11,6 +11,7 @@ before. Peers that are not installed (`pip install -e ".[benchmark]"`) are named
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import resource
 import statistics
@@ -70,7 +71,7 @@ class Options:
     device: str = "cpu"
     """"cpu" or "cuda"; JAX takes its own choice."""
     out: Path | None = None
-    """JSON file for the numbers."""
+    """JSON file for the numbers, a figure beside it; tables of an earlier call stay."""
 
 
 class Process:
@@ -277,18 +278,21 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     """Measure every case, print a table of each, and draw how they grow."""
     options = tyro.cli(Options)
-    rows: list[dict[str, Any]] = []
+    tables: dict[str, dict[str, Any]] = {}
+    if options.out is not None and options.out.exists():
+        tables = json.loads(options.out.read_text())
     for name in options.cases:
         for order in options.orders:
-            found = rows_of(name, order, options)
+            rows = rows_of(name, order, options)
             title = f"{CASES[name].name}, order {order}"
-            Console(width=140).print(table_of(found, title))
-            rows += found
+            Console(width=150).print(table_of(rows, title))
             if options.out is not None:
                 options.out.parent.mkdir(parents=True, exist_ok=True)
                 about = environment(command_line(), options.device)
-                write_json(options.out, {"rows": rows, "environment": about})
-                plot(rows, options.out.with_suffix(".png"))
+                tables[title] = {"environment": about, "rows": rows}
+                write_json(options.out, tables)
+                every = [row for table in tables.values() for row in table["rows"]]
+                plot(every, options.out.with_suffix(".png"))
     missing = sorted({w.package for w in WAYS.values() if not w.is_installed()})
     if missing:
         print(f"not installed, so not measured: {', '.join(missing)}")

@@ -276,3 +276,16 @@ def test_a_damaged_run_is_named(capsys, damage):
     ):
         file.write_bytes(file.read_bytes()[:20])
     assert "here" in _refused(capsys, "evaluate here")
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "fewstep", "train", "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 1

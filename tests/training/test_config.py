@@ -10,7 +10,8 @@ from fewstep.cli.parse import load_config, parse, run_config
 from fewstep.cli.runs import Train
 from fewstep.core.errors import InputError
 from fewstep.data.omniglot import Omniglot
-from fewstep.training.config import NETWORKS, SOURCES, AlgorithmOptions, Recipe, RunConfig, to_dict
+from fewstep.training.algorithm_options import AlgorithmOptions
+from fewstep.training.config import NETWORKS, SOURCES, Recipe, RunConfig, to_dict
 from fewstep.training.presets import preset
 
 

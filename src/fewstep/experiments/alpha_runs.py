@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fewstep.data.omniglot import Omniglot
+from fewstep.training.algorithm_options import AlgorithmOptions
 from fewstep.training.build import Problem, build_learner, build_problem
 from fewstep.training.config import (
-    AlgorithmOptions,
     ClassificationOptions,
     Conv4Options,
     RunConfig,

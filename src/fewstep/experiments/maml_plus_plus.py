@@ -15,9 +15,9 @@ from fewstep.core.errors import InputError, check_name
 from fewstep.data.omniglot import Omniglot
 from fewstep.experiments.sweep import Test, complete_all
 from fewstep.report.figure import save_figure
+from fewstep.training.algorithm_options import AlgorithmOptions
 from fewstep.training.build import resolve_device
 from fewstep.training.config import (
-    AlgorithmOptions,
     ClassificationOptions,
     Conv4Options,
     RunConfig,

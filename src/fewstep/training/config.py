@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -10,37 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from fewstep.core.adapted import AdaptedParameters
-from fewstep.core.algorithm import Algorithm, ExtraSteps
-from fewstep.core.derivative_order import DerivativeAnnealing, DerivativeOrder, FixedOrder
 from fewstep.core.errors import InputError, check_name
-from fewstep.core.hypergradient import (
-    SAFE,
-    SCALE_FREE,
-    Guards,
-    HypergradientAdam,
-    HypergradientRates,
-    HypergradientSGD,
-    Step,
-)
-from fewstep.core.norm import NormStatistics, PerStepAffine, SharedAffine, Use
-from fewstep.core.outer import (
-    SGD,
-    Adam,
-    ClipByValue,
-    Constant,
-    CosineAnnealing,
-    NoClipping,
-    OuterOptimiser,
-)
-from fewstep.core.query_weights import FinalStep, MultiStepLoss
-from fewstep.core.rates import (
-    ConstantRate,
-    ElementRates,
-    InnerRate,
-    LayerStepRates,
-    LearnedRate,
-)
 from fewstep.data.episodes import Rotations
 from fewstep.data.folder import ImageFolder
 from fewstep.data.glyphs import Glyphs
@@ -48,6 +17,7 @@ from fewstep.data.mini_imagenet import MiniImageNet
 from fewstep.data.omniglot import Omniglot
 from fewstep.models.conv import Activation, Conv4, Downsample, Initialisation, Norm
 from fewstep.models.mlp import fully_connected, sinusoid_mlp
+from fewstep.training.algorithm_options import AlgorithmOptions
 
 Split = Literal["train", "val", "test"]
 Recipe = Literal[
@@ -147,119 +117,6 @@ class SinusoidMLPOptions:
     def build(self, input_shape: tuple[int, ...], outputs: int) -> nn.Module:
         """Return the network."""
         return sinusoid_mlp(self.hidden)
-
-
-@dataclass(frozen=True)
-class AlgorithmOptions:
-    """The parts of the method."""
-
-    num_steps: int = 5
-    """Inner steps, in training."""
-    eval_steps: int = 5
-    """Inner steps, in validation and test."""
-    inner_lr: float = 0.1
-    """Inner learning rate, for losses that are means; the initial one where it is learned."""
-    learned_rates: Literal["no", "tensor", "layer", "one", "element"] = "no"
-    """Learn inner rates: by step and tensor or layer (LSLR), one, or by element (Meta-SGD)."""
-    inner_hyper_lr: float | None = None
-    """Let the learned rates follow hypergradients, at this rate (Alpha MAML)."""
-    multi_step_epochs: int = 0
-    """Epochs in which the query loss after every step counts, less and less (MSL)."""
-    first_order_epochs: float = 0
-    """Epochs of first order before the second (DA); inf for first order throughout."""
-    per_step_affine: bool = False
-    """A scale and shift of normalisation layers for each step, learned outside (BNWB)."""
-    per_step_statistics: bool = False
-    """Running statistics for each step (BNRS)."""
-    statistics: Use = "batch"
-    """What batch norm normalises by: batch (transductive), support set or running averages."""
-    not_adapted: tuple[str, ...] = ()
-    """Patterns of parameter names that the inner loop leaves alone, such as "*.norm.*"."""
-    outer: Literal["adam", "sgd"] = "adam"
-    """The outer optimiser."""
-    outer_lr: float = 1e-3
-    """Its rate."""
-    outer_hyper_lr: float | None = None
-    """Let that rate follow its hypergradient, at this rate (Alpha MAML)."""
-    hyper_step: Step = "additive"
-    """A hypergradient adds to the rate, to its log with guards, or to its log by sign alone."""
-    task_reduction: Literal["mean", "sum"] = "mean"
-    """The meta-loss is the mean over the tasks, or their sum."""
-    outer_schedule: Literal["constant", "cosine"] = "constant"
-    """Keep that rate, or let it fall along half a cosine (CA)."""
-    final_outer_lr: float = 0.0
-    """Where the cosine ends."""
-    clip_value: float | None = None
-    """Bring every element of the meta-gradient within this of 0."""
-    extra_steps: ExtraSteps = "refuse"
-    """More test steps than trained: refuse, or repeat the last, where parts differ by step."""
-
-    def __post_init__(self) -> None:
-        if self.multi_step_epochs < 0:
-            raise InputError(f"multi_step_epochs={self.multi_step_epochs} must be 0 or more")
-        if not 0 <= self.final_outer_lr <= self.outer_lr:
-            raise InputError(
-                f"final_outer_lr={self.final_outer_lr} must be between 0 and {self.outer_lr}"
-            )
-
-    def build(self, iterations: int, epoch_length: int | None = None) -> Algorithm:
-        """Return the algorithm for a training of so many iterations.
-
-        Args:
-            iterations: All of them.
-            epoch_length: Those of an epoch; None takes a hundredth.
-        """
-        epoch_length = epoch_length or max(1, iterations // 100)
-        return Algorithm(
-            num_steps=self.num_steps,
-            inner_rate=self._inner_rate(),
-            rate_update=None
-            if self.inner_hyper_lr is None
-            else HypergradientRates(self.inner_hyper_lr, guards=self._guards()),
-            task_reduction=self.task_reduction,
-            query_weights=MultiStepLoss(self.multi_step_epochs)
-            if self.multi_step_epochs
-            else FinalStep(),
-            derivative_order=_derivative_order(self.first_order_epochs),
-            adapted=AdaptedParameters(exclude=self.not_adapted),
-            norm_affine=PerStepAffine() if self.per_step_affine else SharedAffine(),
-            norm_statistics=NormStatistics(self.statistics, self.per_step_statistics),
-            outer=self._outer(),
-            outer_schedule=CosineAnnealing(
-                iterations / epoch_length, self.final_outer_lr / self.outer_lr
-            )
-            if self.outer_schedule == "cosine"
-            else Constant(),
-            clipping=NoClipping() if self.clip_value is None else ClipByValue(self.clip_value),
-            iterations_per_epoch=epoch_length,
-            extra_steps=self.extra_steps,
-        )
-
-    def _inner_rate(self) -> InnerRate:
-        match self.learned_rates:
-            case "no":
-                return ConstantRate(self.inner_lr)
-            case "one":
-                return LearnedRate(self.inner_lr)
-            case "element":
-                return ElementRates(self.inner_lr)
-            case per:
-                return LayerStepRates(self.inner_lr, per)
-
-    def _outer(self) -> OuterOptimiser:
-        if self.outer_hyper_lr is None:
-            return Adam(self.outer_lr) if self.outer == "adam" else SGD(self.outer_lr)
-        make = HypergradientAdam if self.outer == "adam" else HypergradientSGD
-        return make(self.outer_lr, self.outer_hyper_lr, self._guards())
-
-    def _guards(self) -> Guards:
-        return {"additive": Guards(), "multiplicative": SAFE, "sign": SCALE_FREE}[self.hyper_step]
-
-
-def _derivative_order(first_order_epochs: float) -> DerivativeOrder:
-    if first_order_epochs in (0, math.inf):
-        return FixedOrder(2 if first_order_epochs == 0 else 1)
-    return DerivativeAnnealing(first_order_epochs)
 
 
 @dataclass(frozen=True)

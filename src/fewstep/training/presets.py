@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any, get_args
 
 from fewstep.core.errors import check_name
+from fewstep.training.algorithm_options import AlgorithmOptions
 from fewstep.training.config import (
     NETWORKS,
     SOURCES,
-    AlgorithmOptions,
     ClassificationOptions,
     Conv4Options,
     Recipe,
