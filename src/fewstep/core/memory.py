@@ -89,7 +89,7 @@ def plan_memory(
 
     Measures the graph of two tasks, with all steps and with one at a time. Takes the largest chunk
     with all steps if at least 4 tasks (or all there are) fit, else with one step at a time: small
-    chunks are slow, checkpoints cost a third.
+    chunks are slow, checkpoints take more time with more steps.
 
     Args:
         learner: Its `chunk_size` and `checkpoint_every` are set.
