@@ -30,7 +30,8 @@ def own_cache(tmp_path, monkeypatch):
 
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["fewstep.cli.main"])
+# torch.optim imports torch._dynamo, which takes a second.
+_processes.set_forkserver_preload(["fewstep.cli.main", "torch._dynamo"])
 
 
 def _train(run: Path, problem: str) -> list[str]:
