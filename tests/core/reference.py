@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep import Algorithm, TaskBatch
+from fewstep.core.metrics import Metrics
 from fewstep.models import Conv4, fully_connected, sinusoid_mlp
 
 WAYS = 3
@@ -46,6 +47,11 @@ def plain_meta_gradient(
     gradient = torch.autograd.grad(meta_loss, list(phi.values()))
     buffers = {name: torch.stack([s[name].double() for s in states]).mean(0) for name in states[0]}
     return dict(zip(phi, gradient, strict=True)), meta_loss.detach(), buffers
+
+
+def numbers(metrics: Metrics) -> list[Tensor]:
+    """Return all that metrics hold but the metric's name."""
+    return [value for value in vars(metrics).values() if isinstance(value, Tensor)]
 
 
 def relative_error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

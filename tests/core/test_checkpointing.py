@@ -17,7 +17,7 @@ from fewstep.core.memory import GraphMemory
 from fewstep.core.norm import NormStatistics
 from fewstep.core.rates import LearnedRate
 from fewstep.models import Conv4
-from tests.core.reference import MODELS, Case, relative_error
+from tests.core.reference import MODELS, Case, numbers, relative_error
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
@@ -71,7 +71,7 @@ def both(module: nn.Module, algorithm, case: Case, batch: TaskBatch, every: int,
 
 def assert_same(whole, stepped) -> None:
     assert relative_error(stepped[0], whole[0]) < 1e-12
-    for a, b in zip(stepped[1]._tensors(), whole[1]._tensors(), strict=True):
+    for a, b in zip(numbers(stepped[1]), numbers(whole[1]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
     for name, buffer in whole[2].items():
         torch.testing.assert_close(stepped[2][name], buffer, rtol=1e-12, atol=1e-14)

@@ -16,6 +16,7 @@ from fewstep import InputError, MetaLearner, Ranks, TaskBatch
 from fewstep.core.hypergradient import HypergradientRates
 from fewstep.core.rates import LearnedRate
 from fewstep.models import Conv4
+from tests.core.reference import numbers
 
 WAYS, TASKS = 3, 5  # an odd number, so that the shares differ
 ALGORITHMS = {
@@ -46,7 +47,7 @@ def work(name: str, dtype: torch.dtype, ranks: Ranks) -> dict[str, torch.Tensor]
     found = {}
     for i in range(2):
         metrics = learner.step(tasks)
-        found |= {f"{i} {k}": t for k, t in enumerate(metrics._tensors())}
+        found |= {f"{i} {k}": t for k, t in enumerate(numbers(metrics))}
     scores = learner.evaluate(tasks, TASKS)
     states = [learner.state_tensors(), learner.state_tensors()]
     ensemble = learner.evaluate_ensemble(states, tasks, TASKS)

@@ -226,6 +226,6 @@ class Hypergradient(torch.optim.Optimizer):
             first["beta"] = self._guards(first["beta"], first["h"], self._hyper_lr)
         for p, g in zip(parameters, gradients, strict=True):
             u = self._direction(g, self.state[p])
-            p.add_(u, alpha=-float(first["beta"]))  # to the bit what torch.optim.SGD does
+            p.addcmul_(u, first["beta"].to(p.dtype), value=-1)  # reading beta would wait
             self.state[p]["previous"] = u
         return None

@@ -109,22 +109,23 @@ class MetaLearner:
         gradients, metrics, _ = self._differentiate(batch)
         return gradients, metrics
 
-    def step(self, batch: TaskBatch) -> Metrics:
+    def step(self, batch: TaskBatch, *, check_finite: bool = True) -> Metrics:
         """Do one iteration: the meta-gradient, then the outer update of phi and of the buffers.
 
         Running statistics of batch normalisation become the mean over tasks of those each task
         arrives at, so that the order of the tasks cannot matter.
 
+        Args:
+            batch: The tasks.
+            check_finite: Wait for the numbers and check them before the update; without it nothing
+                waits for the device, and `Metrics.check_finite` is the caller's to call.
+
         Raises:
             FloatingPointError: a loss or a gradient is not finite; phi is left as it was.
         """
         gradients, metrics, buffers = self._differentiate(batch)
-        metrics.check_finite()
-        for name, gradient in gradients.items():
-            if not gradient.isfinite().all():
-                raise FloatingPointError(
-                    f"the meta-gradient of `{name}` is not finite, though every loss is"
-                )
+        if check_finite:
+            metrics.check_finite()
         for name, parameter in self._meta.by_outer.items():
             clip = self.algorithm.clipping if name in self._meta.phi else NoClipping()
             parameter.grad = clip(gradients[name])

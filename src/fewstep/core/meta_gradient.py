@@ -86,7 +86,7 @@ def meta_gradient(
         segment = None  # order 1 keeps no graph of a step as it is
     counting = tuple(k for k, weight in enumerate(v) if weight != 0)
     like = next(iter(loop.meta.parameters.values()))
-    weights = like.new_tensor([v[k] for k in counting])
+    weights = torch.stack([like.new_full((), v[k]) for k in counting])
     differentiate = partial(
         _differentiate, loop, counting, share=share, order=order, segment=segment
     )
@@ -103,7 +103,10 @@ def meta_gradient(
     found = [torch.stack([p.gradients[n] for p in parts]).sum(0) for n in parts[0].gradients]
     gradients = dict(zip(parts[0].gradients, ranks.sum(found), strict=True))
     name = loop.network.metric_name(batch.y_query)
-    metrics = Metrics.cat([Metrics(name, *p.metrics) for p in parts]).join(ranks, len(batch))
+    columns = [torch.cat(column) for column in zip(*(p.metrics for p in parts), strict=True)]
+    norm = torch.nn.utils.get_total_norm(gradients.values())
+    by_task, metric, support, query = ranks.join(columns, len(batch))
+    metrics = Metrics(name, by_task, metric, support, query, norm)
     return gradients, metrics, _mean_over_tasks(parts, ranks, len(batch))
 
 
@@ -111,7 +114,7 @@ class _Part(NamedTuple):
     """What a chunk of tasks gives: its share of the gradients, metrics, buffers of every task."""
 
     gradients: Tensors
-    metrics: tuple[Tensor, Tensor, Tensor, Tensor]  # those of `Metrics`
+    metrics: tuple[Tensor, Tensor, Tensor, Tensor]  # the first of `Metrics`
     buffers: Tensors
 
 
@@ -195,7 +198,7 @@ class _Seen:
                 self.descent[name] = self.descent.get(name, 0) + point.gradient[name].detach()
 
     def metrics(self, v: dict[int, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return what `Metrics` holds."""
+        """Return what `Metrics` holds of tasks."""
         query = {k: self.queries[k].loss.detach() for k in v}
         meta_loss = torch.stack([v[k] * loss for k, loss in query.items()]).sum(0)
         support = [loss for _, loss in sorted(self._support_losses.items())]

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-
-from fewstep.core.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -20,6 +17,7 @@ class Metrics:
         task_metric: Metric on the query set at the last point that counts, (tasks,).
         support_loss: Support losses that the steps descended, (tasks, num_steps).
         query_loss: Query losses at the points that count, (tasks, points).
+        gradient_norm: Euclidean norm of the meta-gradient, a scalar.
     """
 
     metric_name: str
@@ -27,6 +25,7 @@ class Metrics:
     task_metric: Tensor
     support_loss: Tensor
     query_loss: Tensor
+    gradient_norm: Tensor
 
     @property
     def loss(self) -> Tensor:
@@ -38,21 +37,8 @@ class Metrics:
         """The metric, mean over the tasks, a scalar."""
         return self.task_metric.mean()
 
-    @classmethod
-    def cat(cls, chunks: list[Metrics]) -> Metrics:
-        """Join the metrics of several chunks of one batch."""
-        columns = zip(*(c._tensors() for c in chunks), strict=True)
-        return cls(chunks[0].metric_name, *(torch.cat(column) for column in columns))
-
-    def join(self, ranks: Ranks, tasks: int) -> Metrics:
-        """Join those of the processes that share a batch of so many tasks."""
-        return Metrics(self.metric_name, *ranks.join(list(self._tensors()), tasks))
-
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.task_loss, self.task_metric, self.support_loss, self.query_loss
-
     def check_finite(self) -> None:
-        """Raise at the first loss that is not finite.
+        """Raise at the first loss that is not finite, or if the meta-gradient is not.
 
         Raises:
             FloatingPointError: names the task of the batch and the inner step.
@@ -64,3 +50,8 @@ class Metrics:
                 raise FloatingPointError(
                     f"the {name} loss of task {task} {where} is {losses[task, step].item()}"
                 )
+        if not self.gradient_norm.isfinite():
+            raise FloatingPointError(
+                f"the norm of the meta-gradient is {self.gradient_norm.item()}, though every loss "
+                "is finite"
+            )

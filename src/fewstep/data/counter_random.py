@@ -58,7 +58,7 @@ def random_bits(key: int, *coordinates: Tensor) -> Tensor:
     Returns:
         int64 tensor of the broadcast shape, uniform on [0, 2^63).
     """
-    z = _mix(torch.as_tensor(key, dtype=torch.int64, device=coordinates[0].device))
+    z = _mix(torch.full((), key, dtype=torch.int64, device=coordinates[0].device))
     for coordinate in coordinates:
         z = _mix(z + coordinate)
     return _shift_right(z, 1)

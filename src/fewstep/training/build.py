@@ -12,6 +12,7 @@ from fewstep.core.learner import MetaLearner
 from fewstep.core.memory import plan_memory
 from fewstep.core.ranks import ALONE, Ranks
 from fewstep.core.tasks import Episodes
+from fewstep.data.drawn_ahead import DrawnAhead
 from fewstep.data.episodes import ClassificationEpisodes
 from fewstep.data.sinusoid import SinusoidEpisodes
 from fewstep.data.store import ClassStore
@@ -91,7 +92,9 @@ def build_problem(config: RunConfig, device: str) -> Problem:
         assert isinstance(config.episodes, RegressionOptions)
         points = {"shots": config.episodes.shots, "queries": config.episodes.queries}
         episodes: dict[Split, Episodes] = {
-            "train": SinusoidEpisodes("train", **points, seed=config.seed, device=device),
+            "train": DrawnAhead(
+                SinusoidEpisodes("train", **points, seed=config.seed, device=device)
+            ),
             "val": SinusoidEpisodes("val", **points, seed=EVAL_SEED, device=device),
             "test": SinusoidEpisodes("test", **points, seed=EVAL_SEED, device=device),
         }
@@ -99,7 +102,9 @@ def build_problem(config: RunConfig, device: str) -> Problem:
     assert isinstance(config.episodes, ClassificationOptions)
     stores = config.data.splits()
     episodes = {
-        "train": classification_episodes(config.episodes, stores, "train", config.seed, device),
+        "train": DrawnAhead(
+            classification_episodes(config.episodes, stores, "train", config.seed, device)
+        ),
         "val": classification_episodes(config.episodes, stores, "val", EVAL_SEED, device),
         "test": classification_episodes(config.episodes, stores, "test", EVAL_SEED, device),
     }

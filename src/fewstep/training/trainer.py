@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fewstep.core.errors import InputError
 from fewstep.core.metrics import Metrics
+from fewstep.core.network import Tensors
 from fewstep.core.scores import Scores
 from fewstep.data.counter_random import key_from_name
 from fewstep.training.build import Experiment
@@ -61,23 +62,20 @@ class Trainer:
         display = Display(self.console, config.iterations, state.iteration, config.tasks)
         make_log = _NoLog if self.run is None else partial(_Log, self.run, state.iteration)
         with make_log() as log, display.shown(), _stop_signals() as stop:
+            unread = _Unread()
             for iteration in range(state.iteration + 1, config.iterations + 1):
-                started = time.perf_counter()
-                metrics = self._iterate(iteration)
-                loss, metric = metrics.loss.item(), metrics.metric.item()
-                seconds = time.perf_counter() - started
-                name = metrics.metric_name
-                rates = {n: r.item() for n, r in self.experiment.learner.rates().items()}
-                values = {"loss": loss, name: metric, **rates, "seconds": round(seconds, 6)}
-                log.write(iteration, values)
-                display.advance(name, loss, metric, seconds)
-                if iteration % config.val_every == 0 or iteration == config.iterations:
+                unread.add(iteration, self._iterate(iteration), self.experiment.learner.rates())
+                is_last = iteration % config.val_every == 0 or iteration == config.iterations
+                is_stopped = ranks.any(bool(stop))
+                if is_last or is_stopped or unread.is_due():
+                    self._read(unread, log, display)
+                if is_last:
                     state = self._validate(iteration, state, log, display)
-                    if ranks.any(bool(stop)):
-                        break
-                elif ranks.any(bool(stop)):
+                    unread = _Unread()
+                elif is_stopped:
                     log.sync()
                     state = self._checkpoint(iteration, state, None)
+                if is_stopped:
                     break
         return state
 
@@ -99,15 +97,27 @@ class Trainer:
         learner = self.experiment.learner
         rank = f" of process {learner.ranks.rank}" * (not learner.ranks.is_first)
         torch.manual_seed(key_from_name(config.seed, f"iteration {iteration}{rank}"))  # for dropout
-        try:
-            return learner.step(batch)
-        except FloatingPointError as error:
-            kept = "the last checkpoint is kept"
-            if self.run is not None and (state := self.run.state()) is not None:
-                kept = f"the checkpoint of iteration {state.iteration} is kept in {self.run.path}"
-            raise TrainingStopped(
-                f"iteration {iteration}: {error}; {kept}; lower --inner-lr or --outer-lr"
-            ) from error
+        return learner.step(batch, check_finite=False)  # which would wait for the device
+
+    def _read(self, unread: _Unread, log: _NoLog, display: Display) -> None:
+        """Wait for the iterations not yet read, check them and report them."""
+        for iteration, metrics, rates, seconds in unread.take():
+            try:
+                metrics.check_finite()
+            except FloatingPointError as error:
+                kept = "the last checkpoint is kept"
+                if self.run is not None and (state := self.run.state()) is not None:
+                    kept = (
+                        f"the checkpoint of iteration {state.iteration} is kept in {self.run.path}"
+                    )
+                raise TrainingStopped(
+                    f"iteration {iteration}: {error}; {kept}; lower --inner-lr or --outer-lr"
+                ) from error
+            name, loss, metric = metrics.metric_name, metrics.loss.item(), metrics.metric.item()
+            values = {"loss": loss, name: metric, "gradient_norm": metrics.gradient_norm.item()}
+            values |= {n: r.item() for n, r in rates.items()}
+            log.write(iteration, values | {"seconds": round(seconds, 6)})
+            display.advance(name, loss, metric, seconds)
 
     def _validate(self, iteration: int, state: State, log: _NoLog, display: Display) -> State:
         config = self.experiment.config
@@ -140,6 +150,31 @@ class Trainer:
             None if scores is None else scores.rank,
             keep_best=self.experiment.config.keep_best,
         )
+
+
+class _Unread:
+    """Iterations whose numbers nobody waited for, so that a GPU need not wait for the host."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._rows: list[tuple[int, Metrics, Tensors]] = []
+
+    def add(self, iteration: int, metrics: Metrics, rates: Tensors) -> None:
+        """Note an iteration."""
+        self._rows.append((iteration, metrics, rates))
+
+    def is_due(self) -> bool:
+        """Whether to read: twice a second, for the eye."""
+        return time.perf_counter() - self._started > 0.5
+
+    def take(self) -> Iterator[tuple[int, Metrics, Tensors, float]]:
+        """Yield each with the seconds it took, their mean, and forget them."""
+        rows, self._rows = self._rows, []
+        rows[-1][1].loss.item()  # waits for all
+        now = time.perf_counter()
+        seconds, self._started = (now - self._started) / len(rows), now
+        for row in rows:
+            yield *row, seconds
 
 
 class _NoLog:
