@@ -26,8 +26,9 @@ class Replay:
     """Records the tensor operations of a function, derivatives and all, and replays them.
 
     A replay does what the function did, to the bit, without the Python, the `vmap` and the autograd
-    in between; tensors that the function closes over are read anew each time. What the function
-    decides in Python is decided once for each key and shape.
+    in between; tensors that the function closes over are read anew each time, where they are. What
+    the function decides in Python is decided once for each key and shape. On a GPU a recording is
+    one CUDA graph.
 
     Args:
         compiled: Hand each recording to `torch.compile`, which fuses small operations: the same to
@@ -36,7 +37,7 @@ class Replay:
 
     def __init__(self, *, compiled: bool = False) -> None:
         self._compiled = compiled
-        self._recordings: dict[Hashable, _Recording | _Compiled] = {}
+        self._recordings: dict[Hashable, _Recording | _Compiled | _CudaGraph] = {}
 
     def __call__(
         self,
@@ -56,7 +57,7 @@ class Replay:
 
         Raises:
             InputError: it reads a value out of a tensor, or draws what it may not, and so cannot be
-                recorded; or torch.compile fails.
+                recorded; or torch.compile or a CUDA graph fails.
         """
         key = (key, *((t.shape, t.dtype, t.device, t.stride()) for t in tensors))
         if key in self._recordings:
@@ -68,10 +69,11 @@ class Replay:
             outputs = function(*tensors)
         recording = recorder.end(outputs)
         outputs = tree_map(Tensor.detach, outputs)
+        run: _Recording | _Compiled = recording
         if self._compiled:
-            compiled = _Compiled(recording)
+            run = compiled = _Compiled(recording)
             outputs = compiled.check(tensors, outputs)
-        self._recordings[key] = compiled if self._compiled else recording
+        self._recordings[key] = _CudaGraph(run, tensors) if tensors[0].is_cuda else run
         return outputs
 
 
@@ -129,6 +131,43 @@ class _Compiled:
     def __call__(self, tensors: tuple[Tensor, ...]) -> Any:
         with torch.no_grad():
             return tree_unflatten(self._run(tensors, self._constants), self._form)
+
+
+class _CudaGraph:
+    """A recording that the host launches as one: a CUDA graph.
+
+    Its tensors stay where they are from one launch to the next, so arguments are copied in and
+    outputs out.
+
+    Raises:
+        InputError: CUDA cannot capture what was recorded.
+    """
+
+    def __init__(self, recording: _Recording | _Compiled, tensors: tuple[Tensor, ...]) -> None:
+        self._arguments = tuple(t.clone() for t in tensors)
+        self._graph = torch.cuda.CUDAGraph()
+        device = tensors[0].device
+        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream(device))
+        try:
+            with torch.random.fork_rng([device]), torch.cuda.device(device):
+                with torch.cuda.stream(side):
+                    recording(self._arguments)  # libraries choose and allocate before a capture
+                torch.cuda.current_stream(device).wait_stream(side)
+                with torch.cuda.graph(self._graph):
+                    self._outputs = recording(self._arguments)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"the operations of this meta-gradient cannot be a CUDA graph ({reason:.160}); "
+                "pass replay=False"
+            ) from error
+
+    def __call__(self, tensors: tuple[Tensor, ...]) -> Any:
+        for own, given in zip(self._arguments, tensors, strict=True):
+            own.copy_(given)
+        self._graph.replay()
+        return tree_map(Tensor.clone, self._outputs)
 
 
 class _Recorder(TorchDispatchMode):
