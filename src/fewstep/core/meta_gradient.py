@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple
 
 import torch
@@ -100,7 +100,8 @@ def meta_gradient(
             else:
                 key = (counting, share, order, segment)
                 parts.append(replay(differentiate, tensors, key, may_draw=segment is None))
-    found = [torch.stack([p.gradients[n] for p in parts]).sum(0) for n in parts[0].gradients]
+    chunks = zip(*(p.gradients.values() for p in parts), strict=True)
+    found = [reduce(torch.add, of_chunks) for of_chunks in chunks]
     gradients = dict(zip(parts[0].gradients, ranks.sum(found), strict=True))
     name = loop.network.metric_name(batch.y_query)
     columns = [torch.cat(column) for column in zip(*(p.metrics for p in parts), strict=True)]

@@ -195,13 +195,16 @@ class TaskNetwork:
             yield
         finally:
             for module, mode in before:
-                module.training = mode
+                if module.training != mode:
+                    module.training = mode
 
 
 def set_mode(module: nn.Module, *, is_training: bool) -> None:
     """Set training or evaluation mode, batch normalisation as in training in both."""
     for part in module.modules():
-        part.training = is_training or isinstance(part, _NormBase)
+        mode = is_training or isinstance(part, _NormBase)
+        if part.training != mode:  # setting an attribute of a module takes microseconds
+            part.training = mode
 
 
 @contextmanager
