@@ -18,6 +18,7 @@ from fewstep.core.metrics import Metrics
 from fewstep.core.network import Loss, Result, TaskNetwork, Tensors, set_mode
 from fewstep.core.norm import NormaliseBy, NormStatistics, Use, keep
 from fewstep.core.outer import NoClipping
+from fewstep.core.precision import Precision
 from fewstep.core.ranks import ALONE, Ranks
 from fewstep.core.replay import Replay
 from fewstep.core.scores import Scores
@@ -51,6 +52,9 @@ class MetaLearner:
         compile: Hand the recording to `torch.compile`: several times faster for small networks, the
             same to rounding (checked), after compiling for some ten seconds and more with steps
             and layers; refused where that fails, as for `Conv4`.
+        precision: What products round their factors to, sums staying float32: "tf32" (10 bits, on
+            GPUs that have it) or "bfloat16" (7 bits, by autocast; also CPUs with AVX-512 BF16).
+            Parameters, normalisation, losses and outer updates are float32 in each.
 
     Raises:
         InputError: `module` has nothing to train, `algorithm.adapted` names no parameter of it,
@@ -72,6 +76,7 @@ class MetaLearner:
         ranks: Ranks = ALONE,
         replay: bool = False,
         compile: bool = False,
+        precision: Precision = "float32",
     ) -> None:
         if chunk_size < 1:
             raise InputError(f"chunk_size={chunk_size} must be at least 1 task")
@@ -91,7 +96,7 @@ class MetaLearner:
         self.buffers = self._meta.buffers
         self.optimiser = algorithm.outer(list(self._meta.by_outer.values()))
         self._outer_lrs = [group["lr"] for group in self.optimiser.param_groups]
-        self._network = TaskNetwork(module, loss, metric, vectorize=vectorize)
+        self._network = TaskNetwork(module, loss, metric, vectorize=vectorize, precision=precision)
         self._loop = InnerLoop(self._network, self._meta, algorithm)
 
     @property

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from fewstep.core.errors import InputError
 from fewstep.core.norm import NormaliseBy, Use, of_first, of_running
+from fewstep.core.precision import Precision, forward_pass, fp32_products
 from fewstep.core.tasks import TaskBatch
 
 Tensors = dict[str, Tensor]
@@ -61,18 +62,26 @@ class TaskNetwork:
         metric: (outputs, targets) of one task to a scalar that is reported, never differentiated;
             None takes the accuracy where targets are integers and the loss elsewhere.
         vectorize: Use `torch.vmap`; else loop over the tasks.
+        precision: What products round their factors to.
 
     Raises:
         InputError: the module has a part that cannot be vectorised (when it is called).
     """
 
     def __init__(
-        self, module: nn.Module, loss: Loss, metric: Loss | None, *, vectorize: bool
+        self,
+        module: nn.Module,
+        loss: Loss,
+        metric: Loss | None,
+        *,
+        vectorize: bool,
+        precision: Precision,
     ) -> None:
         self.module = module
         self.loss = loss
         self.metric = metric
         self.vectorize = vectorize
+        self.precision = precision
         self._use: Use = "batch"
         self._is_training = True
 
@@ -107,7 +116,7 @@ class TaskNetwork:
     ) -> Result:
         """Call the module for every task; leave out the first outputs, `without` of them."""
         one_task = partial(self._one_task, without=without)
-        with _differentiable_twice():
+        with _differentiable_twice(), forward_pass(self.precision, x.device):
             if not self.vectorize:
                 return self._loop(one_task, parameters, buffers, x, y)
             try:
@@ -167,6 +176,8 @@ class TaskNetwork:
     ) -> _OneTask:
         buffers = {name: b.clone() for name, b in buffers.items()}  # modules update them in place
         outputs = functional_call(self.module, (parameters, buffers), (x,))
+        if outputs.dtype == torch.bfloat16 != x.dtype:  # of autocast
+            outputs = outputs.float()
         if without:
             outputs = outputs[without:]
         loss = self.loss(outputs, y)
@@ -192,7 +203,8 @@ class TaskNetwork:
         set_mode(self.module, is_training=is_training)
         self._is_training, self._use = is_training, use
         try:
-            yield
+            with fp32_products(self.precision):
+                yield
         finally:
             for module, mode in before:
                 if module.training != mode:

@@ -18,6 +18,7 @@ convolutions. The derivatives are written out in `block_functions`.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -65,14 +66,22 @@ def block(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, form: Form) ->
     Raises:
         RuntimeError: a third derivative is asked for (when it is computed).
     """
-    if any(_functorch.is_batchedtensor(t) for t in (x, weight, gamma, beta)):
-        return Block(*_Tasks.apply(x, weight, gamma, beta, form))
-    return _block(x, weight, gamma, beta, form, tasks=1)
+    device = x.device.type
+    rounds = torch.is_autocast_enabled(device) and weight.dtype == torch.float32
+    product = torch.get_autocast_dtype(device) if rounds else weight.dtype
+    x = x.to(weight.dtype)
+    with torch.autocast(device, enabled=False):
+        if any(_functorch.is_batchedtensor(t) for t in (x, weight, gamma, beta)):
+            return Block(*_Tasks.apply(x, weight, gamma, beta, form, product))
+        return _block(x, weight, gamma, beta, form, product, tasks=1)
 
 
-def _block(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, form: Form, tasks: int) -> Block:
+def _block(
+    x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, form: Form, product: torch.dtype,
+    tasks: int,
+) -> Block:  # fmt: skip
     is_data = not x.requires_grad and weight[0].numel() <= _LARGEST_PATCH
-    normalised = _by_patches if is_data else _by_outputs
+    normalised = _by_patches if is_data else partial(_by_outputs, product)
     sign = torch.where(gamma.detach() < 0, -1.0, 1.0).to(gamma.dtype)
     wide = (1, -1, 1, 1)
     z, mean, var = normalised(
@@ -82,10 +91,12 @@ def _block(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, form: Form, t
 
 
 def _by_outputs(
-    x: Tensor, weight: Tensor, sign: Tensor, gamma: Tensor, beta: Tensor, form: Form, tasks: int
-) -> Block:
-    """Return the block with statistics of the convolution's output."""
-    y = Convolve.apply(x, weight, sign, form.stride, tasks)
+    product: torch.dtype, x: Tensor, weight: Tensor, sign: Tensor, gamma: Tensor, beta: Tensor,
+    form: Form, tasks: int,
+) -> Block:  # fmt: skip
+    """Return the block with statistics of the convolution's output, its factors rounded."""
+    factors = (t.to(product) for t in (x, weight, sign))
+    y = Convolve.apply(*factors, form.stride, tasks).to(x.dtype)
     return Block(*NormaliseAndPool.apply(y, gamma, beta, form))
 
 
@@ -94,7 +105,7 @@ def _by_patches(
 ) -> Block:
     """Return the block with statistics of the convolution's input.
 
-    In float64: var = w^T S w cancels, the more so with S as the mean square less the squared mean.
+    Nothing is rounded, and in float64: var = w^T S w cancels, the more so with S as the mean square less the squared mean.
     """
     signed = weight * sign.view(-1, 1, 1, 1)
     patches = _patches(x.double(), form.stride, tasks)
@@ -130,7 +141,7 @@ class _Tasks(Function):
     @staticmethod
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, gamma: Tensor,
-        beta: Tensor, form: Form,
+        beta: Tensor, form: Form, product: torch.dtype,
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:  # fmt: skip
         tasks: int = info.batch_size
         into = (1, 0, 0, 0)
@@ -140,6 +151,6 @@ class _Tasks(Function):
             else t.movedim(now, at).flatten(at, at + 1)
             for t, now, at in zip((x, weight, gamma, beta), in_dims, into, strict=False)
         )
-        z, mean, var = _block(x, weight, gamma, beta, form, tasks)
+        z, mean, var = _block(x, weight, gamma, beta, form, product, tasks)
         z = z.view(z.shape[0], tasks, -1, *z.shape[2:])
         return (z, mean.view(tasks, -1), var.view(tasks, -1)), (1, 0, 0)

@@ -145,5 +145,6 @@ def build_learner(
         checkpoint_every=config.checkpoint_every,
         replay=config.replay,
         compile=config.compile,
+        precision=config.precision,
         ranks=ranks,
     )

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from fewstep.core.errors import InputError, check_name
+from fewstep.core.precision import Precision
 from fewstep.data.episodes import Rotations
 from fewstep.data.folder import ImageFolder
 from fewstep.data.glyphs import Glyphs
@@ -161,6 +162,9 @@ class RunConfig:
     compile: bool = False
     """Hand the recording to torch.compile (needs a C++ compiler): small networks are several times
     faster, after some ten seconds; Conv4 is refused."""
+    precision: Precision = "float32"
+    """What products round their factors to: tf32 on GPUs that have it, bfloat16 by autocast; all
+    else stays float32. See docs/speed.md for what it costs in accuracy."""
     val_every: int = 250
     """Iterations between validations; each writes a checkpoint."""
     val_tasks: int = 200

@@ -1,0 +1,38 @@
+"""Less exact and faster products, where a device has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+Precision = Literal["float32", "tf32", "bfloat16"]
+
+
+@contextmanager
+def fp32_products(precision: Precision) -> Iterator[None]:
+    """Choose what a GPU rounds the factors of float32 products to, for a while.
+
+    PyTorch's own choice is TF32 (10 bits) in convolutions and float32 (23 bits) in matrix products.
+    """
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.fp32_precision = value
+
+
+@contextmanager
+def forward_pass(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Let the products of a forward pass, and so of its derivatives, be bfloat16 where asked."""
+    if precision != "bfloat16":
+        yield
+        return
+    with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+        yield
