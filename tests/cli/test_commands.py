@@ -154,7 +154,7 @@ def test_every_data_set_has_help(command, dataset, capsys):
     test_every_command_has_help(f"{command} --dataset {dataset}", capsys)
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["data"]])
+@pytest.mark.parametrize("words", [[], ["--help"], ["data"], ["reproduce", "-h"]])
 def test_help_names_every_command(words, capsys):
     assert main(words) == 0
     out = capsys.readouterr().out

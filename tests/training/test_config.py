@@ -47,7 +47,8 @@ def test_every_changed_setting_survives_the_file(tmp_path):
         "--inner-hyper-lr 0.1 --outer sgd --outer-hyper-lr 0.2 --hyper-step sign "
         "--task-reduction sum --extra-steps repeat --iterations 7 --epoch-length 3 --keep-best 2 "
         "--tasks 3 --chunk-size 2 --val-every 4 --val-tasks 5 --test-tasks 6 --seed 9 --device cpu "
-        "--checkpoint-every 2 --memory-budget 100.5 --replay False --compile True"
+        "--checkpoint-every 2 --memory-budget 100.5 --replay False --compile True "
+        "--precision bfloat16"
     )
     settings = _train(*changed.split()).settings
     path = tmp_path / "config.toml"

@@ -54,12 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if not words or words[0] in ("-h", "--help") or words in ([group] for group in GROUPS):
+        length = 2 if words and words[0] in GROUPS else 1
+        if len(words) < length or words[length - 1] in ("-h", "--help"):
             _help(Console())
             return 0
-        name = " ".join(words[:2]) if words[0] in GROUPS else words[0]
+        name = " ".join(words[:length])
         check_name("command", name, COMMANDS)
-        options, rest = COMMANDS[name], words[len(name.split()) :]
+        options, rest = COMMANDS[name], words[length:]
         make_default = getattr(options, "default", None)
         default = make_default(rest) if make_default else None
         command = parse(options, rest, prog=f"fewstep {name}", default=default)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -17,7 +17,8 @@ def fp32_products(precision: Precision) -> Iterator[None]:
 
     PyTorch's own choice is TF32 (10 bits) in convolutions and float32 (23 bits) in matrix products.
     """
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    backends = (torch.backends.cuda.matmul, conv)
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from fewstep.core.errors import InputError, check_name
+from fewstep.core.precision import Precision
 from fewstep.data.omniglot import Omniglot
 from fewstep.experiments.sweep import Test, complete_all
 from fewstep.report.figure import save_figure
@@ -92,6 +93,8 @@ class MamlPlusPlusAblation:
     """Tasks of a validation."""
     test_tasks: int = 600
     """Tasks of the test."""
+    precision: Precision = "float32"
+    """What products round their factors to."""
     workers: int = 1
     """Runs at once, a single-threaded process each."""
     ray: bool = False
@@ -161,6 +164,7 @@ class MamlPlusPlusAblation:
             val_tasks=self.val_tasks,
             test_tasks=self.test_tasks,
             keep_best=5,
+            precision=self.precision,
             seed=seed,
         )
 
@@ -183,15 +187,16 @@ class MamlPlusPlusAblation:
     def _schedule(self) -> str:
         return (
             f"{self.dataset} {self.ways}-way {self.shots}-shot, Conv4-{self.filters}, "
-            f"{self.iterations:,} iterations of {self.tasks} tasks, {self.seeds} seeds, "
-            f"{self.test_tasks} test tasks each"
+            f"{self.iterations:,} iterations of {self.tasks} tasks, {self.precision}, "
+            f"{self.seeds} seed{'s' * (self.seeds > 1)}, {self.test_tasks} test tasks each"
         )
 
     def _markdown(self, rows: Mapping[str, dict[str, Any]]) -> str:
+        spread = " (standard deviation over the seeds)" * (self.seeds > 1)
         lines = [
-            f"{self._schedule()}. Accuracy in %: mean over the seeds ± 95% interval over all test",
-            "tasks (standard deviation over the seeds). Transductive batch statistics but in the",
-            "last two columns.",
+            f"{self._schedule()}.",
+            f"Accuracy in % ± 95% interval over all test tasks{spread}. Transductive batch",
+            "statistics but in the last two columns.",
             "",
             "| method | accuracy | ensemble of 5 | paper | s per run | by support | by running |",
             "|---|---|---|---|---|---|---|",
@@ -217,9 +222,9 @@ def _over_seeds(tests: Any) -> dict[str, Any]:
     }
 
 
-def _cell(value: Mapping[str, float]) -> str:
+def _cell(value: Mapping[str, Any]) -> str:
     mean, ci95, std = (100 * value[key] for key in ("mean", "ci95", "std_over_seeds"))
-    return f"{mean:.2f} ± {ci95:.2f} ({std:.2f})"
+    return f"{mean:.2f} ± {ci95:.2f}" + f" ({std:.2f})" * (len(value["seeds"]) > 1)
 
 
 def plot_validation(runs: Mapping[str, list[RunFolder]], path: Path) -> None:
@@ -243,11 +248,9 @@ def plot_validation(runs: Mapping[str, list[RunFolder]], path: Path) -> None:
             iterations, [min(v) for v in values], [max(v) for v in values],
             color=line.get_color(), alpha=0.2, linewidth=0,
         )  # fmt: skip
-    axes.set(
-        xlabel="iteration",
-        ylabel="validation accuracy (%)",
-        title="mean over seeds, band from the lowest to the highest",
-    )
+    axes.set(xlabel="iteration", ylabel="validation accuracy (%)")
+    if any(len(folders) > 1 for folders in runs.values()):
+        axes.set_title("mean over seeds, band from the lowest to the highest")
     axes.grid(alpha=0.3)
     axes.legend()
     save_figure(figure, path)

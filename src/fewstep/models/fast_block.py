@@ -105,7 +105,8 @@ def _by_patches(
 ) -> Block:
     """Return the block with statistics of the convolution's input.
 
-    Nothing is rounded, and in float64: var = w^T S w cancels, the more so with S as the mean square less the squared mean.
+    Nothing is rounded, and in float64: var = w^T S w cancels, the more so with S as the mean square
+    less the squared mean.
     """
     signed = weight * sign.view(-1, 1, 1, 1)
     patches = _patches(x.double(), form.stride, tasks)
