@@ -6,7 +6,9 @@ Each way has a process of its own, on the same tasks and parameters. First all m
 meta-gradient in float64 on two of the tasks, to 1e-9 of its largest entry. Then they take turns, so
 that a slow moment of the machine meets all; the first gradient, in which JAX compiles and replay
 records, is told apart. Memory is what a process needs at most during it, beyond what it needs
-before. Peers that are not installed (`pip install -e ".[benchmark]"`) are named and left out.
+before. The share is that of the speed of a large product of matrices, which the convolutions and
+products of the plain loop would reach in that time. Products are of float32 where a way says
+nothing. Peers that are not installed (`pip install -e ".[benchmark]"`) are named and left out.
 """
 
 from __future__ import annotations
@@ -26,14 +28,16 @@ import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
 
+from fewstep.core.precision import fp32_products
 from fewstep.report.figure import save_figure
 from fewstep.training.allocator import keep_freed_memory
 from fewstep.training.run_folder import command_line, environment, write_json
 from peers import WAYS, Case, Gradient
 
 Order = Literal[1, 2]
-Question = Literal["gradient", "first", "time"]
+Question = Literal["gradient", "speed", "first", "time"]
 Name = Literal[
     "omniglot-5-way", "sinusoid", "omniglot-20-way", "mini-imagenet-5-way",
     "omniglot-5-way-32-tasks",
@@ -106,6 +110,7 @@ class Process:
         self._process.join()
 
 
+@fp32_products("float32")  # else PyTorch takes TF32 for convolutions on a GPU
 def serve(case: Case, way: str, threads: int | None, pipe: Connection) -> None:
     """Answer questions about the gradient."""
     keep_freed_memory()
@@ -115,7 +120,9 @@ def serve(case: Case, way: str, threads: int | None, pipe: Connection) -> None:
     try:
         while True:
             question, other = pipe.recv()
-            if question == "gradient":
+            if question == "speed":
+                pipe.send(_flop_per_second(other.device))
+            elif question == "gradient":
                 exact = WAYS[way].build(other, torch.float64)()
                 pipe.send(torch.cat([g.flatten() for g in exact]))
             elif gradient is None:  # "first"
@@ -143,6 +150,22 @@ def _turn(gradient: Gradient) -> float:
         _finish(gradient)
         count += 1
     return (time.perf_counter() - started) / count
+
+
+def _flop_per_second(device: str) -> float:
+    """Return what a large product of float32 matrices reaches, the best of 10."""
+    n = 8192 if device.startswith("cuda") else 2048
+    a = torch.randn(n, n, device=device)
+    return 2 * n**3 / min(_turn(lambda: [a @ a]) for _ in range(10))
+
+
+def flop_of(case: Case) -> int:
+    """Return the arithmetic of the plain loop: products, convolutions and their derivatives."""
+    one = replace(case, tasks=1, device="cpu")
+    gradient = WAYS["plain loop"].build(one, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        gradient()
+    return case.tasks * counter.get_total_flops()
 
 
 def _finish(gradient: Gradient) -> None:
@@ -213,17 +236,21 @@ def rows_of(name: Name, order: Order, options: Options) -> list[dict[str, Any]]:
     cases = [
         replace(CASES[name], num_steps=k, order=order, device=options.device) for k in options.steps
     ]
+    process = Process(cases[0], "plain loop", options.threads)
+    best = process.ask("speed", cases[0])
+    process.end()
     installed = [way for way in options.ways if WAYS[way].is_installed()]
     errors = differences(cases, installed, options.threads)
     rows = []
     for case, error in zip(cases, errors, strict=True):
-        found = measure(case, options)
+        found, flop = measure(case, options), flop_of(case)
         base = statistics.median(found["fewstep"]["seconds"])
         for way, row in found.items():
             about = {"case": name, "steps": case.num_steps, "order": order, "way": way}
             if "failed" not in row:
                 median = statistics.median(row["seconds"])
                 row |= {"median_s": median, "ratio": median / base, "difference": error[way]}
+                row |= {"flop": flop, "share_of_a_large_product": flop / median / best}
             rows.append(about | row)
     return rows
 
@@ -233,18 +260,18 @@ def table_of(rows: list[dict[str, Any]], title: str) -> Table:
     table = Table("way", title=title)
     lines: dict[str, list[str]] = {row["way"]: [row["way"]] for row in rows}
     for k in dict.fromkeys(row["steps"] for row in rows):
-        for column in (f"{k} steps: s", "min-max", "x", "MiB"):
+        for column in (f"{k} steps: s", "min-max", "x", "MiB", "share"):
             table.add_column(column, justify="right")
         here = {row["way"]: row for row in rows if row["steps"] == k}
         for way, line in lines.items():
             row = here.get(way)
             if row is None or "failed" in row:
-                line += ["-" if row is None else "failed", "", "", ""]
+                line += ["-" if row is None else "failed", "", "", "", ""]
             else:
                 s = row["seconds"]
                 line += [
                     f"{row['median_s']:.4f}", f"{min(s):.4f}-{max(s):.4f}", f"{row['ratio']:.2f}",
-                    f"{row['mib']:.0f}",
+                    f"{row['mib']:.0f}", f"{row['share_of_a_large_product']:.0%}",
                 ]  # fmt: skip
     for line in lines.values():
         table.add_row(*line)
@@ -297,7 +324,7 @@ def main() -> None:
         for order in options.orders:
             rows = rows_of(name, order, options)
             title = f"{CASES[name].name}, order {order}"
-            Console(width=150).print(table_of(rows, title))
+            Console(width=180).print(table_of(rows, title))
             if options.out is not None:
                 options.out.parent.mkdir(parents=True, exist_ok=True)
                 about = environment(command_line(), options.device)

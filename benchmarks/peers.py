@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import fewstep
+from fewstep.core.precision import fp32_products
 from fewstep.models import Conv4, sinusoid_mlp
 
 Gradient = Callable[[], list[Tensor]]
@@ -108,9 +109,30 @@ def with_replay(case: Case, dtype: torch.dtype) -> Gradient:
     return with_fewstep(case, dtype, replay=True)
 
 
+def with_bfloat16(case: Case, dtype: torch.dtype) -> Gradient:
+    """Return it recorded, its products rounded to bfloat16."""
+    return with_fewstep(case, dtype, replay=True, precision="bfloat16")
+
+
+def with_tf32(case: Case, dtype: torch.dtype) -> Gradient:
+    """Return it recorded, its products rounded to TF32."""
+    return with_fewstep(case, dtype, replay=True, precision="tf32")
+
+
 def with_compile(case: Case, dtype: torch.dtype) -> Gradient:
     """Return it with the recorded operations compiled."""
     return with_fewstep(case, dtype, replay=True, compile=True)
+
+
+def with_loop_in_tf32(case: Case, dtype: torch.dtype) -> Gradient:
+    """Return it by a plain loop, its products rounded to TF32."""
+    gradient = with_loop(case, dtype)
+
+    def rounded() -> list[Tensor]:
+        with fp32_products("tf32"):
+            return gradient()
+
+    return rounded
 
 
 def with_loop(case: Case, dtype: torch.dtype) -> Gradient:
@@ -278,15 +300,20 @@ class Way:
         return importlib.util.find_spec(self.package) is not None
 
 
+def _has_tf32(case: Case) -> bool:
+    return case.device.startswith("cuda") and case.size > 0
+
+
 WAYS = {
     "fewstep": Way(with_fewstep),
     "fewstep, replay": Way(with_replay),
     "fewstep, checkpoints": Way(with_checkpoints, orders=(2,)),
     "fewstep, least memory": Way(with_least_memory, orders=(2,), where=lambda case: case.size > 0),
-    "fewstep, compile": Way(
-        with_compile, where=lambda case: case.size == 0 and case.num_steps < 20
-    ),
+    "fewstep, compile": Way(with_compile, where=lambda case: case.size == 0),
+    "fewstep, tf32": Way(with_tf32, where=_has_tf32),
+    "fewstep, bfloat16": Way(with_bfloat16, where=lambda case: case.size > 0),
     "plain loop": Way(with_loop),
+    "plain loop, tf32": Way(with_loop_in_tf32, where=_has_tf32),
     # At order 1, higher drops its graph and with it the path from phi to theta[K]; torchopt has no
     # first order.
     "higher": Way(with_higher, "higher", orders=(2,)),
