@@ -37,7 +37,7 @@ from fewstep.training.run_folder import command_line, environment, write_json
 from peers import WAYS, Case, Gradient
 
 Order = Literal[1, 2]
-Question = Literal["gradient", "speed", "first", "time"]
+Question = Literal["gradient", "flop", "speed", "first", "time"]
 Name = Literal[
     "omniglot-5-way", "sinusoid", "omniglot-20-way", "mini-imagenet-5-way",
     "omniglot-5-way-32-tasks",
@@ -120,7 +120,9 @@ def serve(case: Case, way: str, threads: int | None, pipe: Connection) -> None:
     try:
         while True:
             question, other = pipe.recv()
-            if question == "speed":
+            if question == "flop":
+                pipe.send(flop_of(other))
+            elif question == "speed":
                 pipe.send(_flop_per_second(other.device))
             elif question == "gradient":
                 exact = WAYS[way].build(other, torch.float64)()
@@ -238,19 +240,20 @@ def rows_of(name: Name, order: Order, options: Options) -> list[dict[str, Any]]:
     ]
     process = Process(cases[0], "plain loop", options.threads)
     best = process.ask("speed", cases[0])
+    flop = [process.ask("flop", case) for case in cases]  # not here: children inherit the peak
     process.end()
     installed = [way for way in options.ways if WAYS[way].is_installed()]
     errors = differences(cases, installed, options.threads)
     rows = []
-    for case, error in zip(cases, errors, strict=True):
-        found, flop = measure(case, options), flop_of(case)
+    for case, error, work in zip(cases, errors, flop, strict=True):
+        found = measure(case, options)
         base = statistics.median(found["fewstep"]["seconds"])
         for way, row in found.items():
             about = {"case": name, "steps": case.num_steps, "order": order, "way": way}
             if "failed" not in row:
                 median = statistics.median(row["seconds"])
                 row |= {"median_s": median, "ratio": median / base, "difference": error[way]}
-                row |= {"flop": flop, "share_of_a_large_product": flop / median / best}
+                row |= {"flop": work, "share_of_a_large_product": work / median / best}
             rows.append(about | row)
     return rows
 
