@@ -57,6 +57,12 @@ def test_the_table_and_the_figure(ablation, monkeypatch):
     with pytest.raises(InputError, match=r"holds a run with iterations=4, but iterations=5"):
         replace(ablation, iterations=5).run(Console(quiet=True))
 
+    for config in ablation.out.glob("*/config.toml"):  # as of a version without this setting
+        config.write_text(config.read_text().replace('precision = "float32"\n', ""))
+    ablation.run(Console(quiet=True))
+    with pytest.raises(InputError, match="precision='float32', but precision='bfloat16'"):
+        replace(ablation, precision="bfloat16").run(Console(quiet=True))
+
 
 def test_an_interrupted_ablation_goes_on(ablation, monkeypatch, capsys):
     train, calls = Trainer.train, []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +56,12 @@ def complete(
         InputError: the folder holds a run with other settings, or what training raises.
     """
     path.mkdir(parents=True, exist_ok=True)
-    config_dict = to_dict(config)
     with locked(path):
         if (path / "config.toml").exists():
             run = RunFolder.open(path)
-            _check_same(path, run.settings(), config_dict)
+            _check_same(path, run.settings(), config)
         else:
-            run = RunFolder.create(path, config_dict, command_line(), config.device)
+            run = RunFolder.create(path, to_dict(config), command_line(), config.device)
         steps = config.algorithm.eval_steps
         files = [evaluation_file(run, "test", t.checkpoint, steps, t.changes) for t in tests]
         state = run.state()
@@ -122,12 +121,15 @@ def complete_all(
 _HOW = ("device", "chunk_size", "checkpoint_every", "memory_budget", "replay", "compile")
 
 
-def _check_same(path: Path, held: dict[str, Any], asked: dict[str, Any]) -> None:
-    for key in sorted(held.keys() | asked.keys()):
-        there, here = held.get(key), asked.get(key)
-        if isinstance(there, dict) and isinstance(here, dict):
-            _check_same(path, there, here)
-        elif there != here and key not in _HOW:
+def _check_same(path: Path, held: dict[str, Any], asked: Any) -> None:
+    """Raise InputError unless a run's file holds these settings; what it lacks is the default."""
+    settings, default = to_dict(asked), to_dict(type(asked)())
+    for key in sorted(held.keys() | settings.keys()):
+        if is_dataclass(part := getattr(asked, key, None)):
+            _check_same(path, held.get(key, {}), part)
+            continue
+        there, here = held.get(key, default.get(key)), settings.get(key)
+        if there != here and key not in _HOW:
             raise InputError(
                 f"{path} holds a run with {key}={there!r}, but {key}={here!r} is asked for; "
                 "choose another folder with --out"
