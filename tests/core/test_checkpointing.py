@@ -100,10 +100,13 @@ def test_every_weighting_of_the_queries(v, every, recipe):
     assert_same(*both(case.build(), algorithm, case, case.batch(), every))
 
 
-@pytest.mark.parametrize("weights", [fewstep.maml().query_weights, Weights((0.1, 0.2, 0.3, 0.4))])
-def test_dropout_draws_the_same(weights):
+@pytest.mark.parametrize("num_steps", [3, 5])  # of 4 and more starts some are walked to again
+@pytest.mark.parametrize("weights", [(0, 0, 0, 0, 0, 1), (0.1, 0.2, 0.3, 0.2, 0.1, 0.1)])
+def test_dropout_draws_the_same(weights, num_steps):
     case = Case(lambda: nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.4), nn.Linear(8, 3)), (6,))
-    algorithm = replace(fewstep.maml(3, 0.3), query_weights=weights)
+    algorithm = replace(
+        fewstep.maml(num_steps, 0.3), query_weights=Weights(weights[-num_steps - 1 :])
+    )
     assert_same(*both(case.build(), algorithm, case, case.batch(), 1))
 
 
