@@ -65,11 +65,11 @@ class Trainer:
             unread = _Unread()
             for iteration in range(state.iteration + 1, config.iterations + 1):
                 unread.add(iteration, self._iterate(iteration), self.experiment.learner.rates())
-                is_last = iteration % config.val_every == 0 or iteration == config.iterations
+                validates = iteration % config.val_every == 0 or iteration == config.iterations
                 is_stopped = ranks.any(bool(stop))
-                if is_last or is_stopped or unread.is_due():
+                if validates or is_stopped or unread.is_due():
                     self._read(unread, log, display)
-                if is_last:
+                if validates:
                     state = self._validate(iteration, state, log, display)
                     unread = _Unread()
                 elif is_stopped:
