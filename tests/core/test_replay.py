@@ -1,7 +1,7 @@
 """Recorded operations, replayed, give the same numbers to the bit."""
 
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -135,6 +135,24 @@ def test_a_module_that_looks_at_values_is_refused():
 @pytest.mark.parametrize("name", ["batch norm", "transformer"])
 def test_segments_of_steps(name):
     assert_equal_to_the_bit(MODELS[name], fewstep.maml(3, 0.1), checkpoint_every=2)
+
+
+@dataclass(frozen=True)
+class OneStepLater:
+    """The query loss of step 1 counts in the first iteration, that of step 2 in the second."""
+
+    def __call__(self, num_steps: int, epoch: float) -> tuple[float, ...]:
+        return (0.0, 1.0, 0.0) if epoch == 0 else (0.0, 0.0, 1.0)
+
+
+def test_other_steps_count_in_the_second_iteration():
+    algorithm = replace(fewstep.maml(2, 0.1), query_weights=OneStepLater(), iterations_per_epoch=1)
+    assert_equal_to_the_bit(MODELS["mlp"], algorithm)
+
+
+def test_the_first_order_has_no_segments():
+    case = Case(lambda: nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3)), (6,))
+    assert_equal_to_the_bit(case, fewstep.fomaml(2, 0.1), checkpoint_every=1)
 
 
 def test_dropout_in_segments_is_refused():
