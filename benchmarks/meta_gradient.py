@@ -25,13 +25,12 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.core.precision import fp32_products
-from fewstep.report.figure import save_figure
+from fewstep.report.figure import new_figure, save_figure
 from fewstep.training.allocator import keep_freed_memory
 from fewstep.training.run_folder import command_line, environment, write_json
 from peers import WAYS, Case, Gradient
@@ -284,7 +283,7 @@ def table_of(rows: list[dict[str, Any]], title: str) -> Table:
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw time and memory against the number of steps, for each case, in the second order."""
     cases = list(dict.fromkeys(row["case"] for row in rows))
-    figure = Figure(figsize=(3.2 * len(cases) + 2.6, 6), layout="constrained")
+    figure = new_figure(3.2 * len(cases) + 2.6, 6)
     axes = figure.subplots(2, len(cases), squeeze=False, sharex=True)
     ways = list(dict.fromkeys(row["way"] for row in rows))
     for column, case in enumerate(cases):

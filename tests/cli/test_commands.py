@@ -161,6 +161,11 @@ def test_help_names_every_command(words, capsys):
     assert all(command in out for command in COMMANDS)
 
 
+def test_a_run_does_not_start_with_pictures():
+    code = "import sys, fewstep.cli.main; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from fewstep.experiments.alpha_runs import Setting, train
 from fewstep.experiments.pool import each
-from fewstep.report.figure import save_figure
+from fewstep.report.figure import new_figure, save_figure
 from fewstep.training.build import resolve_device
 from fewstep.training.run_folder import command_line, environment, write_json
 
@@ -110,7 +109,7 @@ def plot_convergence(outcomes: Mapping[tuple[str, str], Mapping[str, Any]], path
         path: PNG file to write.
     """
     columns = list(dict.fromkeys(column for column, _ in outcomes))
-    figure = Figure(figsize=(4.4 * len(columns), 10), layout="constrained")
+    figure = new_figure(4.4 * len(columns), 10)
     axes = figure.subplots(4, len(columns), squeeze=False, sharex=True)
     for (column, label), outcome in outcomes.items():
         ax = axes[:, columns.index(column)]

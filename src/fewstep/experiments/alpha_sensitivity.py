@@ -9,13 +9,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from fewstep.core.errors import InputError
 from fewstep.experiments.alpha_runs import Setting, train
 from fewstep.experiments.pool import each
-from fewstep.report.figure import save_figure
+from fewstep.report.figure import new_figure, save_figure
 from fewstep.training.build import resolve_device
 from fewstep.training.files import write_atomically
 from fewstep.training.run_folder import command_line, environment, write_json
@@ -164,7 +163,7 @@ def plot_grids(
     """
     columns = min(3, math.ceil(math.sqrt(len(grids))))
     rows = -(-len(grids) // columns)
-    figure = Figure(figsize=(4.6 * columns, 4.2 * rows), layout="constrained")
+    figure = new_figure(4.6 * columns, 4.2 * rows)
     axes = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).flatten()
     for ax in axes[len(grids) :]:
         ax.set_axis_off()

@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from fewstep.core.errors import InputError, check_name
 from fewstep.core.precision import Precision
 from fewstep.data.omniglot import Omniglot
 from fewstep.experiments.sweep import Test, complete_all
-from fewstep.report.figure import save_figure
+from fewstep.report.figure import new_figure, save_figure
 from fewstep.training.algorithm_options import AlgorithmOptions
 from fewstep.training.build import resolve_device
 from fewstep.training.config import (
@@ -234,7 +233,7 @@ def plot_validation(runs: Mapping[str, list[RunFolder]], path: Path) -> None:
         runs: Runs of each curve, by its name.
         path: PNG file to write.
     """
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = new_figure(8, 5)
     axes = figure.subplots()
     for name, folders in runs.items():
         series = [

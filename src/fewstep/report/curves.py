@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from fewstep.core.errors import InputError
-from fewstep.report.figure import save_figure
+from fewstep.report.figure import new_figure, save_figure
 from fewstep.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Series = list[dict[str, Any]]
 
@@ -38,7 +39,7 @@ def plot_runs(runs: Sequence[RunFolder], path: Path) -> None:
             f"({', '.join(f'{run}: {m}' for run, m in names.items())}); plot them apart"
         )
     metric = next(iter(names.values()))
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = new_figure(11, 4.2)
     left, right = figure.subplots(1, 2)
     for number, (name, lines) in enumerate(series.items()):
         colour = f"C{number}"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from fewstep.data.episodes import ClassificationEpisodes
-from fewstep.report.figure import save_figure
+from fewstep.report.figure import new_figure, save_figure
 
 
 def picture_episodes(episodes: ClassificationEpisodes, count: int, path: Path) -> None:
@@ -22,7 +21,7 @@ def picture_episodes(episodes: ClassificationEpisodes, count: int, path: Path) -
     batch = episodes.batch(0, count)
     height = 0.5 * episodes.ways + 0.6
     width = 0.5 * (episodes.shots + episodes.queries) + 0.4
-    figure = Figure(figsize=(min(width * count, 24), min(height, 24)), layout="constrained")
+    figure = new_figure(min(width * count, 24), min(height, 24))
     axes = figure.subplots(1, 2 * count, width_ratios=[episodes.shots, episodes.queries] * count)
     for task in range(count):
         sets = (

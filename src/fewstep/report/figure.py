@@ -1,14 +1,23 @@
-"""Writing a figure."""
+"""Making and writing a figure."""
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from fewstep.core.errors import InputError
 from fewstep.training.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure, in inches."""
+    from matplotlib.figure import Figure  # here: half a second that a run need not start with
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def save_figure(figure: Figure, path: Path) -> None:

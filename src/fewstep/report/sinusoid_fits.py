@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 
 from fewstep.core.learner import MetaLearner
 from fewstep.data.sinusoid import SinusoidEpisodes
-from fewstep.report.figure import save_figure
+from fewstep.report.figure import new_figure, save_figure
 
 STEPS = {0: ("C7", ":"), 1: ("C0", "--"), 5: ("C2", "-."), 10: ("C1", "-")}
 
@@ -22,7 +21,7 @@ def plot_sinusoid_fits(learner: MetaLearner, path: Path, curves: int = 3) -> Non
         path: PNG file to write.
         curves: Test sinusoids, a column for each.
     """
-    figure = Figure(figsize=(4 * curves, 6.5), layout="constrained")
+    figure = new_figure(4 * curves, 6.5)
     axes = figure.subplots(2, curves, sharex=True, squeeze=False)
     device = next(learner.module.parameters()).device
     line = torch.linspace(-5, 5, 200, device=device)[:, None]
