@@ -137,6 +137,13 @@ def test_the_step_at_which_a_task_diverges_is_named():
         diverging.step(CASE.batch())
 
 
+def test_the_norm_is_that_of_the_whole_gradient():
+    gradient, metrics = learner().meta_gradient(CASE.batch())
+    assert len(gradient) > 1
+    expected = torch.cat([g.flatten() for g in gradient.values()]).norm()
+    torch.testing.assert_close(metrics.gradient_norm, expected)
+
+
 def test_a_gradient_that_is_not_finite_stops_the_step():
     def root(outputs, targets):
         return (0 * outputs).sum().sqrt()
