@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from matplotlib import colormaps
 from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
@@ -286,6 +287,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure = new_figure(3.2 * len(cases) + 2.6, 6)
     axes = figure.subplots(2, len(cases), squeeze=False, sharex=True)
     ways = list(dict.fromkeys(row["way"] for row in rows))
+    colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
     for column, case in enumerate(cases):
         for (key, label), ax in zip(
             (("median_s", "seconds"), ("mib", "MiB")), axes[:, column], strict=True
@@ -300,7 +302,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                     ours = way.startswith("fewstep")
                     ax.plot(
                         *zip(*points, strict=True), "o-" if ours else "s--", ms=4, label=way,
-                        color=f"C{i}",
+                        color=colours[2 * i % 20 + i // 10],
                     )  # fmt: skip
             ax.set(xscale="log", yscale="log", ylabel=label if column == 0 else None)
             ax.set_xticks(steps := sorted({row["steps"] for row in rows}), map(str, steps))
