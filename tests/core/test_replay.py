@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import fewstep
 from fewstep import DerivativeAnnealing, FixedOrder, InputError, MetaLearner, MultiStepLoss
-from fewstep.core.replay import Replay, _Recorder
+from fewstep.core.replay import Replay, _CudaGraph, _Recorder
 from tests.core.reference import MODELS, Case, numbers
 from tests.core.test_checkpointing import ALGORITHMS
 
@@ -213,3 +213,24 @@ def test_what_compiling_needs():
         )
     with pytest.raises(InputError, match=r"^compile=True compiles what replay=True records"):
         train(MODELS["mlp"], fewstep.maml(1), replay=False, compile=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_a_recording_is_a_graph_and_trains_alike():
+    case, algorithm = MODELS["batch norm"], fewstep.maml_plus_plus(3, 0.1)
+    states = []
+    for replay in (True, False):
+        torch.manual_seed(0)
+        learner = MetaLearner(
+            case.build().cuda(), algorithm, case.loss, chunk_size=2, replay=replay
+        )
+        for i in range(3):
+            torch.manual_seed(i)
+            learner.step(case.batch().to("cuda"))
+        states.append(learner.state_tensors())
+        if learner._replay is not None:
+            found = learner._replay._recordings.values()
+            assert found
+            assert all(isinstance(each, _CudaGraph) for each in found)
+    for name, expected in states[1].items():
+        torch.testing.assert_close(states[0][name], expected, rtol=1e-9, atol=1e-12)
