@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -82,8 +84,29 @@ def test_replay_rounds_alike() -> None:
 
 def test_a_fast_block_takes_what_autocast_rounded() -> None:
     block = ConvBlock(4, 4, 8, **BLOCK)
-    module = nn.Sequential(nn.Conv2d(1, 4, 1), block, nn.Flatten(), nn.Linear(64, 3))
+    before = nn.Conv2d(1, 4, 1, bias=False)  # a bias would make its output float32 again
+    module = nn.Sequential(before, block, nn.Flatten(), nn.Linear(64, 3))
     assert gradient(module, tasks(1, 8, 8), "bfloat16").isfinite().all()
+
+
+def test_losses_are_float32() -> None:
+    learner = MetaLearner(
+        nn.Linear(20, 3, bias=False), maml(1, 0.1), F.cross_entropy, precision="bfloat16"
+    )
+    _, metrics = learner.meta_gradient(tasks(20))
+    assert metrics.loss.dtype == torch.float32
+    assert learner.predict(tasks(20), 2).dtype == torch.float32
+
+
+def test_float64_is_not_rounded(float64: None) -> None:
+    found = []
+    for precision in get_args(Precision):
+        torch.manual_seed(0)
+        block = ConvBlock(4, 4, 8, **BLOCK)
+        module = nn.Sequential(block, nn.Flatten(), nn.Linear(64, 3))
+        learner = MetaLearner(module, maml(1, 0.1), F.cross_entropy, precision=precision)
+        found.append(learner.meta_gradient(tasks(4, 8, 8))[0]["0.conv.weight"])
+    assert all(torch.equal(each, found[0]) for each in found)
 
 
 def precisions() -> tuple[str, str]:

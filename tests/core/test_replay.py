@@ -1,5 +1,6 @@
 """Recorded operations, replayed, give the same numbers to the bit."""
 
+import math
 import shutil
 from dataclasses import dataclass, replace
 
@@ -135,6 +136,49 @@ def test_a_module_that_looks_at_values_is_refused():
 @pytest.mark.parametrize("name", ["batch norm", "transformer"])
 def test_segments_of_steps(name):
     assert_equal_to_the_bit(MODELS[name], fewstep.maml(3, 0.1), checkpoint_every=2)
+
+
+def test_infinity_is_recorded():
+    class Masked(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).masked_fill(x[:, :3] > 1, -math.inf)
+
+    def loss(outputs, targets):
+        return outputs.softmax(-1).square().sum()
+
+    assert_equal_to_the_bit(Case(lambda: Masked(6, 3), (6,), loss=loss), fewstep.maml(1, 0.1))
+
+
+def test_a_recording_is_for_its_kinds_of_tensors():
+    replay = Replay()
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        ones = torch.ones(2, dtype=dtype)
+        assert replay(torch.zeros_like, (ones,), "key").dtype == dtype
+    assert len(replay._recordings) == 2
+
+
+def test_a_replay_has_no_graph():
+    replay, x = Replay(), torch.ones(2, requires_grad=True)
+    for _ in range(2):
+        assert not replay(lambda x: 2 * x, (x,), "key").requires_grad
+
+
+def test_the_oldest_recordings_are_forgotten():
+    replay = Replay()
+    for key in range(30):
+        replay(lambda x: 2 * x, (torch.ones(2),), key)
+    assert len(replay._recordings) == 16
+
+
+def test_a_replay_lets_go_of_what_it_has_used():
+    recorder = _Recorder((x := torch.ones(2),), may_draw=True)
+    with recorder:
+        y = ((x * 2).exp() + 1).sqrt()
+    recording = recorder.end({"y": y})
+    v = [x, *[None] * (recording.slots - 1)]
+    for part in recording.parts:
+        part(v, recording.constants)
+    assert sum(t is not None for t in v) == 1
 
 
 @dataclass(frozen=True)

@@ -35,5 +35,5 @@ def forward_pass(precision: Precision, device: torch.device) -> Iterator[None]:
     if precision != "bfloat16":
         yield
         return
-    with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+    with torch.autocast(device.type, torch.bfloat16):
         yield
