@@ -39,6 +39,13 @@ class RoundedConv2d(nn.Conv2d):
         return y.float()
 
 
+class ToFloat32(nn.Module):
+    """What a fast block does first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float()
+
+
 def by_hand(block: ConvBlock) -> nn.Module:
     """Return a block of PyTorch's layers with the same parameters."""
     conv = RoundedConv2d(block.conv.in_channels, block.conv.out_channels, 3, padding=1, bias=False)
@@ -85,8 +92,12 @@ def test_replay_rounds_alike() -> None:
 def test_a_fast_block_takes_what_autocast_rounded() -> None:
     block = ConvBlock(4, 4, 8, **BLOCK)
     before = nn.Conv2d(1, 4, 1, bias=False)  # a bias would make its output float32 again
-    module = nn.Sequential(before, block, nn.Flatten(), nn.Linear(64, 3))
-    assert gradient(module, tasks(1, 8, 8), "bfloat16").isfinite().all()
+    after, batch = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), tasks(1, 8, 8)
+    found, expected = (
+        gradient(nn.Sequential(before, between, block, after), batch, "bfloat16")
+        for between in (nn.Identity(), ToFloat32())
+    )
+    assert torch.equal(found, expected)
 
 
 def test_losses_are_float32() -> None:
