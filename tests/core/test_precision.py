@@ -74,6 +74,25 @@ def test_a_fast_block_rounds_what_its_convolution_reads(steps: int) -> None:
     assert error < (exact - expected)[conv].norm() / exact[conv].norm() / 3
 
 
+def test_a_first_block_is_not_rounded() -> None:
+    module, batch = nn.Sequential(ConvBlock(1, 4, 8, **BLOCK), nn.Flatten()), tasks(1, 8, 8)
+    found, expected = (gradient(module, batch, p) for p in ("bfloat16", "float32"))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_convolutions_are_rounded(vectorize: bool) -> None:
+    seen = []
+
+    class Noting(nn.Conv1d):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(super().forward(x).dtype)
+            return super().forward(x).float().flatten(1)
+
+    gradient(Noting(4, 3, 5), tasks(4, 5), "bfloat16", vectorize=vectorize)
+    assert set(seen) == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("replay", [True, False])
 def test_linear_layers_are_rounded_by_autocast(replay: bool) -> None:
     module, batch = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 3)), tasks(20)

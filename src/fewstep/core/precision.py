@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 
@@ -35,5 +38,28 @@ def forward_pass(precision: Precision, device: torch.device) -> Iterator[None]:
     if precision != "bfloat16":
         yield
         return
-    with torch.autocast(device.type, torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16), _RoundedConvolutions():
         yield
+
+
+class _RoundedConvolutions(TorchFunctionMode):
+    """Rounds the factors of convolutions, which `torch.vmap` takes past autocast, where it is on."""
+
+    _ROUNDED = (
+        torch.conv1d, torch.conv2d, torch.conv3d,
+        torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
+    )  # fmt: skip
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Call a function, a convolution with its float32 tensors rounded."""
+        kwargs = kwargs or {}
+        if func in self._ROUNDED:
+            args, kwargs = tree_map_only(Tensor, _rounded, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _rounded(t: Tensor) -> Tensor:
+    is_wanted = t.dtype == torch.float32 and torch.is_autocast_enabled(t.device.type)
+    return t.bfloat16() if is_wanted else t
