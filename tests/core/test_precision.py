@@ -81,16 +81,21 @@ def test_a_first_block_is_not_rounded() -> None:
 
 
 @pytest.mark.parametrize("vectorize", [True, False])
-def test_convolutions_are_rounded(vectorize: bool) -> None:
+@pytest.mark.parametrize(("enabled", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_convolutions_are_rounded_where_autocast_is_on(
+    enabled: bool, dtype: torch.dtype, vectorize: bool
+) -> None:
     seen = []
 
     class Noting(nn.Conv1d):
         def forward(self, x: Tensor) -> Tensor:
-            seen.append(super().forward(x).dtype)
-            return super().forward(x).float().flatten(1)
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                y = super().forward(x)
+            seen.append(y.dtype)
+            return y.float().flatten(1)
 
     gradient(Noting(4, 3, 5), tasks(4, 5), "bfloat16", vectorize=vectorize)
-    assert set(seen) == {torch.bfloat16}
+    assert set(seen) == {dtype}
 
 
 @pytest.mark.parametrize("replay", [True, False])

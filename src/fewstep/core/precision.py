@@ -43,7 +43,7 @@ def forward_pass(precision: Precision, device: torch.device) -> Iterator[None]:
 
 
 class _RoundedConvolutions(TorchFunctionMode):
-    """Rounds the factors of convolutions, which `torch.vmap` takes past autocast, where it is on."""
+    """Rounds the factors of convolutions, which `torch.vmap` takes past autocast."""
 
     _ROUNDED = (
         torch.conv1d, torch.conv2d, torch.conv3d,
