@@ -17,6 +17,7 @@ from fewstep.data.episodes import ClassificationEpisodes
 from fewstep.data.store import ClassStore
 from fewstep.training.config import Recipe
 from fewstep.training.presets import preset
+from fewstep.training.trainer import _Unread
 
 WAITING = {
     "aten::_local_scalar_dense",  # .item(), bool() and the like
@@ -101,3 +102,21 @@ def test_a_check_waits() -> None:
         no_waiting("cpu", learner.optimiser),
     ):
         learner.step(episodes.batch(0, 4))
+
+
+def test_what_is_unread_is_due_twice_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner, episodes = learner_and_episodes("maml", "cpu", replay=False)
+    metrics = learner.step(episodes.batch(0, 4))
+    now = 100.0
+    monkeypatch.setattr("fewstep.training.trainer.time.perf_counter", lambda: now)
+    unread = _Unread()
+    due = []
+    for iteration in range(4):
+        now += 0.2
+        unread.add(iteration, metrics, {})
+        due.append(unread.is_due())
+    assert due == [False, False, True, True]
+    rows = list(unread.take())
+    assert [iteration for iteration, *_ in rows] == [0, 1, 2, 3]
+    assert [seconds for *_, seconds in rows] == pytest.approx([0.2] * 4)
+    assert not unread.is_due()
