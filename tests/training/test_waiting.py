@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -13,11 +16,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep import MetaLearner
+from fewstep.cli.main import main
 from fewstep.data.episodes import ClassificationEpisodes
 from fewstep.data.store import ClassStore
 from fewstep.training.config import Recipe
 from fewstep.training.presets import preset
-from fewstep.training.trainer import _Unread
+from fewstep.training.trainer import Trainer, _Unread
 
 WAITING = {
     "aten::_local_scalar_dense",  # .item(), bool() and the like
@@ -120,3 +124,18 @@ def test_what_is_unread_is_due_twice_a_second(monkeypatch: pytest.MonkeyPatch) -
     assert [iteration for iteration, *_ in rows] == [0, 1, 2, 3]
     assert [seconds for *_, seconds in rows] == pytest.approx([0.2] * 4)
     assert not unread.is_due()
+
+
+def test_validation_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    validate = Trainer._validate
+
+    def slow(self: Trainer, *rest: Any) -> Any:
+        time.sleep(1)
+        return validate(self, *rest)
+
+    monkeypatch.setattr(Trainer, "_validate", slow)
+    few = "--tasks 3 --iterations 4 --val-every 2 --val-tasks 4 --test-tasks 4 --device cpu"
+    assert main(f"train --dataset sinusoid {few} --out {tmp_path}/run".split()) == 0
+    lines = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    seconds = {line["iteration"]: line["seconds"] for line in lines if "seconds" in line}
+    assert max(seconds[3], seconds[4]) < 0.4
