@@ -18,15 +18,21 @@ OPTIONS = [
 ]
 
 
-def of_two(*arguments: str) -> str:
-    """Run a command in two processes and return what they print."""
+def two(*program: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in two processes."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*torchrun, "-m", "fewstep", *arguments],
+    return subprocess.run(
+        [*torchrun, *program],
         capture_output=True,
         text=True,
+        timeout=200,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
+
+
+def of_two(*arguments: str) -> str:
+    """Run a command in two processes and return what they print."""
+    done = two("-m", "fewstep", *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -39,16 +45,39 @@ def content(run: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
 
 
 def test_a_run_of_two_processes_and_then_one_is_that_of_one(tmp_path, capsys):
-    one, two = tmp_path / "one", tmp_path / "two"
+    one, other = tmp_path / "one", tmp_path / "two"
     assert main([*OPTIONS, "--iterations", "12", "--out", str(one)]) == 0
-    printed = of_two(*OPTIONS, "--iterations", "8", "--out", str(two))
+    printed = of_two(*OPTIONS, "--iterations", "8", "--out", str(other))
     assert printed.count("run folder:") == printed.count("iteration 8: validation") == 1
-    assert json.loads((two / "environment.json").read_text())["processes"] == 2
-    resumed = of_two("resume", str(two), "--iterations", "10")
+    assert json.loads((other / "environment.json").read_text())["processes"] == 2
+    resumed = of_two("resume", str(other), "--iterations", "10")
     assert resumed.count("next: fewstep resume") == 0
-    assert main(["resume", str(two), "--iterations", "12"]) == 0
+    assert main(["resume", str(other), "--iterations", "12"]) == 0
 
-    (tensors, losses), (wanted, wanted_losses) = content(two), content(one)
+    (tensors, losses), (wanted, wanted_losses) = content(other), content(one)
     assert losses == pytest.approx(wanted_losses, rel=1e-4)
     for name, tensor in wanted.items():
         torch.testing.assert_close(tensors[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+READS_IN_ONE_PROCESS_ONLY = """
+import os, sys
+from fewstep.cli.main import main
+from fewstep.training import trainer
+
+trainer._Unread.is_due = lambda self: os.environ["RANK"] == "1"
+code = main(sys.argv[1:])
+with open(sys.argv[-1] + os.environ["RANK"], "w") as file:
+    file.write(str(code))
+sys.exit(code)
+"""
+
+
+def test_processes_stop_alike_at_a_loss_that_is_not_finite(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(READS_IN_ONE_PROCESS_ONLY)
+    run = tmp_path / "run"
+    done = two(str(script), *OPTIONS, "--iterations", "100", "--val-every", "100",
+               "--inner-lr", "1e20", "--out", str(run))  # fmt: skip
+    assert "training stopped: iteration 1: the" in done.stderr
+    assert [(tmp_path / f"run{rank}").read_text() for rank in (0, 1)] == ["1", "1"]

@@ -66,9 +66,11 @@ class Trainer:
             for iteration in range(state.iteration + 1, config.iterations + 1):
                 unread.add(iteration, self._iterate(iteration), self.experiment.learner.rates())
                 validates = iteration % config.val_every == 0 or iteration == config.iterations
+                # All processes pause alike: one that raises alone leaves the others waiting.
+                if not (validates or ranks.any(bool(stop) or unread.is_due())):
+                    continue
+                self._read(unread, log, display)
                 is_stopped = ranks.any(bool(stop))
-                if validates or is_stopped or unread.is_due():
-                    self._read(unread, log, display)
                 if validates:
                     state = self._validate(iteration, state, log, display)
                     unread = _Unread()
