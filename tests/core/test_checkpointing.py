@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import fewstep
 from fewstep import MetaLearner, TaskBatch
-from fewstep.core import meta_gradient
+from fewstep.core import segments
 from fewstep.core.derivative_order import FixedOrder
 from fewstep.core.hypergradient import HypergradientRates
 from fewstep.core.memory import GraphMemory
@@ -135,7 +135,7 @@ def test_memory_does_not_grow_with_the_steps():
 
 def test_few_points_are_kept_at_a_time(monkeypatch):
     made, most = [], []
-    real = meta_gradient._walk
+    real = segments._walk
 
     def counted(*arguments):
         start = real(*arguments)
@@ -143,7 +143,7 @@ def test_few_points_are_kept_at_a_time(monkeypatch):
         most.append(sum(ref() is not None for ref in made))
         return start
 
-    monkeypatch.setattr(meta_gradient, "_walk", counted)
+    monkeypatch.setattr(segments, "_walk", counted)
     case = MODELS["mlp"]
     learner = MetaLearner(case.build(), fewstep.maml(32, 0.1), case.loss, checkpoint_every=1)
     learner.meta_gradient(case.batch())

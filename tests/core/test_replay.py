@@ -105,10 +105,10 @@ def test_it_reads_parameters_anew():
         return torch.autograd.grad((x * x * y).sum(), x)[0]
 
     y = torch.ones(3)
-    assert replay(square, (y,), ()).tolist() == [2, 2, 2]
+    assert replay(square, y, key=()).tolist() == [2, 2, 2]
     with torch.no_grad():
         x.mul_(5)
-    again = replay(square, (2 * y,), ())
+    again = replay(square, 2 * y, key=())
     assert again.tolist() == [20, 20, 20]
     assert not again.requires_grad
 
@@ -153,20 +153,20 @@ def test_a_recording_is_for_its_kinds_of_tensors():
     replay = Replay()
     for dtype in (torch.float32, torch.float64, torch.float32):
         ones = torch.ones(2, dtype=dtype)
-        assert replay(torch.zeros_like, (ones,), "key").dtype == dtype
+        assert replay(torch.zeros_like, ones, key="key").dtype == dtype
     assert len(replay._recordings) == 2
 
 
 def test_a_replay_has_no_graph():
     replay, x = Replay(), torch.ones(2, requires_grad=True)
     for _ in range(2):
-        assert not replay(lambda x: 2 * x, (x,), "key").requires_grad
+        assert not replay(lambda x: 2 * x, x, key="key").requires_grad
 
 
 def test_the_oldest_recordings_are_forgotten():
     replay = Replay()
     for key in range(30):
-        replay(lambda x: 2 * x, (torch.ones(2),), key)
+        replay(lambda x: 2 * x, torch.ones(2), key=key)
     assert len(replay._recordings) == 16
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fewstep.core.algorithm import Algorithm
 from fewstep.core.errors import InputError
+from fewstep.core.meta_parameters import MetaParameters
 from fewstep.core.network import Result, TaskNetwork, Tensors
-from fewstep.core.norm import StepRows
 from fewstep.core.tasks import TaskBatch
-
-Rate = Callable[[str, int], Tensor | float]
 
 
 @dataclass(frozen=True)
@@ -37,76 +36,81 @@ class Point:
     query: Result | None
 
 
-def trajectory(
-    network: TaskNetwork,
-    start: Point,
-    batch: TaskBatch,
-    *,
-    adapted: tuple[str, ...],
-    rate: Rate,
-    rows: StepRows,
-    num_steps: int,
-    derivative_order: int,
-    query_after: Container[int],
-) -> Iterator[Point]:
-    """Yield theta[k], ..., theta[num_steps] of a batch of tasks, k being `start.step`.
+@dataclass(frozen=True)
+class InnerLoop:
+    """A module, what training changes of it, and the parts that say how it adapts."""
 
-    theta[k+1] = theta[k] - alpha[k] * grad L_support(theta[k])
+    network: TaskNetwork
+    meta: MetaParameters
+    algorithm: Algorithm
 
-    Args:
-        network: The module and its loss.
-        start: Where to start.
-        batch: The tasks.
-        adapted: Names of the parameters to change; the others stay theta[0].
-        rate: alpha, of a name and a step.
-        rows: Which parameters and buffers differ by step.
-        num_steps: The step to stop at.
-        derivative_order: 2 keeps the graph of the inner gradients; 1 keeps none. Under
-            `torch.no_grad` with order 1, nothing outlives a step.
-        query_after: After how many steps to call on the query sets.
+    def start(self, tasks: int) -> Point:
+        """Return theta[0] and its buffers, the same for every task."""
+        return Point(0, self.meta.theta(tasks), self.meta.buffers_of(tasks), None, {}, None)
 
-    Raises:
-        InputError: an adapted parameter does not take part in any support loss.
-    """
-    theta, buffers = start.theta, start.buffers
-    support_loss: Tensor | None = None
-    gradient: Tensors = {}
-    for step in range(start.step, num_steps + 1):
-        query = None
-        if step in query_after:
-            query = network.query(
-                rows.pick_parameters(theta, step, is_query=True),
-                rows.pick_buffers(buffers, step),
-                batch,
-            )
-            buffers = rows.put_buffers(buffers, step, query.buffers)
-        yield Point(step, theta, buffers, support_loss, gradient, query)
-        if step == num_steps:
-            return
-        with torch.enable_grad():
-            # Order 1 differentiates at a copy that knows nothing of how theta[k] came about.
-            at = theta if derivative_order == 2 else _leaves(theta, adapted)
-            support = network.support(
-                rows.pick_parameters(at, step, is_query=False),
-                rows.pick_buffers(buffers, step),
-                batch,
-            )
-            # Tasks share no parameters, so the gradient of the sum is every task's own gradient.
-            gradients: tuple[Tensor | None, ...] = (None,) * len(adapted)
-            if support.loss.requires_grad:  # else autograd would complain before _all_used can
-                gradients = torch.autograd.grad(
-                    support.loss.sum(),
-                    [at[name] for name in adapted],
-                    create_graph=derivative_order == 2,
-                    allow_unused=True,
+    def trajectory(
+        self,
+        batch: TaskBatch,
+        num_steps: int,
+        *,
+        derivative_order: int,
+        query_after: Container[int] = (),
+        start: Point | None = None,
+    ) -> Iterator[Point]:
+        """Yield theta[0], or another start, to theta[num_steps] of a batch of tasks.
+
+        theta[k+1] = theta[k] - alpha[k] * grad L_support(theta[k])
+
+        Args:
+            batch: The tasks.
+            num_steps: The step to stop at.
+            derivative_order: 2 keeps the graph of the inner gradients; 1 keeps none. Under
+                `torch.no_grad` with order 1, nothing outlives a step.
+            query_after: After how many steps to call on the query sets.
+            start: Where to start.
+
+        Raises:
+            InputError: an adapted parameter does not take part in any support loss.
+        """
+        network, rows, adapted = self.network, self.meta.rows, self.meta.adapted
+        point = self.start(len(batch)) if start is None else start
+        theta, buffers = point.theta, point.buffers
+        support_loss: Tensor | None = None
+        gradient: Tensors = {}
+        for step in range(point.step, num_steps + 1):
+            query = None
+            if step in query_after:
+                query = network.query(
+                    rows.pick_parameters(theta, step, is_query=True),
+                    rows.pick_buffers(buffers, step),
+                    batch,
                 )
-        gradient = dict(zip(adapted, _all_used(adapted, gradients), strict=True))
-        theta = {
-            name: p - rate(name, step) * gradient[name] if name in gradient else p
-            for name, p in theta.items()
-        }
-        buffers = rows.put_buffers(buffers, step, support.buffers)
-        support_loss = support.loss.detach()
+                buffers = rows.put_buffers(buffers, step, query.buffers)
+            yield Point(step, theta, buffers, support_loss, gradient, query)
+            if step == num_steps:
+                return
+            with torch.enable_grad():
+                # Order 1 differentiates at a copy that knows nothing of how theta[k] came about.
+                at = theta if derivative_order == 2 else _leaves(theta, adapted)
+                support = network.support(
+                    rows.pick_parameters(at, step, is_query=False),
+                    rows.pick_buffers(buffers, step),
+                    batch,
+                )
+                # Tasks share no parameters, so the gradient of the sum is every task's own.
+                gradients: tuple[Tensor | None, ...] = (None,) * len(adapted)
+                if support.loss.requires_grad:  # else autograd would complain before _all_used can
+                    gradients = torch.autograd.grad(
+                        support.loss.sum(),
+                        [at[name] for name in adapted],
+                        create_graph=derivative_order == 2,
+                        allow_unused=True,
+                    )
+            gradient = dict(zip(adapted, _all_used(adapted, gradients), strict=True))
+            alpha = {n: self.algorithm.inner_rate(self.meta.rates, n, step) for n in adapted}
+            theta = theta | {n: theta[n] - alpha[n] * gradient[n] for n in adapted}
+            buffers = rows.put_buffers(buffers, step, support.buffers)
+            support_loss = support.loss.detach()
 
 
 def _leaves(theta: Tensors, adapted: tuple[str, ...]) -> Tensors:

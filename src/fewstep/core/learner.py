@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fewstep.core.algorithm import Algorithm
 from fewstep.core.errors import InputError
 from fewstep.core.hypergradient import Hypergradient
-from fewstep.core.meta_gradient import InnerLoop, meta_gradient
+from fewstep.core.inner import InnerLoop
+from fewstep.core.meta_gradient import meta_gradient
 from fewstep.core.meta_parameters import RATE, MetaParameters
 from fewstep.core.metrics import Metrics
 from fewstep.core.network import Loss, Result, TaskNetwork, Tensors, set_mode

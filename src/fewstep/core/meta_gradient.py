@@ -2,57 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial, reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fewstep.core.algorithm import Algorithm
-from fewstep.core.inner import Point, trajectory
-from fewstep.core.meta_parameters import RATE, MetaParameters
+from fewstep.core.inner import InnerLoop, Point
+from fewstep.core.meta_parameters import RATE
 from fewstep.core.metrics import Metrics
-from fewstep.core.network import Result, TaskNetwork, Tensors
+from fewstep.core.network import Result, Tensors
 from fewstep.core.ranks import Ranks
 from fewstep.core.replay import Replay
+from fewstep.core.segments import segments_backwards
 from fewstep.core.tasks import TaskBatch
-
-
-@dataclass(frozen=True)
-class InnerLoop:
-    """A module, what training changes of it, and the parts that say how it adapts."""
-
-    network: TaskNetwork
-    meta: MetaParameters
-    algorithm: Algorithm
-
-    def start(self, tasks: int) -> Point:
-        """Return theta[0] and its buffers, the same for every task."""
-        return Point(0, self.meta.theta(tasks), self.meta.buffers_of(tasks), None, {}, None)
-
-    def trajectory(
-        self,
-        batch: TaskBatch,
-        num_steps: int,
-        *,
-        derivative_order: int,
-        query_after: Container[int] = (),
-        start: Point | None = None,
-    ) -> Iterator[Point]:
-        """Yield theta[0], or another start, to theta[num_steps]."""
-        return trajectory(
-            self.network,
-            self.start(len(batch)) if start is None else start,
-            batch,
-            adapted=self.meta.adapted,
-            rate=partial(self.algorithm.inner_rate, self.meta.rates),
-            rows=self.meta.rows,
-            num_steps=num_steps,
-            derivative_order=derivative_order,
-            query_after=query_after,
-        )
 
 
 def meta_gradient(
@@ -80,35 +44,23 @@ def meta_gradient(
     """
     algorithm = loop.algorithm
     v = algorithm.query_weights(algorithm.num_steps, epoch)
+    counting = tuple(k for k, weight in enumerate(v) if weight != 0)
+    like = next(iter(loop.meta.parameters.values()))
+    weights = torch.stack([like.new_full((), v[k]) for k in counting])
     share = {"mean": len(batch), "sum": 1}[algorithm.task_reduction]
     order = algorithm.derivative_order(epoch)
     if order == 1:
         segment = None  # order 1 keeps no graph of a step as it is
-    counting = tuple(k for k, weight in enumerate(v) if weight != 0)
-    like = next(iter(loop.meta.parameters.values()))
-    weights = torch.stack([like.new_full((), v[k]) for k in counting])
     differentiate = partial(
         _differentiate, loop, counting, share=share, order=order, segment=segment
     )
+    if replay is not None:
+        key = (counting, share, order, segment)
+        differentiate = partial(replay, differentiate, key=key, may_draw=segment is None)
     own = TaskBatch(*(t[ranks.span(len(batch))] for t in batch.tensors()))
     with loop.network.mode(is_training=True, use=algorithm.norm_statistics.use):
-        parts = []
-        for chunk in own.split(chunk_size):
-            tensors = (weights, *chunk.tensors())
-            if replay is None:
-                parts.append(differentiate(*tensors))
-            else:
-                key = (counting, share, order, segment)
-                parts.append(replay(differentiate, tensors, key, may_draw=segment is None))
-    chunks = zip(*(p.gradients.values() for p in parts), strict=True)
-    found = [reduce(torch.add, of_chunks) for of_chunks in chunks]
-    gradients = dict(zip(parts[0].gradients, ranks.sum(found), strict=True))
-    name = loop.network.metric_name(batch.y_query)
-    columns = [torch.cat(column) for column in zip(*(p.metrics for p in parts), strict=True)]
-    norm = torch.nn.utils.get_total_norm(gradients.values())
-    by_task, metric, support, query = ranks.join(columns, len(batch))
-    metrics = Metrics(name, by_task, metric, support, query, norm)
-    return gradients, metrics, _mean_over_tasks(parts, ranks, len(batch))
+        parts = [differentiate(weights, *chunk.tensors()) for chunk in own.split(chunk_size)]
+    return _join(parts, loop.network.metric_name(batch.y_query), len(batch), ranks)
 
 
 class _Part(NamedTuple):
@@ -139,19 +91,12 @@ def _differentiate(
     tasks = TaskBatch(*tensors)
     v = dict(zip(counting, weights, strict=True))
     meta, num_steps = loop.meta, loop.algorithm.num_steps
-    starts = range(0, max(num_steps, 1), segment or max(num_steps, 1))
-    several = len(starts) > 1
-    first = _Start(loop.start(len(tasks)), _RandomState.now(several, tasks))
-    backwards = _starts_backwards(loop, tasks, starts, counting, first)
     seen = _Seen()
     adjoint: Tensors = {}
     rates = {n: torch.zeros_like(rate) for n, rate in meta.rates.items()}
     q = {n: torch.zeros_like(meta.phi[n]) for n in meta.harvested}
-    for at, stop in zip(backwards, [num_steps, *reversed(starts[1:])], strict=True):
-        at.random.restore()  # dropout does as it did
-        start = at.point
+    for start, stop, here in segments_backwards(loop, tasks, counting, segment):
         inputs = {n: t.detach().requires_grad_(n in meta.phi) for n, t in start.theta.items()}
-        here = _between(counting, start.step, stop)
         for point in loop.trajectory(
             tasks,
             stop,
@@ -161,7 +106,7 @@ def _differentiate(
         ):
             seen.note(point, meta.harvested)
         if stop == num_steps:
-            buffers, after = point.buffers, _RandomState.now(several, tasks)
+            buffers = point.buffers
 
         terms = [v[k] * seen.queries[k].loss.sum() / share for k in here]
         terms += [(each * point.theta[name]).sum() for name, each in adjoint.items()]
@@ -172,7 +117,6 @@ def _differentiate(
             )
             rates = {n: total + by_rate[n] for n, total in rates.items()}
             q |= by_end
-    after.restore()
 
     if meta.harvested:  # q in place of every lambda
         rates["all"] = -torch.stack([(q[n] * s).sum() for n, s in seen.descent.items()]).sum()
@@ -211,85 +155,6 @@ class _Seen:
         )
 
 
-@dataclass(frozen=True)
-class _Start:
-    """Where a segment of steps starts, and the random state there."""
-
-    point: Point
-    random: _RandomState
-
-
-def _starts_backwards(
-    loop: InnerLoop,
-    tasks: TaskBatch,
-    steps: Sequence[int],
-    counting: tuple[int, ...],
-    first: _Start,
-) -> Iterator[_Start]:
-    """Yield the start of the last segment, of the one before, ..., of the first.
-
-    Halving keeps log2 of them at a time; each is walked to again from the nearest one kept.
-
-    Args:
-        loop: What walks.
-        tasks: The tasks.
-        steps: Where segments start.
-        counting: Steps whose query loss counts.
-        first: The start at steps[0].
-    """
-    if len(steps) == 1:
-        yield first
-        return
-    half = len(steps) // 2
-    yield from _starts_backwards(
-        loop, tasks, steps[half:], counting, _walk(loop, tasks, first, steps[half], counting)
-    )
-    yield from _starts_backwards(loop, tasks, steps[:half], counting, first)
-
-
-def _walk(
-    loop: InnerLoop, tasks: TaskBatch, start: _Start, step: int, counting: tuple[int, ...]
-) -> _Start:
-    """Return the start at a later step, without a graph."""
-    start.random.restore()
-    with torch.no_grad():
-        for point in loop.trajectory(
-            tasks,
-            step,
-            derivative_order=1,
-            query_after=_between(counting, start.point.step, step),  # they change buffers
-            start=start.point,
-        ):
-            reached = Point(point.step, point.theta, point.buffers, None, {}, None)
-    return _Start(reached, _RandomState.now(True, tasks))
-
-
-def _between(counting: tuple[int, ...], start: int, stop: int) -> list[int]:
-    """Return the counting steps of a segment: those after its start, and step 0."""
-    return [k for k in counting if start < k <= stop or k == start == 0]
-
-
-@dataclass(frozen=True)
-class _RandomState:
-    """The state of the generators that modules draw from, where steps are taken twice."""
-
-    cpu: Tensor | None = None
-    cuda: Tensor | None = None
-
-    @classmethod
-    def now(cls, needed: bool, tasks: TaskBatch) -> _RandomState:
-        if not needed:
-            return cls()
-        is_cuda = tasks.x_support.is_cuda
-        return cls(torch.get_rng_state(), torch.cuda.get_rng_state() if is_cuda else None)
-
-    def restore(self) -> None:
-        if self.cpu is not None:
-            torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda)
-
-
 def _grad(loss: Tensor, *groups: Tensors) -> list[Tensors]:
     """Return d loss / d t for every tensor of every group; its graph is freed."""
     inputs = [t for group in groups for t in group.values()]
@@ -297,9 +162,23 @@ def _grad(loss: Tensor, *groups: Tensors) -> list[Tensors]:
     return [{name: next(found) for name in group} for group in groups]
 
 
-def _mean_over_tasks(parts: list[_Part], ranks: Ranks, tasks: int) -> Tensors:
+def _join(
+    parts: list[_Part], metric_name: str, tasks: int, ranks: Ranks
+) -> tuple[Tensors, Metrics, Tensors]:
+    """Put together what the chunks of all processes gave."""
+    by_chunk = zip(*(p.gradients.values() for p in parts), strict=True)
+    found = ranks.sum([reduce(torch.add, of_chunks) for of_chunks in by_chunk])
+    gradients = dict(zip(parts[0].gradients, found, strict=True))
+    norm = torch.nn.utils.get_total_norm(gradients.values())
+    columns = [torch.cat(column) for column in zip(*(p.metrics for p in parts), strict=True)]
+    by_task, metric, support, query = ranks.join(columns, tasks)
+    metrics = Metrics(metric_name, by_task, metric, support, query, norm)
+    return gradients, metrics, _mean_over_tasks([p.buffers for p in parts], tasks, ranks)
+
+
+def _mean_over_tasks(parts: list[Tensors], tasks: int, ranks: Ranks) -> Tensors:
     """Return the buffers' mean over all tasks; counts are those of any task."""
-    own = {name: torch.cat([p.buffers[name] for p in parts]) for name in parts[0].buffers}
+    own = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
     floating = [name for name, b in own.items() if b.is_floating_point()]
     sums = ranks.sum([own[name].sum(0) for name in floating])
     means = {name: total / tasks for name, total in zip(floating, sums, strict=True)}

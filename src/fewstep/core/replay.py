@@ -42,9 +42,8 @@ class Replay:
     def __call__(
         self,
         function: Callable[..., Any],
-        tensors: tuple[Tensor, ...],
+        *tensors: Tensor,
         key: Hashable,
-        *,
         may_draw: bool = True,
     ) -> Any:
         """Return function(*tensors).
