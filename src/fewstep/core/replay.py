@@ -154,7 +154,7 @@ class _CudaGraph:
         self._arguments = tuple(t.clone() for t in tensors)
         self._graph = torch.cuda.CUDAGraph()
         device = tensors[0].device
-        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         try:
             with torch.random.fork_rng([device]), torch.cuda.device(device):

@@ -88,27 +88,26 @@ def build_problem(config: RunConfig, device: str) -> Problem:
     Raises:
         InputError: the data cannot be had, or do not hold such episodes.
     """
+    seeds: dict[Split, int] = {"train": config.seed, "val": EVAL_SEED, "test": EVAL_SEED}
     if isinstance(config.data, SinusoidData):
         assert isinstance(config.episodes, RegressionOptions)
         points = {"shots": config.episodes.shots, "queries": config.episodes.queries}
-        episodes: dict[Split, Episodes] = {
-            "train": DrawnAhead(
-                SinusoidEpisodes("train", **points, seed=config.seed, device=device)
-            ),
-            "val": SinusoidEpisodes("val", **points, seed=EVAL_SEED, device=device),
-            "test": SinusoidEpisodes("test", **points, seed=EVAL_SEED, device=device),
+        sinusoids: dict[Split, Episodes] = {
+            split: SinusoidEpisodes(split, **points, seed=seed, device=device)
+            for split, seed in seeds.items()
         }
-        return Problem(episodes, (1,), 1)
+        return Problem(_drawn_ahead(sinusoids), (1,), 1)
     assert isinstance(config.episodes, ClassificationOptions)
     stores = config.data.splits()
-    episodes = {
-        "train": DrawnAhead(
-            classification_episodes(config.episodes, stores, "train", config.seed, device)
-        ),
-        "val": classification_episodes(config.episodes, stores, "val", EVAL_SEED, device),
-        "test": classification_episodes(config.episodes, stores, "test", EVAL_SEED, device),
+    episodes: dict[Split, Episodes] = {
+        split: classification_episodes(config.episodes, stores, split, seed, device)
+        for split, seed in seeds.items()
     }
-    return Problem(episodes, stores["train"].image_shape, config.episodes.ways)
+    return Problem(_drawn_ahead(episodes), stores["train"].image_shape, config.episodes.ways)
+
+
+def _drawn_ahead(episodes: dict[Split, Episodes]) -> dict[Split, Episodes]:
+    return episodes | {"train": DrawnAhead(episodes["train"])}
 
 
 def classification_episodes(
