@@ -59,6 +59,8 @@ class TaskBatch:
 
     def split(self, tasks: int) -> list[TaskBatch]:
         """Cut into batches of at most `tasks` tasks, in order."""
+        if len(self) <= tasks:
+            return [self]
         parts = [torch.split(t, tasks) for t in self.tensors()]
         return [TaskBatch(*chunk) for chunk in zip(*parts, strict=True)]
 
