@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fewstep import MetaLearner, TaskBatch, maml
 from fewstep.core.precision import Precision
+from fewstep.core.replay import Replay
 from fewstep.models import Conv4, ConvBlock
 
 
@@ -165,6 +166,20 @@ def test_a_gpu_is_told_and_told_back(precision: Precision, within: str) -> None:
     learner.evaluate(tasks(4), 2)
     assert set(seen) == {(within, within)}
     assert precisions() == before
+
+
+def test_a_gpu_is_still_told_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    real = Replay.__call__
+
+    def noting(*arguments: Any, **keywords: Any) -> Any:
+        outputs = real(*arguments, **keywords)  # a graph is captured at its end
+        seen.append(precisions())
+        return outputs
+
+    monkeypatch.setattr(Replay, "__call__", noting)
+    gradient(nn.Linear(4, 3), tasks(4), "tf32", replay=True)
+    assert seen == [("tf32", "tf32")] * 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
