@@ -46,6 +46,8 @@ def test_the_table_and_the_figure(ablation, monkeypatch):
     for use, file in wordings.items():
         means = [json.loads((run / file).read_text())["mean"] for run in runs]
         assert row["statistics"][use]["seeds"] == means
+    low, high = row["single"]["seeds"]
+    assert row["single"]["std_over_seeds"] == pytest.approx(abs(high - low) / 2**0.5)
     assert "| MAML++ |" in (ablation.out / "table.md").read_text()
     with Image.open(ablation.out / "curves.png") as picture:
         assert picture.size > (400, 200)
@@ -62,6 +64,14 @@ def test_the_table_and_the_figure(ablation, monkeypatch):
     ablation.run(Console(quiet=True))
     with pytest.raises(InputError, match="precision='float32', but precision='bfloat16'"):
         replace(ablation, precision="bfloat16").run(Console(quiet=True))
+
+
+def test_one_seed_has_no_deviation(ablation):
+    replace(ablation, variants=("MAML",), seeds=1).run(Console(quiet=True))
+    assert "std_over_seeds" not in (ablation.out / "table.json").read_text()
+    table = (ablation.out / "table.md").read_text()
+    assert "1 seed," in table
+    assert "(" not in table.split("| MAML |")[1]
 
 
 def test_an_interrupted_ablation_goes_on(ablation, monkeypatch, capsys):

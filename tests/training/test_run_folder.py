@@ -1,11 +1,12 @@
-"""Which checkpoints a run keeps."""
+"""Which checkpoints a run keeps, and the command it notes."""
 
 import math
+import sys
 
 import pytest
 import torch
 
-from fewstep.training.run_folder import RunFolder
+from fewstep.training.run_folder import RunFolder, command_line
 
 RANKS = [None, 0.3, 0.7, None, 0.5, 0.7, 0.6, 0.2]
 
@@ -40,3 +41,15 @@ def test_the_best_are_kept_and_of_equals_the_earlier(run, keep_best, best):
 def test_the_start_counts_until_a_score_does(run):
     assert [kept.iteration for kept in _saved(run, [None, None], 2).best] == [0]
     assert [kept.iteration for kept in _saved(run, [None, math.nan, 0.1], 1).best] == [2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["/bin/fewstep", "train", "--ways", "5"], "fewstep train --ways 5"),
+        (["/lib/fewstep/__main__.py", "resume", "my run"], "python -m fewstep resume 'my run'"),
+    ],
+)
+def test_the_command_can_be_typed_again(arguments, command, monkeypatch):
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert command_line() == command

@@ -213,17 +213,19 @@ class MamlPlusPlusAblation:
 def _over_seeds(tests: Any) -> dict[str, Any]:
     """Return the mean over the seeds, the interval over all tasks and the spread of the seeds."""
     means = [test["mean"] for test in tests]
-    return {
+    found = {
         "mean": statistics.mean(means),
         "ci95": sum(test["ci95"] ** 2 for test in tests) ** 0.5 / len(means),
-        "std_over_seeds": statistics.stdev(means) if len(means) > 1 else 0.0,
         "seeds": means,
     }
+    return found | ({"std_over_seeds": statistics.stdev(means)} if len(means) > 1 else {})
 
 
 def _cell(value: Mapping[str, Any]) -> str:
-    mean, ci95, std = (100 * value[key] for key in ("mean", "ci95", "std_over_seeds"))
-    return f"{mean:.2f} ± {ci95:.2f}" + f" ({std:.2f})" * (len(value["seeds"]) > 1)
+    text = f"{100 * value['mean']:.2f} ± {100 * value['ci95']:.2f}"
+    if "std_over_seeds" in value:
+        text += f" ({100 * value['std_over_seeds']:.2f})"
+    return text
 
 
 def plot_validation(runs: Mapping[str, list[RunFolder]], path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -265,5 +266,8 @@ def _git(*arguments: str, folder: Path) -> str:
 
 
 def command_line() -> str:
-    """Return the command as typed."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """Return the command, to be typed again."""
+    program = Path(sys.argv[0])
+    is_module = program.name == "__main__.py"
+    words = ["python", "-m", program.parent.name] if is_module else [program.name]
+    return shlex.join([*words, *sys.argv[1:]])
