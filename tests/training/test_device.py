@@ -1,0 +1,87 @@
+"""All tensors of an iteration are on the model's device; "meta" stands in for one.
+
+A meta tensor does not mix with the CPU's and has no value to read.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fewstep import MetaLearner
+from fewstep.data.drawn_ahead import DrawnAhead
+from fewstep.data.episodes import ClassificationEpisodes, Rotations
+from fewstep.data.sinusoid import SinusoidEpisodes
+from fewstep.data.store import ClassStore
+from fewstep.models import Conv4, sinusoid_mlp
+from fewstep.training.config import Recipe
+from fewstep.training.presets import preset
+
+MODES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "checkpoints": {"checkpoint_every": 1},
+    "loop": {"vectorize": False},
+    "replay": {"replay": True},
+    "chunks": {"chunk_size": 1},
+}
+
+
+@pytest.fixture(autouse=True)
+def _autocast_knows_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_enabled, autocast = torch.is_autocast_enabled, torch.autocast
+
+    def enabled(device: str) -> bool:
+        return device != "meta" and is_enabled(device)
+
+    def cast(device: str, *rest: Any, **options: Any) -> AbstractContextManager[Any]:
+        return nullcontext() if device == "meta" else autocast(device, *rest, **options)
+
+    monkeypatch.setattr(torch, "is_autocast_enabled", enabled)
+    monkeypatch.setattr(torch, "autocast", cast)
+
+
+def images(rotations: Rotations) -> ClassificationEpisodes:
+    pixels = torch.randint(0, 256, (40, 1, 16, 16), dtype=torch.uint8)
+    store = ClassStore.from_counts(pixels, [4] * 10, [f"class {i}" for i in range(10)])
+    episodes = ClassificationEpisodes(
+        store, "train", ways=3, shots=1, queries=2, rotations=rotations
+    )
+    episodes.store = store.to("meta")
+    return episodes
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("recipe", get_args(Recipe))
+def test_classification(recipe: Recipe, mode: str) -> None:
+    algorithm = preset("glyphs", recipe=recipe).algorithm.build(iterations=10, epoch_length=1)
+    module = Conv4(1, 3, 16, filters=4).to("meta")
+    learner = MetaLearner(module, algorithm, F.cross_entropy, **MODES[mode])
+    episodes = DrawnAhead(images("episode"))
+    for iteration in (0, 4, 9):  # of 10, in every phase of the schedules
+        learner.iteration = iteration
+        metrics = learner.step(episodes.batch(2 * iteration, 2), check_finite=False)
+    batch = episodes.batch(0, 2)
+    gradients, _ = learner.meta_gradient(batch)
+    found = [metrics.loss, metrics.metric, metrics.gradient_norm, *learner.rates().values()]
+    assert all(t.is_meta for t in [*batch.tensors(), *gradients.values(), *found])
+    assert learner.predict(episodes, 4).is_meta
+    adapted = learner.adapt(batch.x_support[0], batch.y_support[0])
+    assert all(p.is_meta for p in adapted.parameters())
+
+
+@pytest.mark.parametrize("rotations", get_args(Rotations))
+def test_drawing_images(rotations: Rotations) -> None:
+    assert all(t.is_meta for t in images(rotations).batch(0, 4).tensors())
+
+
+def test_sinusoids() -> None:
+    episodes = DrawnAhead(SinusoidEpisodes("train", shots=5, queries=5, device="meta"))
+    algorithm = preset("sinusoid", recipe="maml").algorithm.build(10, 1)
+    learner = MetaLearner(sinusoid_mlp().to("meta"), algorithm, F.mse_loss)
+    for iteration in range(3):
+        metrics = learner.step(episodes.batch(2 * iteration, 2), check_finite=False)
+    assert metrics.loss.is_meta
