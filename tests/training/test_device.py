@@ -54,8 +54,10 @@ def images(rotations: Rotations) -> ClassificationEpisodes:
     return episodes
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("recipe", get_args(Recipe))
+@pytest.mark.parametrize(
+    ("recipe", "mode"),
+    [*((recipe, "replay") for recipe in get_args(Recipe)), *(("maml++", mode) for mode in MODES)],
+)
 def test_classification(recipe: Recipe, mode: str) -> None:
     algorithm = preset("glyphs", recipe=recipe).algorithm.build(iterations=10, epoch_length=1)
     module = Conv4(1, 3, 16, filters=4).to("meta")
