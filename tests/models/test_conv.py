@@ -1,5 +1,7 @@
 """ConvBlock in one piece and its layers in the usual order give the same."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -106,9 +108,11 @@ def test_gradient_of_the_gradient_of_batch_norm():
 
 @pytest.mark.parametrize("downsample", ["max-pool", "stride"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_running_statistics_are_those_of_batch_norm(downsample, bias):
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics_are_those_of_batch_norm(downsample, bias, momentum):
     block = block_for(downsample=downsample, bias=bias)
-    norm = nn.BatchNorm2d(FILTERS)
+    block.norm.momentum = momentum
+    norm = nn.BatchNorm2d(FILTERS, momentum=momentum)
     for x in (images(), images(), images()[:1]):
         block(x)
         norm(block.conv(x))
@@ -209,3 +213,41 @@ def test_finn_initialisation_has_a_standard_normal_head():
 def test_conv4_refuses(mistake, quoted):
     with pytest.raises(InputError, match=f"^{quoted}.*$"):
         Conv4(**({"in_channels": 1, "ways": 5, "size": 28} | mistake))
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("activation", nn.GELU()),
+        ("pool", nn.AvgPool2d(2)),
+        ("norm", nn.InstanceNorm2d(FILTERS)),
+        ("conv", nn.Conv2d(CHANNELS, FILTERS, 5, padding=2, bias=False)),
+    ],
+)
+@pytest.mark.parametrize("norm", ["batch", "none"])
+def test_a_part_may_be_exchanged(norm, name, part):
+    block, x = copy.deepcopy(block_for(norm, bias=False)), images()
+    setattr(block, name, part.double())
+    torch.testing.assert_close(block(x), plain(block, x))
+
+
+@pytest.mark.parametrize("part", ["conv", "norm", "pool", "activation"])
+def test_hooks_fire(part):
+    block, x, seen = block_for(bias=False), images(), []
+    block(x)
+    assert not seen
+    handle = getattr(block, part).register_forward_hook(lambda *given: seen.append(given[2]))
+    z = block(x)
+    assert len(seen) == 1
+    if part == "pool":
+        assert seen[0] is z
+    handle.remove()
+    torch.testing.assert_close(block(x), z)
+    assert len(seen) == 1
+
+
+def test_a_copy_is_still_in_one_piece(monkeypatch):
+    pieces = []
+    monkeypatch.setattr(ConvBlock, "_in_one_piece", lambda self, x, norm: pieces.append(x))
+    copy.deepcopy(block_for(bias=False))(images())
+    assert len(pieces) == 1

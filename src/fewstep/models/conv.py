@@ -22,7 +22,7 @@ class ConvBlock(nn.Module):
     """3x3 convolution, normalisation, activation, halving of the resolution.
 
     Under batch norm by batch statistics, without a bias, `fast_block` computes the same in one
-    piece, and hooks on the parts do not fire; everything else calls the parts in turn.
+    piece; everything else calls the parts in turn, such as parts with hooks and parts exchanged.
 
     Args:
         in_channels: Channels of the input.
@@ -62,9 +62,14 @@ class ConvBlock(nn.Module):
         self.slope = 0.0 if activation == "relu" else 0.01
         self.activation = nn.LeakyReLU(self.slope) if self.slope else nn.ReLU()
         self.out_size = conv_size // 2 if downsample == "max-pool" else conv_size
+        self._as_built = (self.conv, self.norm, self.pool, self.activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output."""
+        parts = (self.conv, self.norm, self.pool, self.activation)
+        if any(a is not b or _is_watched(a) for a, b in zip(parts, self._as_built, strict=True)):
+            y: Tensor = self.pool(self.activation(self.norm(self.conv(x))))
+            return y
         if (
             isinstance(self.norm, nn.BatchNorm2d)
             and self.norm.training
@@ -73,7 +78,7 @@ class ConvBlock(nn.Module):
             and fast_block.available()
         ):
             return self._in_one_piece(x, self.norm)
-        # The activation rises monotonically, so it may follow the pool, which leaves it less to do.
+        # Our activations rise monotonically, so they may follow the pool, with less left to do.
         z: Tensor = self.activation(self.pool(self.norm(self.conv(x))))
         return z
 
@@ -86,16 +91,26 @@ class ConvBlock(nn.Module):
         return out.z
 
 
+def _is_watched(part: nn.Module) -> bool:
+    """Whether someone wants to know what goes in and out."""
+    hooks = (
+        part._forward_hooks, part._forward_pre_hooks, part._backward_hooks,
+        part._backward_pre_hooks,
+    )  # fmt: skip
+    return any(hooks)
+
+
 def _update_running(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
     """Update running statistics as `nn.BatchNorm2d` does, with the unbiased variance."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     assert norm.num_batches_tracked is not None
-    assert norm.momentum is not None
     unbiased = var * (count / max(count - 1, 1))
     norm.num_batches_tracked.add_(1)
-    norm.running_mean.mul_(1 - norm.momentum).add_(mean * norm.momentum)
-    norm.running_var.mul_(1 - norm.momentum).add_(unbiased * norm.momentum)
+    # Without a momentum, the mean over all batches.
+    share = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+    norm.running_mean.mul_(1 - share).add_(mean * share)
+    norm.running_var.mul_(1 - share).add_(unbiased * share)
 
 
 class Conv4(nn.Sequential):
