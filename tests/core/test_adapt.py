@@ -90,6 +90,29 @@ def test_adapted_module_and_learner_share_nothing():
     assert all(torch.equal(t, theirs[n]) for n, t in adapted.state_dict().items())
 
 
+class Remembering(nn.Linear):
+    """Keeps what it saw last in an attribute."""
+
+    last: Tensor | None = None
+
+    def forward(self, x):
+        self.last = super().forward(x)
+        return self.last
+
+
+@pytest.mark.parametrize("vectorize", [True, False], ids=["vmap", "loop"])
+def test_adapted_module_is_without_what_training_left_behind(vectorize):
+    case = Case(lambda: nn.Sequential(Remembering(4, 8), nn.Tanh(), nn.Linear(8, WAYS)), (4,))
+    module, batch = case.build(), case.batch()
+    learner = MetaLearner(module, maml(2, 0.1), case.loss, vectorize=vectorize)
+    learner.step(batch)
+    assert module[0].last is not None
+    adapted = learner.adapt(batch.x_support[0], batch.y_support[0])
+    assert adapted[0].last is None
+    adapted(batch.x_query[0])
+    assert adapted[0].last.shape == (len(batch.x_query[0]), 8)
+
+
 def test_adapted_module_can_be_trained_further():
     case = MODELS["mlp"]
     batch = case.batch()

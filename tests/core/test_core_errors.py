@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fewstep import (
     SGD,
@@ -20,7 +21,11 @@ from fewstep import (
 )
 from tests.core.reference import MODELS, Case, Recurrent
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    # PyTorch loops over the tasks inside vmap where an embedding has max_norm, and says so.
+    pytest.mark.filterwarnings("ignore:There is a performance drop"),
+]
 
 CASE = MODELS["mlp"]
 LOSSES = nn.CrossEntropyLoss(reduction="none")
@@ -50,6 +55,35 @@ def unused(algorithm: Algorithm) -> None:
     learner(algorithm, Spare()).meta_gradient(CASE.batch())
 
 
+class Renormalised(nn.Module):
+    """Changes its parameter when it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(9, 4, max_norm=0.1), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.table((4 + x).long().clamp(0, 8)).mean(1))
+
+
+class Several(nn.Linear):
+    """Returns two tensors."""
+
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class Recomputed(nn.Linear):
+    """Keeps nothing for the backward pass."""
+
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+def called(module: nn.Module, **options) -> None:
+    learner(module=module, **options).meta_gradient(CASE.batch())
+
+
 def batch_of(*shapes: tuple[int, ...]) -> TaskBatch:
     return TaskBatch(*(torch.zeros(shape) for shape in shapes))
 
@@ -77,6 +111,13 @@ MISTAKES = [
     ("x_support holds 2 tasks and x_query 3", lambda: batch_of((2, 3), (2, 3), (3, 3), (3, 3))),
     ("the loss returned shape (6,)", lambda: learner(loss=LOSSES).meta_gradient(CASE.batch())),
     ("`rnn` (LSTM)", lambda: learner(module=LSTM.build()).meta_gradient(LSTM.batch())),
+    ("Recomputed cannot be vectorised", lambda: called(Recomputed(4, 3))),
+    ("changes its parameter `table.weight`", lambda: called(Renormalised())),
+    ("its parameter `table.weight`", lambda: called(Renormalised(), vectorize=False)),
+    ("Several returned a tuple", lambda: called(Several(4, 3))),
+    ("`0.weight` of Sequential has no", lambda: learner(module=nn.Sequential(nn.LazyLinear(3)))),
+    ("`weight` of Linear is complex", lambda: learner(module=nn.Linear(4, 3, dtype=torch.cdouble))),
+    ("pass its .module", lambda: learner(module=nn.DataParallel(CASE.build()))),
     ("`spare.weight`, `spare.bias` received", lambda: unused(maml(2))),
     ("`spare.weight`, `spare.bias` received", lambda: unused(fomaml(2))),
     ("`spare.bias` received", lambda: unused(only("spare.bias"))),

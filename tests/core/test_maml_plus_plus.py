@@ -258,6 +258,26 @@ def test_weights_of_the_published_example():
     assert weights(5, 10) == (0, 0, 0, 0, 0, 1)
 
 
+def test_weights_are_not_rounded_with_the_parameters():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift = nn.Parameter(torch.zeros(WAYS, dtype=torch.bfloat16))
+            self.head = nn.Linear(4, WAYS, dtype=torch.float32)
+
+        def forward(self, x):
+            return self.head(x.float()) + self.shift.float()
+
+    learner = learner_of(
+        replace(maml(5, 0.1), query_weights=MultiStepLoss(10), iterations_per_epoch=1), Mixed()
+    )
+    learner.iteration = 9
+    _, metrics = learner.meta_gradient(CASE.batch())
+    v = torch.tensor(MultiStepLoss(10)(5, 9)[1:], dtype=torch.float32)
+    assert next(iter(learner.parameters.values())).dtype == torch.bfloat16
+    torch.testing.assert_close(metrics.task_loss, metrics.query_loss @ v, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("num_steps", [0, 1, 2, 5])
 @pytest.mark.parametrize("floor", [0.0, 0.03, 0.5, 1.0])
 def test_weights_are_shares(num_steps, floor):

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch
 
 from fewstep.core.algorithm import Algorithm
 from fewstep.core.errors import InputError
@@ -58,8 +59,9 @@ class MetaLearner:
             Parameters, normalisation, losses and outer updates are float32 in each.
 
     Raises:
-        InputError: `module` has nothing to train, `algorithm.adapted` names no parameter of it,
-            `chunk_size` or `checkpoint_every` is below 1, or `compile` comes without `replay`.
+        InputError: `module` has nothing to train, is a wrapper, or has lazy or complex parameters;
+            `algorithm.adapted` names no parameter of it; `chunk_size` or `checkpoint_every` is
+            below 1; or `compile` comes without `replay`.
 
     Deviation: the papers' code sums where this takes means; see `maml` for the inner loss.
     """
@@ -92,12 +94,12 @@ class MetaLearner:
         self.ranks = ranks
         self._replay = Replay(compiled=compile) if replay else None
         self.iteration = 0
+        self._network = TaskNetwork(module, loss, metric, vectorize=vectorize, precision=precision)
         self._meta = MetaParameters(module, algorithm)
         self.parameters = self._meta.parameters
         self.buffers = self._meta.buffers
         self.optimiser = algorithm.outer(list(self._meta.by_outer.values()))
         self._outer_lrs = [group["lr"] for group in self.optimiser.param_groups]
-        self._network = TaskNetwork(module, loss, metric, vectorize=vectorize, precision=precision)
         self._loop = InnerLoop(self._network, self._meta, algorithm)
 
     @property
@@ -176,7 +178,7 @@ class MetaLearner:
             num_steps: Inner steps; None takes the algorithm's.
         """
         batch = TaskBatch(x_support[None], y_support[None], x_support[None], y_support[None])
-        module = copy.deepcopy(self.module)
+        module = copy.deepcopy(self.module, _left_behind(self.module))
         steps = self._steps(num_steps)
         use = self.algorithm.norm_statistics.use
         with torch.no_grad(), self._network.mode(is_training=False, use=use):
@@ -376,6 +378,16 @@ class MetaLearner:
 
 def _outputs(queries: list[Result]) -> Tensor:
     return torch.stack([query.outputs for query in queries], dim=1)
+
+
+def _left_behind(module: nn.Module) -> dict[int, None]:
+    """Return what a forward pass left in attributes, by id: no copy of the module may have it."""
+    values = [each for part in module.modules() for each in vars(part).values()]
+    return {
+        id(t): None
+        for t in values
+        if isinstance(t, Tensor) and (_functorch.is_batchedtensor(t) or not t.is_leaf)
+    }
 
 
 def _below(state: Tensors, prefix: str) -> Tensors:

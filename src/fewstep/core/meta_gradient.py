@@ -46,7 +46,8 @@ def meta_gradient(
     v = algorithm.query_weights(algorithm.num_steps, epoch)
     counting = tuple(k for k, weight in enumerate(v) if weight != 0)
     like = next(iter(loop.meta.parameters.values()))
-    weights = torch.stack([like.new_full((), v[k]) for k in counting])
+    precise = torch.promote_types(like.dtype, torch.float32)
+    weights = torch.stack([like.new_full((), v[k], dtype=precise) for k in counting])
     share = {"mean": len(batch), "sum": 1}[algorithm.task_reduction]
     order = algorithm.derivative_order(epoch)
     if order == 1:

@@ -65,7 +65,8 @@ class TaskNetwork:
         precision: What products round their factors to.
 
     Raises:
-        InputError: the module has a part that cannot be vectorised (when it is called).
+        InputError: the module is a wrapper, or has lazy parameters; when it is called: a part
+            cannot be vectorised, it changes a parameter, or it returns no tensor.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class TaskNetwork:
         vectorize: bool,
         precision: Precision,
     ) -> None:
+        _check(module)
         self.module = module
         self.loss = loss
         self.metric = metric
@@ -116,24 +118,20 @@ class TaskNetwork:
     ) -> Result:
         """Call the module for every task; leave out the first outputs, `without` of them."""
         one_task = partial(self._one_task, without=without)
+        versions = [p._version for p in parameters.values()]
         with _differentiable_twice(), forward_pass(self.precision, x.device):
-            if not self.vectorize:
-                return self._loop(one_task, parameters, buffers, x, y)
-            try:
-                return Result(
-                    *torch.vmap(one_task, randomness="different")(parameters, buffers, x, y)
-                )
-            except RuntimeError as error:
-                if "vmap" not in str(error) and "atching rule" not in str(error):
-                    raise
-                recurrent = [f"`{n}` ({type(m).__name__})" for n, m in self.module.named_modules()
-                             if isinstance(m, nn.RNNBase)]  # fmt: skip
-                culprit = ", ".join(recurrent) or type(self.module).__name__
-                reason = str(error).splitlines()[0]
+            if self.vectorize:
+                many = torch.vmap(one_task, randomness="different")
+                result = Result(*many(parameters, buffers, x, y))
+            else:
+                result = self._loop(one_task, parameters, buffers, x, y)
+        for (name, parameter), version in zip(parameters.items(), versions, strict=True):
+            if parameter._version != version:
                 raise InputError(
-                    f"{culprit} cannot be vectorised over tasks ({reason}); "
-                    "pass vectorize=False to loop over the tasks instead"
-                ) from error
+                    f"{type(self.module).__name__} changes its parameter `{name}` when it is "
+                    "called, as nn.Embedding does with max_norm; leave that to the optimisers"
+                )
+        return result
 
     def score(self, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return loss and metric, each (tasks, steps), of outputs (tasks, steps, examples, ...)."""
@@ -176,6 +174,11 @@ class TaskNetwork:
     ) -> _OneTask:
         buffers = {name: b.clone() for name, b in buffers.items()}  # modules update them in place
         outputs = functional_call(self.module, (parameters, buffers), (x,))
+        if not isinstance(outputs, Tensor):
+            raise InputError(
+                f"{type(self.module).__name__} returned a {type(outputs).__name__}; it must return "
+                "a tensor, so wrap it in a module that does"
+            )
         if outputs.dtype == torch.bfloat16 != x.dtype:  # of autocast
             outputs = outputs.float()
         if without:
@@ -205,10 +208,39 @@ class TaskNetwork:
         try:
             with fp32_products(self.precision):
                 yield
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            if not self.vectorize or ("vmap" not in reason and "atching rule" not in reason):
+                raise
+            recurrent = [f"`{n}` ({type(m).__name__})" for n, m in self.module.named_modules()
+                         if isinstance(m, nn.RNNBase)]  # fmt: skip
+            culprit = ", ".join(recurrent) or type(self.module).__name__
+            raise InputError(
+                f"{culprit} cannot be vectorised over tasks ({reason}); "
+                "pass vectorize=False to loop over the tasks instead"
+            ) from error
         finally:
             for module, mode in before:
                 if module.training != mode:
                     module.training = mode
+
+
+def _check(module: nn.Module) -> None:
+    """Refuse what cannot be called with parameters of others."""
+    kind = type(module).__name__
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise InputError(
+            f"{kind} divides batches of examples, and tasks are to be divided; pass its .module, "
+            "and ranks=Ranks.of_torchrun() for several GPUs"
+        )
+    for name, parameter in module.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise InputError(f"`{name}` of {kind} has no shape yet; call {kind} on inputs before")
+        if parameter.is_complex():
+            raise InputError(
+                f"`{name}` of {kind} is complex; keep it as torch.view_as_real(...) and "
+                "call torch.view_as_complex on that in forward"
+            )
 
 
 def set_mode(module: nn.Module, *, is_training: bool) -> None:
