@@ -80,6 +80,20 @@ class Recomputed(nn.Linear):
         return checkpoint(super().forward, x, use_reentrant=False)
 
 
+class Flat(nn.Linear):
+    """Returns a number for each example."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 1)
+
+    def forward(self, x):
+        return super().forward(x).squeeze(-1)
+
+
+def centred(outputs, targets):
+    return (outputs - targets).square().mean()
+
+
 def called(module: nn.Module, **options) -> None:
     learner(module=module, **options).meta_gradient(CASE.batch())
 
@@ -114,6 +128,7 @@ MISTAKES = [
     ("Recomputed cannot be vectorised", lambda: called(Recomputed(4, 3))),
     ("changes its parameter `table.weight`", lambda: called(Renormalised())),
     ("its parameter `table.weight`", lambda: called(Renormalised(), vectorize=False)),
+    ("outputs (6,) do not give each of the targets (6,)", lambda: called(Flat(), loss=centred)),
     ("Several returned a tuple", lambda: called(Several(4, 3))),
     ("`0.weight` of Sequential has no", lambda: learner(module=nn.Sequential(nn.LazyLinear(3)))),
     ("`weight` of Linear is complex", lambda: learner(module=nn.Linear(4, 3, dtype=torch.cdouble))),

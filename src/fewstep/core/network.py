@@ -26,9 +26,21 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Return the share of examples whose largest output is the target class.
 
+    Args:
+        outputs: (examples, classes).
+        targets: Numbers of classes, (examples,).
+
+    Raises:
+        InputError: the shapes are others.
+
     >>> accuracy(torch.eye(2), torch.tensor([0, 0])).item()
     0.5
     """
+    if outputs.shape[:-1] != targets.shape:
+        raise InputError(
+            f"outputs {tuple(outputs.shape)} do not give each of the targets "
+            f"{tuple(targets.shape)} a row of classes, as accuracy needs; pass metric=..."
+        )
     return (outputs.argmax(-1) == targets).to(outputs.dtype).mean()
 
 
