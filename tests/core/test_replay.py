@@ -113,6 +113,23 @@ def test_it_reads_parameters_anew():
     assert not again.requires_grad
 
 
+@pytest.mark.parametrize("name", ["mlp", "batch norm"])
+def test_it_reads_parameters_where_they_are(name):
+    case = MODELS[name]
+    module, batch = case.build(), case.batch()
+    learner = MetaLearner(module, fewstep.maml(1), case.loss, replay=True)
+    learner.meta_gradient(batch)
+    assert len(learner._replay._recordings) == 1
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data + 1
+    found, metrics = learner.meta_gradient(batch)
+    expected, of_expected = MetaLearner(module, fewstep.maml(1), case.loss).meta_gradient(batch)
+    torch.testing.assert_close(metrics.loss, of_expected.loss, rtol=0, atol=0)
+    for each, gradient in expected.items():
+        torch.testing.assert_close(found[each], gradient, rtol=0, atol=0)
+    assert len(learner._replay._recordings) == 1
+
+
 class Deciding(nn.Module):
     """Looks at its input before it computes."""
 

@@ -37,7 +37,7 @@ class Replay:
 
     def __init__(self, *, compiled: bool = False) -> None:
         self._compiled = compiled
-        self._recordings: dict[Hashable, _Recording | _Compiled | _CudaGraph] = {}
+        self._recordings: dict[Hashable, _Kept] = {}
 
     def __call__(
         self,
@@ -59,8 +59,9 @@ class Replay:
                 recorded; or torch.compile or a CUDA graph fails.
         """
         key = (key, *((t.shape, t.dtype, t.device, t.stride()) for t in tensors))
-        if key in self._recordings:
-            return self._recordings[key](tensors)
+        kept = self._recordings.get(key)
+        if kept is not None and kept.is_valid():
+            return kept.run(tensors)
         if len(self._recordings) == _MOST:
             del self._recordings[next(iter(self._recordings))]
         recorder = _Recorder(tensors, may_draw and not self._compiled)
@@ -72,8 +73,20 @@ class Replay:
         if self._compiled:
             run = compiled = _Compiled(recording)
             outputs = compiled.check(tensors, outputs)
-        self._recordings[key] = _CudaGraph(run, tensors) if tensors[0].is_cuda else run
+        graph = _CudaGraph(run, tensors) if tensors[0].is_cuda else run
+        self._recordings[key] = _Kept(graph, recorder.outside)
         return outputs
+
+
+class _Kept(NamedTuple):
+    """A recording, and where the tensors were that it reads from outside."""
+
+    run: _Recording | _Compiled | _CudaGraph
+    outside: list[tuple[Tensor, int]]
+
+    def is_valid(self) -> bool:
+        """Whether they still are there, and not moved as by `module.double()`."""
+        return all(t.data_ptr() == address for t, address in self.outside)
 
 
 class _Recording(NamedTuple):
@@ -186,6 +199,7 @@ class _Recorder(TorchDispatchMode):
         self._lines: list[str] = []
         self._last_used: dict[int, int] = {}  # line of each slot
         self._constants: list[Any] = []
+        self.outside: list[tuple[Tensor, int]] = []  # what it closes over, and where that is
         self._functions: dict[Any, str] = {}
         self._places = WeakTensorKeyDictionary()  # ("v" or "c", index) of a tensor
         for t in tensors:
@@ -245,6 +259,7 @@ class _Recorder(TorchDispatchMode):
         """Return where a tensor is."""
         if t not in self._places:  # the function closes over it
             self._constant(t.detach())
+            self.outside.append((t, t.data_ptr()))
             self._places[t] = ("c", len(self._constants) - 1)
         place: tuple[str, int] = self._places[t]
         of, i = place
