@@ -124,3 +124,15 @@ def test_alone_without_torchrun(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     assert Ranks.of_torchrun() == Ranks(0, 1)
     assert Ranks().is_first
+
+
+def test_a_process_takes_its_own_gpu_before_it_joins(monkeypatch):
+    calls = []
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(device))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda by: calls.append(by))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 5)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 8)
+    assert Ranks.of_torchrun("cuda") == Ranks(5, 8)
+    assert calls == [1, "cpu:gloo,cuda:nccl"]

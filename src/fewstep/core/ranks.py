@@ -25,27 +25,27 @@ class Ranks:
     Args:
         rank: Which of them this one is.
         size: How many there are.
-        device: Where they exchange tensors.
     """
 
     rank: int = 0
     size: int = 1
-    device: str = "cpu"
 
     @classmethod
     def of_torchrun(cls, device: str = "cpu") -> Ranks:
         """Join the processes that `torchrun` started; alone without it.
 
         Args:
-            device: "cpu" takes gloo; "cuda" nccl, and each process the GPU of its local rank.
+            device: "cpu" takes gloo; "cuda" nccl for tensors on GPUs, and each process the GPU of
+                its local rank.
         """
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return cls()
         if not dist.is_initialized():
-            if device.startswith("cuda"):
+            is_cuda = device.startswith("cuda")
+            if is_cuda:
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size(), device)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if is_cuda else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size())
 
     @property
     def is_first(self) -> bool:
@@ -88,8 +88,8 @@ class Ranks:
         return self.sum(whole)
 
     def any(self, wish: bool) -> bool:
-        """Whether any of them has the wish."""
-        return bool(self.sum([torch.tensor(int(wish), device=self.device)])[0])
+        """Whether any of them has the wish; asked from CPU to CPU, so that no GPU is waited for."""
+        return bool(self.sum([torch.tensor(int(wish))])[0])
 
     def part(self) -> None:
         """Go separate ways, once all are here."""
