@@ -121,7 +121,7 @@ def serve(case: Case, way: str, threads: int | None, pipe: Connection) -> None:
             if question == "flop":
                 pipe.send(flop_of(other))
             elif question == "speed":
-                pipe.send(_flop_per_second(other.device))
+                pipe.send(flop_per_second(other.device))
             elif question == "gradient":
                 exact = WAYS[way].build(other, torch.float64)()
                 pipe.send(torch.cat([g.flatten() for g in exact]))
@@ -131,14 +131,14 @@ def serve(case: Case, way: str, threads: int | None, pipe: Connection) -> None:
                 _finish(gradient)
                 pipe.send((time.perf_counter() - started, _peak(case.device) - before))
             else:  # "time"
-                pipe.send(_turn(gradient))
+                pipe.send(turn(gradient))
     except EOFError:
         return
     except Exception as error:  # the row says so, and the others go on
         pipe.send(f"{type(error).__name__}: {str(error).splitlines()[0]}")
 
 
-def _turn(gradient: Gradient) -> float:
+def turn(gradient: Gradient) -> float:
     """Return the seconds of a gradient, of as many as fit into a fifth of a second.
 
     Threads of the process before spin for a while when they have nothing left to do.
@@ -152,11 +152,11 @@ def _turn(gradient: Gradient) -> float:
     return (time.perf_counter() - started) / count
 
 
-def _flop_per_second(device: str) -> float:
+def flop_per_second(device: str) -> float:
     """Return what a large product of float32 matrices reaches, the best of 10."""
     n = 8192 if device.startswith("cuda") else 2048
     a = torch.randn(n, n, device=device)
-    return 2 * n**3 / min(_turn(lambda: [a @ a]) for _ in range(10))
+    return 2 * n**3 / min(turn(lambda: [a @ a]) for _ in range(10))
 
 
 def flop_of(case: Case) -> int:
