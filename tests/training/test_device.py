@@ -10,7 +10,10 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fewstep import MetaLearner
 from fewstep.data.drawn_ahead import DrawnAhead
@@ -28,6 +31,18 @@ MODES: dict[str, dict[str, Any]] = {
     "replay": {"replay": True},
     "chunks": {"chunk_size": 1},
 }
+
+
+class OnDevice(TorchDispatchMode):
+    """Fails at an operation that reads or makes a tensor elsewhere: a copy, which would wait."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
+        assert all(t.is_meta for t in tensors), func
+        return out
 
 
 @pytest.fixture(autouse=True)
@@ -66,8 +81,9 @@ def test_classification(recipe: Recipe, mode: str) -> None:
     for iteration in (0, 4, 9):  # of 10, in every phase of the schedules
         learner.iteration = iteration
         metrics = learner.step(episodes.batch(2 * iteration, 2), check_finite=False)
-    batch = episodes.batch(0, 2)
-    gradients, _ = learner.meta_gradient(batch)
+    with OnDevice():
+        batch = episodes.batch(0, 2)
+        gradients, _ = learner.meta_gradient(batch)
     found = [metrics.loss, metrics.metric, metrics.gradient_norm, *learner.rates().values()]
     assert all(t.is_meta for t in [*batch.tensors(), *gradients.values(), *found])
     assert learner.predict(episodes, 4).is_meta
