@@ -51,6 +51,41 @@ def test_every_model(case):
     assert_equal_to_the_bit(case, fewstep.maml(2, 0.1), iterations=2)
 
 
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [*((name, "batch") for name in MODELS), ("batch norm", "support"), ("Conv4", "running")],
+)
+def test_testing(name, use):
+    case, found = MODELS[name], []
+    for replay in (True, False):
+        torch.manual_seed(0)
+        algorithm = fewstep.maml_plus_plus(3, 0.1, version="reference_code")
+        learner = MetaLearner(case.build(), algorithm, case.loss, chunk_size=2, replay=replay)
+        batch = case.batch(5)  # 2 tasks, 2, and 1
+        before = learner.state_tensors()
+        learner.step(batch)
+        of_replay = []
+        for _ in range(2):
+            scores = learner.evaluate(batch, 5, statistics=use)
+            few = learner.evaluate(batch, 5, num_steps=1, statistics=use)
+            outputs = learner.predict(batch, 5, statistics=use)
+            both = learner.evaluate_ensemble(
+                [before, learner.state_tensors()], batch, 5, statistics=use
+            )
+            of_replay += [scores.loss, scores.metric, few.loss, outputs, both.loss]
+            learner.step(batch)  # parameters are read anew
+        found.append(of_replay)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_testing_is_recorded_once_for_each_shape():
+    case = MODELS["mlp"]
+    learner = MetaLearner(case.build(), fewstep.maml(2), case.loss, chunk_size=2, replay=True)
+    for _ in range(3):
+        learner.evaluate(case.batch(5), 5)
+    assert len(learner._test_replay._recordings) == 2
+
+
 def test_a_loop_over_the_tasks():
     assert_equal_to_the_bit(MODELS["batch norm"], fewstep.maml(2, 0.1), vectorize=False)
 
@@ -292,6 +327,6 @@ def test_on_a_gpu_a_recording_is_a_graph_and_trains_alike():
         if learner._replay is not None:
             found = learner._replay._recordings.values()
             assert found
-            assert all(isinstance(each, _CudaGraph) for each in found)
+            assert all(isinstance(each.run, _CudaGraph) for each in found)
     for name, expected in states[1].items():
         torch.testing.assert_close(states[0][name], expected, rtol=1e-9, atol=1e-12)

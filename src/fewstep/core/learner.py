@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -48,9 +49,10 @@ class MetaLearner:
             batching rules, such as `nn.LSTM`).
         ranks: The processes that share each batch, from `Ranks.of_torchrun()`. Each calls the same
             methods with the same tasks, and gets the same results.
-        replay: Record the operations of a meta-gradient once and replay them: the same numbers,
-            sooner, as no Python is between them. What the module decides in Python is decided once.
-            Recording takes a second or two, and again where the shapes or the schedules change.
+        replay: Record the operations of a meta-gradient, and of a test, once and replay them: the
+            same numbers, sooner, as no Python is between them. What the module decides in Python is
+            decided once. Recording takes a second or two, and again where the shapes or the
+            schedules change.
         compile: Hand the recording to `torch.compile`: several times faster for small networks, the
             same to rounding (checked), after compiling for some ten seconds and more with steps
             and layers; refused where that fails, as for `Conv4`.
@@ -93,6 +95,7 @@ class MetaLearner:
         self.checkpoint_every = checkpoint_every
         self.ranks = ranks
         self._replay = Replay(compiled=compile) if replay else None
+        self._test_replay = Replay() if replay else None
         self.iteration = 0
         self._network = TaskNetwork(module, loss, metric, vectorize=vectorize, precision=precision)
         self._meta = MetaParameters(module, algorithm)
@@ -223,12 +226,8 @@ class MetaLearner:
         if num_tasks < 2:
             raise InputError(f"num_tasks={num_tasks} must be at least 2 to give an interval")
         norm = self._norm_statistics(statistics)
-
-        def losses_and_metrics(queries: list[Result]) -> Tensor:
-            return torch.stack([torch.stack([q.loss, q.metric], dim=1) for q in queries], dim=2)
-
         own = self.ranks.span(num_tasks)
-        found = self._test(episodes, own, num_steps, norm.use, losses_and_metrics)
+        found = self._test(episodes, own, num_steps, norm.use, _losses_and_metrics)
         loss, metric = self.ranks.join([found], num_tasks)[0].cpu().unbind(1)
         return Scores(
             metric_name=self._network.metric_name(episodes.batch(0, 1).y_query),
@@ -349,15 +348,22 @@ class MetaLearner:
             What `read` makes of the query results, (tasks, ...).
         """
         steps = self._steps(num_steps)
-        read_out = []
+
+        def test(*tensors: Tensor) -> Tensor:
+            points = self._loop.trajectory(
+                TaskBatch(*tensors), steps, derivative_order=1, query_after=range(steps + 1)
+            )
+            return read([p.query for p in points if p.query is not None])
+
+        call = test
+        if self._test_replay is not None:
+            call = partial(self._test_replay, test, key=(read, steps, use))
+        found = []
         with torch.no_grad(), self._network.mode(is_training=False, use=use):
             for start in range(numbers.start, numbers.stop, self.chunk_size):
                 chunk = episodes.batch(start, min(self.chunk_size, numbers.stop - start))
-                points = self._loop.trajectory(
-                    chunk, steps, derivative_order=1, query_after=range(steps + 1)
-                )
-                read_out.append(read([p.query for p in points if p.query is not None]))
-        return torch.cat(read_out)
+                found.append(call(*chunk.tensors()))
+        return torch.cat(found)
 
     def _differentiate(self, batch: TaskBatch) -> tuple[Tensors, Metrics, Tensors]:
         return meta_gradient(
@@ -374,6 +380,10 @@ class MetaLearner:
         steps = self.algorithm.num_steps if num_steps is None else num_steps
         self.algorithm.check_steps(steps)
         return steps
+
+
+def _losses_and_metrics(queries: list[Result]) -> Tensor:
+    return torch.stack([torch.stack([q.loss, q.metric], dim=1) for q in queries], dim=2)
 
 
 def _outputs(queries: list[Result]) -> Tensor:

@@ -158,7 +158,8 @@ class RunConfig:
     """MiB for the graphs of a meta-gradient; chunk_size and checkpoint_every are then chosen by
     measuring."""
     replay: bool = True
-    """Record the operations of a meta-gradient once and replay them: the same numbers, sooner."""
+    """Record the operations of training and testing once and replay them: the same numbers,
+    sooner."""
     compile: bool = False
     """Hand the recording to torch.compile (needs a C++ compiler): small networks are several times
     faster, after some ten seconds; Conv4 is refused."""
