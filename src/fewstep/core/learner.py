@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from fewstep.core.inner import InnerLoop
 from fewstep.core.meta_gradient import meta_gradient
 from fewstep.core.meta_parameters import RATE, MetaParameters
 from fewstep.core.metrics import Metrics
-from fewstep.core.network import Loss, Result, TaskNetwork, Tensors, set_mode
+from fewstep.core.network import Loss, TaskNetwork, Tensors, set_mode
 from fewstep.core.norm import NormaliseBy, NormStatistics, Use, keep
 from fewstep.core.outer import NoClipping
 from fewstep.core.precision import Precision
@@ -26,6 +25,7 @@ from fewstep.core.ranks import ALONE, Ranks
 from fewstep.core.replay import Replay
 from fewstep.core.scores import Scores
 from fewstep.core.tasks import Episodes, TaskBatch
+from fewstep.core.testing import Read, losses_and_metrics, outputs_of, test
 
 
 class MetaLearner:
@@ -227,7 +227,7 @@ class MetaLearner:
             raise InputError(f"num_tasks={num_tasks} must be at least 2 to give an interval")
         norm = self._norm_statistics(statistics)
         own = self.ranks.span(num_tasks)
-        found = self._test(episodes, own, num_steps, norm.use, _losses_and_metrics)
+        found = self._test(episodes, own, num_steps, norm.use, losses_and_metrics)
         loss, metric = self.ranks.join([found], num_tasks)[0].cpu().unbind(1)
         return Scores(
             metric_name=self._network.metric_name(episodes.batch(0, 1).y_query),
@@ -252,7 +252,7 @@ class MetaLearner:
         Arguments and errors as in `evaluate`.
         """
         use = self._norm_statistics(statistics).use
-        found = self._test(episodes, self.ranks.span(num_tasks), num_steps, use, _outputs)
+        found = self._test(episodes, self.ranks.span(num_tasks), num_steps, use, outputs_of)
         return self.ranks.join([found], num_tasks)[0]
 
     def evaluate_ensemble(
@@ -292,7 +292,7 @@ class MetaLearner:
                 for state in states:
                     self.load_state_tensors(state)
                     everything = slice(0, len(chunk))
-                    outputs.append(self._test(chunk, everything, num_steps, norm.use, _outputs))
+                    outputs.append(self._test(chunk, everything, num_steps, norm.use, outputs_of))
                 loss, metric = self._network.score(torch.stack(outputs).mean(0), chunk.y_query)
                 losses.append(loss)
                 metrics.append(metric)
@@ -335,35 +335,18 @@ class MetaLearner:
         return norm if use is None else replace(norm, use=use)
 
     def _test(
-        self,
-        episodes: Episodes,
-        numbers: slice,
-        num_steps: int | None,
-        use: Use,
-        read: Callable[[list[Result]], Tensor],
+        self, episodes: Episodes, numbers: slice, num_steps: int | None, use: Use, read: Read
     ) -> Tensor:
-        """Adapt to the tasks of these numbers, by the chunk.
-
-        Returns:
-            What `read` makes of the query results, (tasks, ...).
-        """
-        steps = self._steps(num_steps)
-
-        def test(*tensors: Tensor) -> Tensor:
-            points = self._loop.trajectory(
-                TaskBatch(*tensors), steps, derivative_order=1, query_after=range(steps + 1)
-            )
-            return read([p.query for p in points if p.query is not None])
-
-        call = test
-        if self._test_replay is not None:
-            call = partial(self._test_replay, test, key=(read, steps, use))
-        found = []
-        with torch.no_grad(), self._network.mode(is_training=False, use=use):
-            for start in range(numbers.start, numbers.stop, self.chunk_size):
-                chunk = episodes.batch(start, min(self.chunk_size, numbers.stop - start))
-                found.append(call(*chunk.tensors()))
-        return torch.cat(found)
+        return test(
+            self._loop,
+            episodes,
+            numbers,
+            self._steps(num_steps),
+            use=use,
+            read=read,
+            chunk_size=self.chunk_size,
+            replay=self._test_replay,
+        )
 
     def _differentiate(self, batch: TaskBatch) -> tuple[Tensors, Metrics, Tensors]:
         return meta_gradient(
@@ -380,14 +363,6 @@ class MetaLearner:
         steps = self.algorithm.num_steps if num_steps is None else num_steps
         self.algorithm.check_steps(steps)
         return steps
-
-
-def _losses_and_metrics(queries: list[Result]) -> Tensor:
-    return torch.stack([torch.stack([q.loss, q.metric], dim=1) for q in queries], dim=2)
-
-
-def _outputs(queries: list[Result]) -> Tensor:
-    return torch.stack([query.outputs for query in queries], dim=1)
 
 
 def _left_behind(module: nn.Module) -> dict[int, None]:
