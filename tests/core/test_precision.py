@@ -134,6 +134,17 @@ def test_losses_are_float32() -> None:
     assert learner.predict(tasks(20), 2).dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_of_a_rounded_module_are_float32(dtype: torch.dtype) -> None:
+    y = torch.arange(300).remainder(3).expand(2, 300)
+    x = torch.randn(2, 300, 4, dtype=dtype)
+    learner = MetaLearner(nn.Linear(4, 3, dtype=dtype), maml(1, 0.1), F.cross_entropy)
+    scores = learner.evaluate(TaskBatch(x, y, x, y), 2)
+    assert scores.loss.dtype == torch.float32
+    shares = scores.metric * 300  # which 8 bits cannot hold
+    torch.testing.assert_close(shares, shares.round(), atol=1e-3, rtol=0)
+
+
 def test_float64_is_not_rounded(float64: None) -> None:
     found = []
     for precision in get_args(Precision):

@@ -191,7 +191,7 @@ class TaskNetwork:
                 f"{type(self.module).__name__} returned a {type(outputs).__name__}; it must return "
                 "a tensor, so wrap it in a module that does"
             )
-        if outputs.dtype == torch.bfloat16 != x.dtype:  # of autocast
+        if outputs.dtype in (torch.bfloat16, torch.float16):  # losses are not rounded so far
             outputs = outputs.float()
         if without:
             outputs = outputs[without:]
@@ -218,8 +218,18 @@ class TaskNetwork:
         set_mode(self.module, is_training=is_training)
         self._is_training, self._use = is_training, use
         try:
-            with fp32_products(self.precision):
+            with fp32_products(self.precision), self._vmap_explained():
                 yield
+        finally:
+            for module, mode in before:
+                if module.training != mode:
+                    module.training = mode
+
+    @contextmanager
+    def _vmap_explained(self) -> Iterator[None]:
+        """Say what cannot be vectorised, and what to do."""
+        try:
+            yield
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             if not self.vectorize or ("vmap" not in reason and "atching rule" not in reason):
@@ -231,10 +241,6 @@ class TaskNetwork:
                 f"{culprit} cannot be vectorised over tasks ({reason}); "
                 "pass vectorize=False to loop over the tasks instead"
             ) from error
-        finally:
-            for module, mode in before:
-                if module.training != mode:
-                    module.training = mode
 
 
 def _check(module: nn.Module) -> None:
