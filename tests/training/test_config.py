@@ -6,12 +6,12 @@ import pytest
 import tomli_w
 
 import fewstep
-from fewstep.cli.parse import load_config, parse, run_config
 from fewstep.cli.runs import Train
 from fewstep.core.errors import InputError
 from fewstep.data.omniglot import Omniglot
 from fewstep.training.algorithm_options import AlgorithmOptions
 from fewstep.training.config import NETWORKS, SOURCES, Recipe, RunConfig, to_dict
+from fewstep.training.parse import load_config, parse, run_config
 from fewstep.training.presets import preset
 
 

@@ -10,13 +10,13 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from fewstep.cli.parse import value_of
 from fewstep.core.errors import InputError
 from fewstep.data.glyphs import Glyphs
 from fewstep.data.prepared import cache_folder, verify_prepared
 from fewstep.report.episode_picture import picture_episodes
 from fewstep.training.build import classification_episodes
 from fewstep.training.config import SOURCES, ClassificationOptions, Images, SinusoidData, Split
+from fewstep.training.parse import value_of
 from fewstep.training.presets import preset
 
 ImageDataset = Literal["glyphs", "omniglot", "mini-imagenet", "folder"]

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fewstep.cli.data import DataList, DataPrepare, DataShow, DataVerify
-from fewstep.cli.parse import parse
+from fewstep.cli.predict import Predict
 from fewstep.cli.runs import Evaluate, Plot, Resume, Train
 from fewstep.core.errors import InputError, check_name
 from fewstep.experiments.alpha_comparison import AlphaComparison
@@ -20,6 +20,7 @@ from fewstep.experiments.alpha_convergence import AlphaConvergence
 from fewstep.experiments.alpha_sensitivity import AlphaSensitivity
 from fewstep.experiments.maml_plus_plus import MamlPlusPlusAblation
 from fewstep.training.allocator import keep_freed_memory
+from fewstep.training.parse import parse
 from fewstep.training.trainer import TrainingStopped
 
 
@@ -36,6 +37,7 @@ COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "resume": Resume,
     "evaluate": Evaluate,
+    "predict": Predict,
     "plot": Plot,
     "data list": DataList,
     "data prepare": DataPrepare,

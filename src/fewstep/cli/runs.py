@@ -12,7 +12,6 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fewstep.cli.parse import load_config, run_config
 from fewstep.core.errors import InputError
 from fewstep.core.norm import Use
 from fewstep.core.ranks import ALONE, Ranks
@@ -24,6 +23,7 @@ from fewstep.training.build import Experiment, resolve_device
 from fewstep.training.config import EpisodeOptions, RegressionOptions, RunConfig, Split, to_dict
 from fewstep.training.evaluate import Checkpoint, evaluate_run
 from fewstep.training.files import locked
+from fewstep.training.parse import load_config, run_config
 from fewstep.training.run_folder import RunFolder, command_line
 from fewstep.training.trainer import Trainer
 
@@ -212,6 +212,8 @@ def _train(experiment: Experiment, run: RunFolder, console: Console) -> None:
     _say(console, f"learning curves: {run.path / 'curves.png'}")
     _say(console, f"next: fewstep evaluate {run.path} --split val   (score again, other settings)")
     _say(console, f"      fewstep resume {run.path} --iterations {2 * config.iterations}")
+    if config.dataset != "sinusoid":
+        _say(console, f"      fewstep predict {run.path} --support FOLDER --query FOLDER   (yours)")
 
 
 def _help_train(experiment: Experiment) -> None:

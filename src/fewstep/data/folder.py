@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,15 @@ class ImageFolder:
     fractions: tuple[float, float, float] = (0.64, 0.16, 0.2)
     """Shares of the classes for train, val and test, where the folder does not split them."""
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        return (3 if self.colour == "rgb" else 1, self.size, self.size)
+
+    def pixels(self, content: bytes, name: str) -> Pixels:
+        """Return an image file as one of this data set."""
+        return decode(content, name, self.size, "RGB" if self.colour == "rgb" else "L")
+
     def splits(self) -> dict[str, ClassStore]:
         """Return the stores of train, val and test."""
         if self.size < 1:
@@ -58,8 +68,8 @@ class ImageFolder:
         store = load_or_prepare(
             f"folder-{self.root.resolve().name}-{self.size}",
             fingerprint(self.root.resolve(), self.size, self.colour, list(files), stamp),
-            (3 if self.colour == "rgb" else 1, self.size, self.size),
-            partial(_read, files, self.size, self.colour),
+            self.image_shape,
+            partial(_read, files, self.pixels),
         )
         return {s: store.select(c) for s, c in _deal(store.names, self.fractions).items()}
 
@@ -81,15 +91,14 @@ def _files(root: Path) -> dict[str, list[Path]]:
     return files
 
 
-def _read(files: dict[str, list[Path]], size: int, colour: str) -> list[RawClass]:
+def _read(files: dict[str, list[Path]], pixels: Callable[[bytes, str], Pixels]) -> list[RawClass]:
+    def image(file: Path) -> Pixels:
+        return pixels(file.read_bytes(), str(file))
+
     return [
-        RawClass(name, [partial(_decode_file, file, size, colour) for file in of_class])
+        RawClass(name, [partial(image, file) for file in of_class])
         for name, of_class in files.items()
     ]
-
-
-def _decode_file(file: Path, size: int, colour: str) -> Pixels:
-    return decode(file.read_bytes(), str(file), size, "RGB" if colour == "rgb" else "L")
 
 
 def _deal(names: tuple[str, ...], fractions: tuple[float, float, float]) -> dict[str, list[int]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.data.counter_random import key_from_name, random_bits, random_uniform
+from fewstep.data.pixels import strokes
 from fewstep.data.prepared import Pixels, RawClass, fingerprint, load_or_prepare
 from fewstep.data.store import ClassStore
 
@@ -31,9 +32,18 @@ class Glyphs:
     Shapes: 28x28, one channel, strokes 255 on 0.
     """
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        return (1, SIZE, SIZE)
+
+    def pixels(self, content: bytes, name: str) -> Pixels:
+        """Return an image file, dark ink on light paper, as one of this data set."""
+        return strokes(content, name, SIZE)
+
     def splits(self) -> dict[str, ClassStore]:
         """Return the stores of train, val and test: 800, 150 and 250 classes."""
-        store = load_or_prepare("glyphs", fingerprint(_KEY), (1, SIZE, SIZE), _classes)
+        store = load_or_prepare("glyphs", fingerprint(_KEY), self.image_shape, _classes)
         return {split: store.select(classes) for split, classes in SPLITS.items()}
 
 

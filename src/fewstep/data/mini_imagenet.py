@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from fewstep.core.errors import InputError
 from fewstep.data.archives import folder_images, tar_images
 from fewstep.data.pixels import decode
-from fewstep.data.prepared import RawClass, fingerprint, load_or_prepare
+from fewstep.data.prepared import Pixels, RawClass, fingerprint, load_or_prepare
 from fewstep.data.store import ClassStore
 
 IMAGES = 600  # of every class
@@ -62,6 +62,15 @@ class MiniImageNet:
     size: int = 84
     """Height and width of the images."""
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        return (3, self.size, self.size)
+
+    def pixels(self, content: bytes, name: str) -> Pixels:
+        """Return an image file as one of this data set."""
+        return decode(content, name, self.size, "RGB")
+
     def splits(self) -> dict[str, ClassStore]:
         """Return the stores of train, val and test: 64, 16 and 20 classes."""
         if self.size < 1:
@@ -75,8 +84,8 @@ class MiniImageNet:
         store = load_or_prepare(
             f"mini-imagenet-{self.size}",
             fingerprint(self.size, stamp),
-            (3, self.size, self.size),
-            partial(_read, root, self.size),
+            self.image_shape,
+            partial(_read, root, self.pixels),
         )
         number = {name: i for i, name in enumerate(store.names)}
         return {
@@ -96,7 +105,7 @@ def _root(root: Path | None) -> Path:
     return root
 
 
-def _read(root: Path, size: int) -> list[RawClass]:
+def _read(root: Path, pixels: Callable[[bytes, str], Pixels]) -> list[RawClass]:
     labels = _labels(root)
     images: dict[str, list[tuple[str, bytes]]] = defaultdict(list)
     for file, name, content in _entries(root):
@@ -113,7 +122,7 @@ def _read(root: Path, size: int) -> list[RawClass]:
     return [
         RawClass(
             name,
-            [partial(decode, content, file, size, "RGB") for file, content in sorted(images[name])],
+            [partial(pixels, content, file) for file, content in sorted(images[name])],
         )
         for name in wanted
     ]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-import numpy as np
 import pooch
 import torch
 from requests.exceptions import RequestException
@@ -18,7 +17,7 @@ from requests.exceptions import RequestException
 from fewstep.core.errors import InputError
 from fewstep.data.archives import folder_images, zip_images
 from fewstep.data.counter_random import key_from_name, random_subset
-from fewstep.data.pixels import decode
+from fewstep.data.pixels import strokes
 from fewstep.data.prepared import Pixels, RawClass, cache_folder, fingerprint, load_or_prepare
 from fewstep.data.store import ClassStore
 
@@ -65,6 +64,15 @@ class Omniglot:
     size: int = 28
     """Height and width of the images."""
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        return (1, self.size, self.size)
+
+    def pixels(self, content: bytes, name: str) -> Pixels:
+        """Return an image file as one of this data set: strokes 255 on 0."""
+        return strokes(content, name, self.size)
+
     def splits(self) -> dict[str, ClassStore]:
         """Return the stores of train, val and test."""
         if self.size < 1:
@@ -75,8 +83,8 @@ class Omniglot:
         store = load_or_prepare(
             f"omniglot-{self.size}",
             source,
-            (1, self.size, self.size),
-            partial(_read, sources, self.size),
+            self.image_shape,
+            partial(_read, sources, self.pixels),
         )
         return {
             name: store.select(c) for name, c in _classes(self.class_split, store.names).items()
@@ -118,7 +126,7 @@ def _download(part: str) -> Path:
     return Path(file)
 
 
-def _read(sources: Sequence[Path], size: int) -> list[RawClass]:
+def _read(sources: Sequence[Path], pixels: Callable[[bytes, str], Pixels]) -> list[RawClass]:
     images: dict[str, list[tuple[str, bytes]]] = defaultdict(list)
     for source in sources:
         entries = folder_images(source) if source.is_dir() else zip_images(source)
@@ -135,14 +143,10 @@ def _read(sources: Sequence[Path], size: int) -> list[RawClass]:
     return [
         RawClass(
             name,
-            [partial(_inverted, content, file, size) for file, content in sorted(images[name])],
+            [partial(pixels, content, file) for file, content in sorted(images[name])],
         )
         for name in sorted(images)
     ]
-
-
-def _inverted(content: bytes, name: str, size: int) -> Pixels:
-    return np.subtract(255, decode(content, name, size, "L"), dtype=np.uint8)
 
 
 def _classes(split: str, names: Sequence[str]) -> dict[str, list[int]]:

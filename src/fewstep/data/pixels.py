@@ -37,3 +37,8 @@ def decode(content: bytes, name: str, size: int, mode: Literal["L", "RGB"]) -> P
         converted = converted.resize((size, size), Image.Resampling.LANCZOS)
     pixels = np.asarray(converted, dtype=np.uint8)
     return pixels[None] if mode == "L" else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def strokes(content: bytes, name: str, size: int) -> Pixels:
+    """Return an image of dark ink on light paper with strokes of 255 on 0, (1, size, size)."""
+    return np.subtract(255, decode(content, name, size, "L"), dtype=np.uint8)

@@ -1,0 +1,43 @@
+"""The model of a run, as trained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from fewstep.core.errors import InputError
+from fewstep.core.learner import MetaLearner
+from fewstep.training.build import Problem, build_learner, resolve_device
+from fewstep.training.config import ClassificationOptions, SinusoidData
+from fewstep.training.parse import load_config
+from fewstep.training.run_folder import RunFolder
+
+
+def load_learner(
+    path: Path | str, *, checkpoint: Literal["best", "last"] = "best", device: str = "auto"
+) -> MetaLearner:
+    """Return the learner of a run, ready to adapt to tasks of any source; needs no data.
+
+    Args:
+        path: Folder of the run.
+        checkpoint: The best in validation, or the last.
+        device: "cpu", "cuda", ...; "auto" takes a GPU where there is one.
+
+    Raises:
+        InputError: there is no run, no checkpoint, or no such device.
+    """
+    run = RunFolder.open(Path(path))
+    config = load_config(run.path / "config.toml")
+    config = replace(config, device=resolve_device(device))
+    problem = Problem({}, (1,), 1)
+    if not isinstance(config.data, SinusoidData):
+        assert isinstance(config.episodes, ClassificationOptions)
+        problem = Problem({}, config.data.image_shape, config.episodes.ways)
+    state = run.state()
+    if state is None:
+        raise InputError(f"{run.path} has no checkpoint yet; train it first")
+    name = state.last if checkpoint == "last" else state.best[0].name
+    learner = build_learner(config, problem, config.device)
+    learner.load_state_tensors(run.load_checkpoint(name))
+    return learner
