@@ -47,6 +47,11 @@ def test_the_start_counts_until_a_score_does(run):
     ("arguments", "command"),
     [
         (["/bin/fewstep", "train", "--ways", "5"], "fewstep train --ways 5"),
+        (
+            ["benchmarks/training.py", "--out", "a.json"],
+            "python benchmarks/training.py --out a.json",
+        ),
+        (["/home/me/one.py"], "python one.py"),
         (["/lib/fewstep/__main__.py", "resume", "my run"], "python -m fewstep resume 'my run'"),
     ],
 )

@@ -268,6 +268,9 @@ def _git(*arguments: str, folder: Path) -> str:
 def command_line() -> str:
     """Return the command, to be typed again."""
     program = Path(sys.argv[0])
-    is_module = program.name == "__main__.py"
-    words = ["python", "-m", program.parent.name] if is_module else [program.name]
+    words = [program.name]
+    if program.name == "__main__.py":
+        words = ["python", "-m", program.parent.name]
+    elif program.suffix == ".py":
+        words = ["python", program.name if program.is_absolute() else str(program)]
     return shlex.join([*words, *sys.argv[1:]])
