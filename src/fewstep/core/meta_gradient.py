@@ -58,9 +58,9 @@ def meta_gradient(
     if replay is not None:
         key = (counting, share, order, segment)
         differentiate = partial(replay, differentiate, key=key, may_draw=segment is None)
-    own = TaskBatch(*(t[ranks.span(len(batch))] for t in batch.tensors()))
     with loop.network.mode(is_training=True, use=algorithm.norm_statistics.use):
-        parts = [differentiate(weights, *chunk.tensors()) for chunk in own.split(chunk_size)]
+        chunks = ranks.share(batch).split(chunk_size)
+        parts = [differentiate(weights, *chunk.tensors()) for chunk in chunks]
     return _join(parts, loop.network.metric_name(batch.y_query), len(batch), ranks)
 
 
@@ -171,15 +171,19 @@ def _join(
     found = ranks.sum([reduce(torch.add, of_chunks) for of_chunks in by_chunk])
     gradients = dict(zip(parts[0].gradients, found, strict=True))
     norm = torch.nn.utils.get_total_norm(gradients.values())
-    columns = [torch.cat(column) for column in zip(*(p.metrics for p in parts), strict=True)]
+    columns = [_cat(column) for column in zip(*(p.metrics for p in parts), strict=True)]
     by_task, metric, support, query = ranks.join(columns, tasks)
     metrics = Metrics(metric_name, by_task, metric, support, query, norm)
     return gradients, metrics, _mean_over_tasks([p.buffers for p in parts], tasks, ranks)
 
 
+def _cat(tensors: tuple[Tensor, ...]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
 def _mean_over_tasks(parts: list[Tensors], tasks: int, ranks: Ranks) -> Tensors:
     """Return the buffers' mean over all tasks; counts are those of any task."""
-    own = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+    own = {name: _cat(tuple(p[name] for p in parts)) for name in parts[0]}
     floating = [name for name, b in own.items() if b.is_floating_point()]
     sums = ranks.sum([own[name].sum(0) for name in floating])
     means = {name: total / tasks for name, total in zip(floating, sums, strict=True)}

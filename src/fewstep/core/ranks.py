@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fewstep.core.errors import InputError
+from fewstep.core.tasks import TaskBatch
 
 T = TypeVar("T")
 
@@ -64,6 +65,12 @@ class Ranks:
                 "give more tasks or start fewer processes"
             )
         return slice(self.rank * tasks // self.size, (self.rank + 1) * tasks // self.size)
+
+    def share(self, batch: TaskBatch) -> TaskBatch:
+        """Return this one's tasks."""
+        if self.size == 1:
+            return batch
+        return TaskBatch(*(t[self.span(len(batch))] for t in batch.tensors()))
 
     def sum(self, tensors: list[Tensor]) -> list[Tensor]:
         """Return the sums over the processes of each tensor."""
