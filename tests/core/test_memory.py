@@ -1,8 +1,12 @@
 """What graphs hold, and plans that stay within a budget."""
 
+import weakref
+
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fewstep
 from fewstep import InputError, MetaLearner, TaskBatch
@@ -65,3 +69,47 @@ def test_a_budget_below_one_task_is_refused():
     learner, batch = learner_and_batch(2)
     with pytest.raises(InputError, match=r"^memory budget of 0.001 MiB is below the .* MiB.*$"):
         plan_memory(learner, batch, 0.001)
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations within it make, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self.now = 0
+        self._seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        for t in tree_leaves(outputs):
+            storage = t.untyped_storage() if isinstance(t, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self._seen:
+                self._seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._end, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return outputs
+
+    def _end(self, key: int, size: int) -> None:
+        self._seen.remove(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("replay", [False, True])
+def test_a_chunk_leaves_its_sum_behind_and_not_its_gradient(replay):
+    x, y = torch.rand(2, 24, 5, 10), torch.arange(5).expand(24, 5)
+    batch = TaskBatch(x[0], y, x[1], y)
+    module = torch.nn.Sequential(torch.nn.Linear(10, 2000), torch.nn.Linear(2000, 5))
+    learner = MetaLearner(
+        module, fewstep.maml(1, 0.1), F.cross_entropy, chunk_size=1, replay=replay
+    )
+    peaks = []
+    for tasks in (3, 24):
+        few = batch.batch(0, tasks)
+        learner.meta_gradient(few)  # records
+        with LiveMemory() as memory:
+            learner.meta_gradient(few)
+        peaks.append(memory.peak)
+    parameters = 8 * sum(p.numel() for p in module.parameters())
+    assert peaks[0] > 2 * parameters
+    assert peaks[1] < peaks[0] + parameters

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial, reduce
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from fewstep.core.inner import InnerLoop, Point
 from fewstep.core.meta_parameters import RATE
@@ -59,16 +60,22 @@ def meta_gradient(
         key = (counting, share, order, segment)
         differentiate = partial(replay, differentiate, key=key, may_draw=segment is None)
     with loop.network.mode(is_training=True, use=algorithm.norm_statistics.use):
-        chunks = ranks.share(batch).split(chunk_size)
-        parts = [differentiate(weights, *chunk.tensors()) for chunk in chunks]
-    return _join(parts, loop.network.metric_name(batch.y_query), len(batch), ranks)
+        own: list[Tensor] = []  # this process's sum: one copy, of however many chunks
+        of_tasks = []
+        for chunk in ranks.share(batch).split(chunk_size):
+            gradients, each = differentiate(weights, *chunk.tensors())
+            own = list(map(torch.add, own, gradients.values())) or list(gradients.values())
+            of_tasks.append(each)
+    total = dict(zip(gradients, ranks.sum(own), strict=True))
+    (by_task, metric, support, query), buffers = _join(of_tasks, len(batch), ranks)
+    name, norm = loop.network.metric_name(batch.y_query), get_total_norm(total.values())
+    return total, Metrics(name, by_task, metric, support, query, norm), buffers
 
 
-class _Part(NamedTuple):
-    """What a chunk of tasks gives: its share of the gradients, metrics, buffers of every task."""
+class _OfTasks(NamedTuple):
+    """What each task of a chunk gives: the first four of `Metrics`, and its buffers."""
 
-    gradients: Tensors
-    metrics: tuple[Tensor, Tensor, Tensor, Tensor]  # the first of `Metrics`
+    metrics: tuple[Tensor, Tensor, Tensor, Tensor]
     buffers: Tensors
 
 
@@ -80,7 +87,7 @@ def _differentiate(
     share: int,
     order: int,
     segment: int | None,
-) -> _Part:
+) -> tuple[Tensors, _OfTasks]:
     """Differentiate a chunk of tasks, one segment of steps after the other, from the last.
 
     For a segment from step k to step k',
@@ -123,7 +130,7 @@ def _differentiate(
         rates["all"] = -torch.stack([(q[n] * s).sum() for n, s in seen.descent.items()]).sum()
     gradients = {n: each.sum(0) for n, each in adjoint.items()}
     gradients |= {RATE + n: rate for n, rate in rates.items()}
-    return _Part(gradients, seen.metrics(v), buffers)
+    return gradients, _OfTasks(seen.metrics(v), buffers)
 
 
 class _Seen:
@@ -163,18 +170,10 @@ def _grad(loss: Tensor, *groups: Tensors) -> list[Tensors]:
     return [{name: next(found) for name in group} for group in groups]
 
 
-def _join(
-    parts: list[_Part], metric_name: str, tasks: int, ranks: Ranks
-) -> tuple[Tensors, Metrics, Tensors]:
-    """Put together what the chunks of all processes gave."""
-    by_chunk = zip(*(p.gradients.values() for p in parts), strict=True)
-    found = ranks.sum([reduce(torch.add, of_chunks) for of_chunks in by_chunk])
-    gradients = dict(zip(parts[0].gradients, found, strict=True))
-    norm = torch.nn.utils.get_total_norm(gradients.values())
-    columns = [_cat(column) for column in zip(*(p.metrics for p in parts), strict=True)]
-    by_task, metric, support, query = ranks.join(columns, tasks)
-    metrics = Metrics(metric_name, by_task, metric, support, query, norm)
-    return gradients, metrics, _mean_over_tasks([p.buffers for p in parts], tasks, ranks)
+def _join(chunks: list[_OfTasks], tasks: int, ranks: Ranks) -> tuple[list[Tensor], Tensors]:
+    """Put together what the tasks of all processes gave."""
+    columns = [_cat(column) for column in zip(*(c.metrics for c in chunks), strict=True)]
+    return ranks.join(columns, tasks), _mean_over_tasks([c.buffers for c in chunks], tasks, ranks)
 
 
 def _cat(tensors: tuple[Tensor, ...]) -> Tensor:
