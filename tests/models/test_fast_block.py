@@ -1,11 +1,14 @@
 """The written-out block against PyTorch's layers, over tasks and in both derivatives."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import fewstep
+from fewstep.core.query_weights import MultiStepLoss
 from fewstep.models import Conv4, fast_block
 from fewstep.models.block_functions import Form
 
@@ -193,6 +196,31 @@ def test_a_meta_gradient_takes_the_fast_block_throughout(monkeypatch, vectorize)
     slow, _ = learner.meta_gradient(batch)
     assert len(shapes) == 4 * (5 + 1) * (1 if vectorize else 2)
     assert_equal(list(fast.values()), list(slow.values()), 1e-9)
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint_every": 2}, {"replay": True}], ids=str)
+def test_moments_of_data_are_taken_once_for_all_steps(monkeypatch, options):
+    taken = []
+    real = fast_block._patches
+    monkeypatch.setattr(fast_block, "_patches", lambda x, *a: taken.append(x) or real(x, *a))
+    algorithm = replace(fewstep.maml(5, 0.1), query_weights=MultiStepLoss())
+    learner = fewstep.MetaLearner(Conv4(1, 3, 16, filters=4), algorithm, F.cross_entropy, **options)
+    y = torch.arange(3).expand(2, 3)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        x = torch.rand(2, 2, 3, 1, 16, 16)
+        batch = fewstep.TaskBatch(x[0], y, x[1], y)
+        fast, _ = learner.meta_gradient(batch)
+        assert len(taken) == (0 if seed and "replay" in options else 2)
+        taken.clear()
+        learner.evaluate(batch, 2)
+        assert len(taken) == (0 if seed and "replay" in options else 2)
+        taken.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(fast_block, "available", lambda: False)
+            layers = fewstep.MetaLearner(learner.module, algorithm, F.cross_entropy)
+            slow, _ = layers.meta_gradient(batch)
+        assert_equal(list(fast.values()), list(slow.values()), 1e-9)
 
 
 @pytest.mark.parametrize("is_data", [False, True])

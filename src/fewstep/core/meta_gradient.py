@@ -14,6 +14,7 @@ from fewstep.core.inner import InnerLoop, Point
 from fewstep.core.meta_parameters import RATE
 from fewstep.core.metrics import Metrics
 from fewstep.core.network import Result, Tensors
+from fewstep.core.once import one_batch
 from fewstep.core.ranks import Ranks
 from fewstep.core.replay import Replay
 from fewstep.core.segments import segments_backwards
@@ -79,6 +80,7 @@ class _OfTasks(NamedTuple):
     buffers: Tensors
 
 
+@one_batch()
 def _differentiate(
     loop: InnerLoop,
     counting: tuple[int, ...],

@@ -11,6 +11,7 @@ from torch import Tensor
 from fewstep.core.inner import InnerLoop
 from fewstep.core.network import Result
 from fewstep.core.norm import Use
+from fewstep.core.once import one_batch
 from fewstep.core.replay import Replay
 from fewstep.core.tasks import Episodes, TaskBatch
 
@@ -44,6 +45,7 @@ def test(
         What `read` makes, of all the tasks.
     """
 
+    @one_batch()
     def adapt(*tensors: Tensor) -> Tensor:
         points = loop.trajectory(
             TaskBatch(*tensors), num_steps, derivative_order=1, query_after=range(num_steps + 1)

@@ -8,7 +8,8 @@ equals pool(act(batch norm(conv(x, w)))): the activation rises, batch norm is af
 channel, and a maximum commutes with both. Only the statistics read y at full resolution.
 
 Where x is data, and so has no gradient, and has few channels, not even they do: mu = w . m and
-var = w^T S w for the mean m and the covariance S of the 3x3 patches of x.
+var = w^T S w for the mean m and the covariance S of the 3x3 patches of x, the same in every inner
+step.
 
 A batch of tasks is one call: each task's channels are a group of a grouped convolution, stored
 channels-last, (examples, height, width, tasks x channels). PyTorch's own rules would change the
@@ -27,6 +28,7 @@ from torch._C import _functorch
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from fewstep.core.once import once
 from fewstep.models.block_functions import (
     Affine,
     Convolve,
@@ -69,55 +71,41 @@ def block(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, form: Form) ->
     device = x.device.type
     rounds = torch.is_autocast_enabled(device) and weight.dtype == torch.float32
     product = torch.get_autocast_dtype(device) if rounds else weight.dtype
-    x = x.to(weight.dtype)
     with torch.autocast(device, enabled=False):
         if any(_functorch.is_batchedtensor(t) for t in (x, weight, gamma, beta)):
             return Block(*_Tasks.apply(x, weight, gamma, beta, form, product))
-        return _block(x, weight, gamma, beta, form, product, tasks=1)
+        if _are_data(x, weight):
+            images = _data(x, None, 1, weight.dtype, form.stride)
+        else:
+            images = _images(x, None, 1, weight.dtype)
+        return _block(images, weight, gamma, beta, form, product)
 
 
-def _block(
-    x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, form: Form, product: torch.dtype,
-    tasks: int,
-) -> Block:  # fmt: skip
-    is_data = not x.requires_grad and weight[0].numel() <= _LARGEST_PATCH
-    normalised = _by_patches if is_data else partial(_by_outputs, product)
-    sign = torch.where(gamma.detach() < 0, -1.0, 1.0).to(gamma.dtype)
-    wide = (1, -1, 1, 1)
-    z, mean, var = normalised(
-        channels_last(x), weight, sign, (gamma * sign).view(wide), beta.view(wide), form, tasks
-    )
-    return Block(z, mean.flatten() * sign, var.flatten())
+class _Images(NamedTuple):
+    """Inputs, (examples, tasks x channels, height, width), channels-last.
 
-
-def _by_outputs(
-    product: torch.dtype, x: Tensor, weight: Tensor, sign: Tensor, gamma: Tensor, beta: Tensor,
-    form: Form, tasks: int,
-) -> Block:  # fmt: skip
-    """Return the block with statistics of the convolution's output, its factors rounded."""
-    factors = (t.to(product) for t in (x, weight, sign))
-    y = Convolve.apply(*factors, form.stride, tasks).to(x.dtype)
-    return Block(*NormaliseAndPool.apply(y, gamma, beta, form))
-
-
-def _by_patches(
-    x: Tensor, weight: Tensor, sign: Tensor, gamma: Tensor, beta: Tensor, form: Form, tasks: int
-) -> Block:
-    """Return the block with statistics of the convolution's input.
-
-    Nothing is rounded, and in float64: var = w^T S w cancels, the more so with S as the mean square
-    less the squared mean.
+    Where they are data, with the moments of each task's 3x3 patches: the mean,
+    (tasks, channels x 9, 1), and the covariance, (tasks, channels x 9, channels x 9).
     """
-    signed = weight * sign.view(-1, 1, 1, 1)
-    patches = _patches(x.double(), form.stride, tasks)
+
+    x: Tensor
+    tasks: int
+    moments: tuple[Tensor, Tensor] | None = None
+
+
+def _images(x: Tensor, now: int | None, tasks: int, dtype: torch.dtype) -> _Images:
+    return _Images(channels_last(_joined(x, now, 1, tasks).to(dtype)), tasks)
+
+
+def _data(x: Tensor, now: int | None, tasks: int, dtype: torch.dtype, stride: int) -> _Images:
+    """Return images with their moments in float64.
+
+    var = w^T S w cancels, the more so with S as the mean square less the squared mean.
+    """
+    x, *_ = _images(x, now, tasks, dtype)
+    patches = _patches(x.double(), stride, tasks)
     m = patches.mean(2, keepdim=True)
-    covariance = patches @ patches.mT / patches.shape[2] - m @ m.mT
-    w = signed.double().view(tasks, -1, len(m[0]))
-    mean = (w @ m).to(x.dtype).view(1, -1, 1, 1)
-    var = ((w @ covariance) * w).sum(2).to(x.dtype).view(1, -1, 1, 1)
-    d = ConvolveAndPool.apply(x, signed, -mean.flatten(), form, tasks)
-    z = Affine.apply(d, gamma * torch.rsqrt(var + form.eps), beta, form.slope)
-    return Block(z, mean.detach(), var.detach())
+    return _Images(x, tasks, (m, patches @ patches.mT / patches.shape[2] - m @ m.mT))
 
 
 def _patches(x: Tensor, stride: int, tasks: int) -> Tensor:
@@ -126,6 +114,50 @@ def _patches(x: Tensor, stride: int, tasks: int) -> Tensor:
     n, channels, height, width, _, _ = windows.shape
     windows = windows.reshape(n, tasks, channels // tasks, height, width, 3, 3)
     return windows.permute(1, 2, 5, 6, 0, 3, 4).reshape(tasks, channels // tasks * 9, -1)
+
+
+def _are_data(x: Tensor, weight: Tensor) -> bool:
+    return not x.requires_grad and weight[0].numel() <= _LARGEST_PATCH
+
+
+def _block(
+    images: _Images, weight: Tensor, gamma: Tensor, beta: Tensor, form: Form, product: torch.dtype
+) -> Block:
+    if images.moments is None:
+        normalised = partial(_by_outputs, product)
+    else:
+        normalised = partial(_by_patches, *images.moments)
+    sign = torch.where(gamma.detach() < 0, -1.0, 1.0).to(gamma.dtype)
+    wide = (1, -1, 1, 1)
+    z, mean, var = normalised(
+        images, weight, sign, (gamma * sign).view(wide), beta.view(wide), form
+    )
+    return Block(z, mean.flatten() * sign, var.flatten())
+
+
+def _by_outputs(
+    product: torch.dtype, images: _Images, weight: Tensor, sign: Tensor, gamma: Tensor,
+    beta: Tensor, form: Form,
+) -> Block:  # fmt: skip
+    """Return the block with statistics of the convolution's output, its factors rounded."""
+    factors = (t.to(product) for t in (images.x, weight, sign))
+    y = Convolve.apply(*factors, form.stride, images.tasks).to(weight.dtype)
+    return Block(*NormaliseAndPool.apply(y, gamma, beta, form))
+
+
+def _by_patches(
+    m: Tensor, covariance: Tensor, images: _Images, weight: Tensor, sign: Tensor, gamma: Tensor,
+    beta: Tensor, form: Form,
+) -> Block:  # fmt: skip
+    """Return the block with statistics of the convolution's input; nothing is rounded."""
+    x, tasks, _ = images
+    signed = weight * sign.view(-1, 1, 1, 1)
+    w = signed.double().view(tasks, -1, 9 * weight.shape[1])
+    mean = (w @ m).to(x.dtype).view(1, -1, 1, 1)
+    var = ((w @ covariance) * w).sum(2).to(x.dtype).view(1, -1, 1, 1)
+    d = ConvolveAndPool.apply(x, signed, -mean.flatten(), form, tasks)
+    z = Affine.apply(d, gamma * torch.rsqrt(var + form.eps), beta, form.slope)
+    return Block(z, mean.detach(), var.detach())
 
 
 class _Tasks(Function):
@@ -145,13 +177,24 @@ class _Tasks(Function):
         beta: Tensor, form: Form, product: torch.dtype,
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:  # fmt: skip
         tasks: int = info.batch_size
-        into = (1, 0, 0, 0)
-        x, weight, gamma, beta = (
-            t.unsqueeze(at).expand(*t.shape[:at], tasks, *t.shape[at:]).flatten(at, at + 1)
-            if now is None
-            else t.movedim(now, at).flatten(at, at + 1)
-            for t, now, at in zip((x, weight, gamma, beta), in_dims, into, strict=False)
+        now, *of_parameters = in_dims[:4]
+        weight, gamma, beta = (
+            _joined(t, at, 0, tasks)
+            for t, at in zip((weight, gamma, beta), of_parameters, strict=True)
         )
-        z, mean, var = _block(x, weight, gamma, beta, form, product, tasks)
+        if _are_data(x, weight):
+            images = once(_data, x, now, tasks, weight.dtype, form.stride)
+        else:
+            images = _images(x, now, tasks, weight.dtype)
+        z, mean, var = _block(images, weight, gamma, beta, form, product)
         z = z.view(z.shape[0], tasks, -1, *z.shape[2:])
         return (z, mean.view(tasks, -1), var.view(tasks, -1)), (1, 0, 0)
+
+
+def _joined(t: Tensor, now: int | None, at: int, tasks: int) -> Tensor:
+    """Return a tensor of many tasks with their dimension, if it has one, joined to another."""
+    if now is None:
+        t = t.unsqueeze(at).expand(*t.shape[:at], tasks, *t.shape[at:])
+    else:
+        t = t.movedim(now, at)
+    return t.flatten(at, at + 1)
