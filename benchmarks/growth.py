@@ -16,7 +16,7 @@ def table_of(rows: list[dict[str, Any]], title: str) -> Table:
     table = Table("way", title=title)
     lines: dict[str, list[str]] = {row["way"]: [row["way"]] for row in rows}
     for k in dict.fromkeys(row["steps"] for row in rows):
-        for column in (f"{k} steps: s", "min-max", "x", "MiB", "share"):
+        for column in (f"{k} steps: s", "min-max", "x", "MiB (of files)", "share"):
             table.add_column(column, justify="right")
         here = {row["way"]: row for row in rows if row["steps"] == k}
         for way, line in lines.items():
@@ -27,7 +27,8 @@ def table_of(rows: list[dict[str, Any]], title: str) -> Table:
                 s = row["seconds"]
                 line += [
                     f"{row['median_s']:.4f}", f"{min(s):.4f}-{max(s):.4f}", f"{row['ratio']:.2f}",
-                    f"{row['mib']:.0f}", f"{row['share_of_a_large_product']:.0%}",
+                    f"{row['mib']:.0f} ({row['mib_of_files']:.0f})",
+                    f"{row['share_of_a_large_product']:.0%}",
                 ]  # fmt: skip
     for line in lines.values():
         table.add_row(*line)

@@ -6,9 +6,11 @@ Each way has a process of its own, on the same tasks and parameters. First all m
 meta-gradient in float64 on two of the tasks, to 1e-9 of its largest entry. Then they take turns, so
 that a slow moment of the machine meets all; the first gradient, in which JAX compiles and replay
 records, is told apart. Memory is what a process needs at most during it, beyond what it needs
-before. The share is that of the speed of a large product of matrices, which the convolutions and
-products of the plain loop would reach in that time. Products are of float32 where a way says
-nothing. Peers that are not installed (`pip install -e ".[benchmark]"`) are named and left out.
+before, and how much of that are pages of libraries' files, which the first operation of a kind
+loads, whatever the size of its tensors. The share is that of the speed of a large product of
+matrices, which the convolutions and products of the plain loop would reach in that time. Products
+are of float32 where a way says nothing. Peers that are not installed (`pip install -e
+".[benchmark]"`) are named and left out.
 """
 
 from __future__ import annotations
@@ -127,9 +129,11 @@ def serve(case: Case, way: str, threads: int | None, pipe: Connection) -> None:
                 pipe.send(torch.cat([g.flatten() for g in exact]))
             elif gradient is None:  # "first"
                 gradient = WAYS[way].build(case, torch.float32)
-                before, started = _peak(case.device), time.perf_counter()
+                started, *before = time.perf_counter(), _peak(case.device), _of_files(case.device)
                 _finish(gradient)
-                pipe.send((time.perf_counter() - started, _peak(case.device) - before))
+                after = time.perf_counter(), _peak(case.device), _of_files(case.device)
+                found = (b - a for a, b in zip((started, *before), after, strict=True))
+                pipe.send(dict(zip(("first_s", "mib", "mib_of_files"), found, strict=True)))
             else:  # "time"
                 pipe.send(turn(gradient))
     except EOFError:
@@ -182,6 +186,15 @@ def _peak(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def _of_files(device: str) -> float:
+    """Return the memory that holds pages of files, in MiB, where the system tells."""
+    status = Path("/proc/self/status")
+    if device.startswith("cuda") or not status.exists():
+        return 0.0
+    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return int(fields["RssFile"].split()[0]) / 1024
+
+
 def differences(cases: list[Case], ways: list[str], threads: int | None) -> list[dict[str, float]]:
     """Return how far each way is from the plain loop in each case, in float64 and with 2 tasks.
 
@@ -215,10 +228,7 @@ def measure(case: Case, options: Options) -> dict[str, dict[str, Any]]:
     processes, found = {}, {}
     for way in ways:
         processes[way] = Process(case, way, options.threads)
-        first = processes[way].ask("first")
-        found[way] = {"seconds": []} | (
-            {} if first is None else {"first_s": first[0], "mib": first[1]}
-        )
+        found[way] = {"seconds": []} | (processes[way].ask("first") or {})
     for _ in range(options.repeats):
         for way in ways:
             seconds = found[way]["seconds"]

@@ -19,6 +19,7 @@ from fewstep.core.meta_parameters import RATE, MetaParameters
 from fewstep.core.metrics import Metrics
 from fewstep.core.network import Loss, TaskNetwork, Tensors, set_mode
 from fewstep.core.norm import NormaliseBy, NormStatistics, Use, keep
+from fewstep.core.once import one_batch
 from fewstep.core.outer import NoClipping
 from fewstep.core.precision import Precision
 from fewstep.core.ranks import ALONE, Ranks
@@ -184,7 +185,7 @@ class MetaLearner:
         module = copy.deepcopy(self.module, _left_behind(self.module))
         steps = self._steps(num_steps)
         use = self.algorithm.norm_statistics.use
-        with torch.no_grad(), self._network.mode(is_training=False, use=use):
+        with torch.no_grad(), self._network.mode(is_training=False, use=use), one_batch():
             *_, last = self._loop.trajectory(batch, steps, derivative_order=1)
             theta = self._meta.rows.pick_parameters(last.theta, steps, is_query=True)
             buffers = self._meta.rows.pick_buffers(last.buffers, steps)
