@@ -277,7 +277,7 @@ def main() -> None:
         for order in options.orders:
             rows = rows_of(name, order, options)
             title = f"{CASES[name].name}, order {order}"
-            Console(width=180).print(table_of(rows, title))
+            Console(width=220).print(table_of(rows, title))
             if options.out is not None:
                 options.out.parent.mkdir(parents=True, exist_ok=True)
                 about = environment(command_line(), options.device)
