@@ -216,6 +216,9 @@ def test_moments_of_data_are_taken_once_for_all_steps(monkeypatch, options):
         learner.evaluate(batch, 2)
         assert len(taken) == (0 if seed and "replay" in options else 2)
         taken.clear()
+        learner.adapt(x[0, 0], y[0])
+        assert len(taken) == 1
+        taken.clear()
         with monkeypatch.context() as patch:
             patch.setattr(fast_block, "available", lambda: False)
             layers = fewstep.MetaLearner(learner.module, algorithm, F.cross_entropy)
