@@ -69,7 +69,7 @@ def test_train_evaluate_plot(empty_folder, capsys):
 
     assert main(f"evaluate {run} --steps 2 --tasks 4 --split val --checkpoint last".split()) == 0
     assert "4 tasks; 2 inner steps" in capsys.readouterr().out
-    saved = json.loads((run / "evaluation-val-last-2-steps.json").read_text())
+    saved = json.loads((run / "evaluation-val-last-2-steps-tasks-4.json").read_text())
     assert len(saved["curve"]) == 3
     assert saved["environment"]["command"]
 
@@ -88,6 +88,11 @@ def test_images_of_your_own(empty_folder, capsys):
     )
     assert saved["episodes"]["eval_queries"] == 3
     assert saved["episodes"]["eval_rotations"] == "classes"
+    before = (run / "evaluation-test-best-10-steps.json").read_bytes()
+    assert main(f"evaluate {run} --tasks 4".split()) == 0
+    assert (run / "evaluation-test-best-10-steps.json").read_bytes() == before
+    saved = json.loads((run / "evaluation-test-best-10-steps-tasks-4.json").read_text())
+    assert saved["num_tasks"] == 4
 
 
 def test_every_part_of_maml_plus_plus(empty_folder, capsys):

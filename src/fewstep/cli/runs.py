@@ -128,6 +128,8 @@ class Evaluate:
         run = RunFolder.open(self.run_folder)
         config = load_config(run.path / "config.toml")
         episodes, changes = self._episodes(config.episodes)
+        if self.tasks != config.test_tasks:
+            changes.append(f"tasks-{self.tasks}")
         config = replace(config, episodes=episodes, device=self.device)
         scores = evaluate_run(
             Experiment.build(config),
