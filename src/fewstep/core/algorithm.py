@@ -200,7 +200,7 @@ def maml_plus_plus(
     Raises:
         InputError: unknown `version`.
 
-    Deviation: see `docs/maml++.md` for a table of paper, code and this.
+    Deviation: see `docs/maml++/index.md` for a table of paper, code and this.
 
     Reference: Antoniou, Edwards and Storkey, How to train your MAML, ICLR 2019, arXiv:1810.09502.
 

@@ -66,8 +66,8 @@ TESTS = (
 class MamlPlusPlusAblation:
     """The ablation table and the validation curves of MAML++.
 
-    The default is the authors' schedule: 100 epochs of 500 iterations of 8 tasks. Fewer iterations
-    shorten the epochs, so that every schedule keeps its shape.
+    The default is the authors' schedule: 100 epochs of 500 iterations of 8 tasks, or 2 for
+    mini-ImageNet. Fewer iterations shorten the epochs, so that every schedule keeps its shape.
     """
 
     dataset: Literal["omniglot", "mini-imagenet", "glyphs"] = "omniglot"
@@ -82,10 +82,10 @@ class MamlPlusPlusAblation:
     """Runs of each row."""
     iterations: int = 50_000
     """Outer updates of a run."""
-    tasks: int = 8
-    """Tasks of an iteration."""
-    filters: int = 64
-    """Channels of every block of the network."""
+    tasks: int | None = None
+    """Tasks of an iteration; None takes the authors' 8, or 2 for mini-ImageNet."""
+    filters: int | None = None
+    """Channels of every block; None takes the authors' 64, or 48 for mini-ImageNet."""
     val_every: int = 500
     """Iterations between validations."""
     val_tasks: int = 600
@@ -144,6 +144,9 @@ class MamlPlusPlusAblation:
     def _config(self, variant: str, seed: int) -> RunConfig:
         base = preset(self.dataset)
         is_mini = self.dataset == "mini-imagenet"
+        parts = VARIANTS[variant]
+        if is_mini and "multi_step_epochs" in parts:
+            parts = parts | {"multi_step_epochs": 15}
         return replace(
             base,
             recipe="maml++-reference-code" if variant == "MAML++" else "maml",
@@ -155,16 +158,30 @@ class MamlPlusPlusAblation:
                 eval_queries=15 if is_mini else 1,
                 rotations="none" if is_mini else "episode",
             ),
-            model=Conv4Options(filters=self.filters, activation="leaky-relu"),
-            algorithm=AlgorithmOptions(not_adapted=("*.norm.*",), **VARIANTS[variant]),
+            model=Conv4Options(filters=self._filters, activation="leaky-relu"),
+            algorithm=AlgorithmOptions(
+                not_adapted=("*.norm.*",), clip_value=10.0 if is_mini else None, **parts
+            ),
             iterations=self.iterations,
-            tasks=self.tasks,
+            tasks=self._tasks,
             val_every=self.val_every,
             val_tasks=self.val_tasks,
             test_tasks=self.test_tasks,
             keep_best=5,
             precision=self.precision,
             seed=seed,
+        )
+
+    @property
+    def _tasks(self) -> int:
+        return (2 if self.dataset == "mini-imagenet" else 8) if self.tasks is None else self.tasks
+
+    @property
+    def _filters(self) -> int:
+        return (
+            (48 if self.dataset == "mini-imagenet" else 64)
+            if self.filters is None
+            else self.filters
         )
 
     def _row(self, variant: str, found: Mapping[Path, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -185,8 +202,8 @@ class MamlPlusPlusAblation:
 
     def _schedule(self) -> str:
         return (
-            f"{self.dataset} {self.ways}-way {self.shots}-shot, Conv4-{self.filters}, "
-            f"{self.iterations:,} iterations of {self.tasks} tasks, {self.precision}, "
+            f"{self.dataset} {self.ways}-way {self.shots}-shot, Conv4-{self._filters}, "
+            f"{self.iterations:,} iterations of {self._tasks} tasks, {self.precision}, "
             f"{self.seeds} seed{'s' * (self.seeds > 1)}, {self.test_tasks} test tasks each"
         )
 

@@ -87,7 +87,7 @@ def _alpha_maml(algorithm: AlgorithmOptions) -> AlgorithmOptions:
 
 
 def _maml_plus_plus(config: RunConfig, *, is_paper: bool) -> RunConfig:
-    """Return the settings with MAML++'s parts; `docs/maml++.md` has the table."""
+    """Return the settings with MAML++'s parts; `docs/maml++/index.md` has the table."""
     is_mini = config.dataset == "mini-imagenet"
     algorithm = replace(
         config.algorithm,
