@@ -10,9 +10,10 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
+from fewstep.core.cache import cache_folder
 from fewstep.core.errors import InputError
 from fewstep.data.glyphs import Glyphs
-from fewstep.data.prepared import cache_folder, verify_prepared
+from fewstep.data.prepared import verify_prepared
 from fewstep.report.episode_picture import picture_episodes
 from fewstep.training.build import classification_episodes
 from fewstep.training.config import SOURCES, ClassificationOptions, Images, SinusoidData, Split

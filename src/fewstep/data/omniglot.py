@@ -14,11 +14,12 @@ import pooch
 import torch
 from requests.exceptions import RequestException
 
+from fewstep.core.cache import cache_folder
 from fewstep.core.errors import InputError
 from fewstep.data.archives import folder_images, zip_images
 from fewstep.data.counter_random import key_from_name, random_subset
 from fewstep.data.pixels import strokes
-from fewstep.data.prepared import Pixels, RawClass, cache_folder, fingerprint, load_or_prepare
+from fewstep.data.prepared import Pixels, RawClass, fingerprint, load_or_prepare
 from fewstep.data.store import ClassStore
 
 PARTS = ("images_background", "images_evaluation")

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pooch
 import torch
 from numpy.typing import NDArray
 from rich.progress import track
 
+from fewstep.core.cache import cache_folder
 from fewstep.core.errors import InputError
 from fewstep.data.store import ClassStore
 
@@ -35,11 +35,6 @@ class RawClass:
 
     name: str
     readers: Sequence[Callable[[], Pixels]]
-
-
-def cache_folder() -> Path:
-    """Return where prepared arrays are kept: $FEWSTEP_CACHE, or the user's cache folder."""
-    return Path(os.environ.get("FEWSTEP_CACHE") or pooch.os_cache("fewstep"))
 
 
 def fingerprint(*parts: object) -> str:

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from fewstep.models.convolution import convolve, gradients
+
 aten = torch.ops.aten
 Grad = Tensor | None
 _SPACE = (0, 2, 3)
@@ -81,7 +83,7 @@ class Convolve(Function):
         torch.mul(w, sign.view(-1, 1, 1, 1), out=signed)
         ctx.save_for_backward(x, w, sign, signed)
         ctx.args = stride, groups
-        return F.conv2d(x, signed, None, stride, 1, 1, groups)
+        return convolve((x, signed), stride, groups)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Grad, ...]:
@@ -103,7 +105,7 @@ class _ConvolveBackward(Function):
         ctx.save_for_backward(g, x, sign, signed)
         ctx.args = args
         ctx.set_materialize_grads(False)
-        gx, gw = _transposed(g, x, signed, args, needs_x, needs_w)
+        gx, gw = gradients(g, x, signed, *args, by_x=needs_x, by_w=needs_w)
         return gx, gw if gw is None else gw.mul_(sign.view(-1, 1, 1, 1))
 
     @staticmethod
@@ -111,20 +113,20 @@ class _ConvolveBackward(Function):
     def backward(ctx: Any, hx: Grad, hw: Grad) -> tuple[Grad, ...]:
         g, x, sign, signed = ctx.saved_tensors
         _, needs_x, needs_w, *_ = ctx.needs_input_grad
-        stride, groups = ctx.args
-        terms, to_x, to_w = [], None, None
+        factors: list[Tensor] = []
+        to_x, to_w = None, None
         if hx is not None:
             hx = channels_last(hx)
-            terms.append(F.conv2d(hx, signed, None, stride, 1, 1, groups))
+            factors += (hx, signed)
             if needs_w:
-                _, to_w = _transposed(g, hx, signed, ctx.args, False, True)
+                _, to_w = gradients(g, hx, signed, *ctx.args, by_x=False, by_w=True)
                 to_w.mul_(sign.view(-1, 1, 1, 1))
         if hw is not None:
             hw = torch.mul(hw, sign.view(-1, 1, 1, 1), out=torch.empty_like(signed))
-            terms.append(F.conv2d(x, hw, None, stride, 1, 1, groups))
+            factors += (x, hw)
             if needs_x:
-                to_x, _ = _transposed(g, x, hw, ctx.args, True, False)
-        to_g = terms[0].add_(terms[1]) if len(terms) == 2 else terms[0] if terms else None
+                to_x, _ = gradients(g, x, hw, *ctx.args, by_x=True, by_w=False)
+        to_g = convolve(factors, *ctx.args) if factors else None
         return to_g, to_x, to_w, None, None, None, None, None
 
 
@@ -230,7 +232,7 @@ class _ConvolveAndPoolBackward(Function):
         ctx.args = args
         w_shape, y_shape, stride, groups = args
         gy, w = _unpool(g, where, y_shape), x.new_empty(w_shape)
-        _, gw = _transposed(gy, x, w, (stride, groups), False, True)
+        _, gw = gradients(gy, x, w, stride, groups, by_x=False, by_w=True)
         return gw, _sum(g).flatten()
 
     @staticmethod
@@ -302,18 +304,6 @@ def _pick(t: Tensor, where: Tensor | None) -> Tensor:
     last = where.permute(0, 2, 3, 1)
     picked = t.permute(0, 2, 3, 1).flatten(1, 2).gather(1, last.flatten(1, 2))
     return picked.view(last.shape).permute(0, 3, 1, 2)
-
-
-def _transposed(
-    g: Tensor, x: Tensor, w: Tensor, args: tuple[int, int], needs_x: bool, needs_w: bool
-) -> tuple[Any, Any]:
-    """Return conv^T(g, w) in the shape of x, and corr(x, g) in the shape of w, where needed."""
-    stride, groups = args
-    gx, gw, _ = aten.convolution_backward(
-        g, x, w, None, (stride, stride), (1, 1), (1, 1), False, (0, 0), groups,
-        (needs_x, needs_w, False),
-    )  # fmt: skip
-    return gx, gw
 
 
 def _sum(t: Tensor) -> Tensor:
