@@ -19,8 +19,9 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from fewstep.models.convolution import convolve, gradients
+from fewstep.models.kernels import pooled
 
-aten = torch.ops.aten
+aten, own = torch.ops.aten, torch.ops.fewstep
 Grad = Tensor | None
 _SPACE = (0, 2, 3)
 
@@ -208,11 +209,16 @@ class ConvolveAndPool(Function):
     """p = max-pool(conv(x, w) + b), linear in w and b; x has no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor, form: Form, groups: int) -> Tensor:
-        y = F.conv2d(x, channels_last(w), b, form.stride, 1, 1, groups)
-        p, where = _pool(y, form)
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor, form: Form, groups: int) -> Any:
+        if form.pool and pooled.fits(x, w, form.stride, groups):
+            p, where = own.pooled_convolve(x, w.contiguous(), b, groups)
+            y_shape = None
+        else:
+            y = F.conv2d(x, channels_last(w), b, form.stride, 1, 1, groups)
+            p, where = _pool(y, form)
+            y_shape = y.shape
         ctx.save_for_backward(x, where)
-        ctx.args = w.shape, y.shape, form.stride, groups
+        ctx.args = w.shape, y_shape, form.stride, groups
         return p
 
     @staticmethod
@@ -231,6 +237,8 @@ class _ConvolveAndPoolBackward(Function):
         ctx.save_for_backward(x, where)
         ctx.args = args
         w_shape, y_shape, stride, groups = args
+        if y_shape is None:
+            return own.pooled_correlate(x, channels_last(g), where, groups)  # type: ignore[no-any-return]
         gy, w = _unpool(g, where, y_shape), x.new_empty(w_shape)
         _, gw = gradients(gy, x, w, stride, groups, by_x=False, by_w=True)
         return gw, _sum(g).flatten()
@@ -239,7 +247,10 @@ class _ConvolveAndPoolBackward(Function):
     @_last_derivative
     def backward(ctx: Any, hw: Tensor, hb: Tensor) -> tuple[Grad, ...]:
         x, where = ctx.saved_tensors
-        _, _, stride, groups = ctx.args
+        _, y_shape, stride, groups = ctx.args
+        if y_shape is None:
+            to_g = own.pooled_convolve_at(x, hw.contiguous(), hb.contiguous(), where, groups)
+            return to_g, None, None, None
         to_gy = F.conv2d(x, channels_last(hw), hb, stride, 1, 1, groups)
         return _pick(to_gy, where), None, None, None
 

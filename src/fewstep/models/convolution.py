@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fewstep.models import winograd
+from fewstep.models.kernels import winograd
 
 aten, own = torch.ops.aten, torch.ops.fewstep
 
@@ -23,7 +23,7 @@ def convolve(factors: Sequence[Tensor], stride: int, groups: int) -> Tensor:
     x, w, *more = factors
     if winograd.fits(x, w, stride, groups) and winograd.has_many(x):
         x2, w2 = more or (None, None)
-        return own.convolve(x, w, x2, w2, groups, False)  # type: ignore[no-any-return]
+        return own.winograd_convolve(x, w, x2, w2, groups, False)  # type: ignore[no-any-return]
     y = F.conv2d(x, w, None, stride, 1, 1, groups)
     return y.add_(convolve(more, stride, groups)) if more else y
 
@@ -35,9 +35,9 @@ def gradients(
     gx = gw = None
     if winograd.fits(x, w, stride, groups):
         if by_x and winograd.has_many(x):
-            gx, by_x = own.convolve(g, w, None, None, groups, True), False
+            gx, by_x = own.winograd_convolve(g, w, None, None, groups, True), False
         if by_w:
-            gw, by_w = own.correlate(x, g, groups), False
+            gw, by_w = own.winograd_correlate(x, g, groups), False
     if by_x or by_w:
         both = (by_x, by_w, False)
         space = ((stride, stride), (1, 1), (1, 1), False, (0, 0))

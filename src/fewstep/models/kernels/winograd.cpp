@@ -8,10 +8,9 @@
 // 0, +-3/4, +-3/2 and infinity: every coefficient of A and B is a short binary fraction, and in
 // float32 the error is a third of that of the usual 0, +-1, +-2.
 
-#include <algorithm>
-#include <cstdint>
-#include <cstdlib>
 #include <cstring>
+
+#include "common.h"
 
 namespace {
 
@@ -19,22 +18,7 @@ constexpr int kTile = 6, kOut = 4, kPoints = kTile * kTile;
 constexpr int kBlock = 30;  // tiles at once: their transforms stay in the second-level cache
 
 // A product keeps kRows x kColumns vectors of sums in registers.
-#if defined(__AVX512F__)
-constexpr int kBytes = 64, kRows = 6, kColumns = 4;
-#elif defined(__AVX__)
-constexpr int kBytes = 32, kRows = 6, kColumns = 2;
-#else
-constexpr int kBytes = 16, kRows = 6, kColumns = 4;
-#endif
-
-template <class T> struct Wide {
-  static constexpr int lanes = kBytes / sizeof(T);
-  typedef T type __attribute__((vector_size(kBytes), aligned(sizeof(T)), may_alias));
-};
-template <class T> using Vec = typename Wide<T>::type;
-
-template <class T> inline Vec<T> load(const T *p) { return *reinterpret_cast<const Vec<T> *>(p); }
-template <class T> inline __attribute__((always_inline)) void store(T *p, Vec<T> v) { *reinterpret_cast<Vec<T> *>(p) = v; }
+constexpr int kRows = 6, kColumns = kRegisters == 32 ? 4 : 2;
 
 // a^2 = 9/16, b^2 = 9/4
 #define A1 T(0.75)
@@ -179,24 +163,6 @@ void product(const T *a, int64_t rows, int64_t row, int64_t column, const T *b, 
     columns<T, 2>(a, rows, row, column, b + j, wide, depth, c + j, wide, add);
   for (; j < wide; j += lanes)
     columns<T, 1>(a, rows, row, column, b + j, wide, depth, c + j, wide, add);
-}
-
-// Memory that a thread keeps.
-void *scratch(int which, size_t bytes) {
-  struct Held {
-    void *at = nullptr;
-    size_t bytes = 0;
-    ~Held() { std::free(at); }
-  };
-  static thread_local Held held[4];
-  Held &mine = held[which];
-  if (mine.bytes < bytes) {
-    std::free(mine.at);
-    mine.at = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
-    mine.bytes = mine.at ? bytes : 0;
-    if (!mine.at) std::abort();
-  }
-  return mine.at;
 }
 
 struct Shape {
@@ -375,7 +341,7 @@ void correlate(T *gw, const T *x, const T *g, const Shape &s, int threads) {
 }  // namespace
 
 #define ENTRY(T, name)                                                                             \
-  extern "C" void convolve_##name(T *y, const T *x, const T *w, const int64_t *by, const T *x2,     \
+  extern "C" void winograd_convolve_##name(T *y, const T *x, const T *w, const int64_t *by, const T *x2,     \
                                   const T *w2, const int64_t *by2, const int64_t *shape,           \
                                   int turned, int threads) {                                       \
     Shape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]};                           \
@@ -383,7 +349,7 @@ void correlate(T *gw, const T *x, const T *g, const Shape &s, int threads) {
     if (x2) pairs[1] = {x2, w2, {by2[0], by2[1], by2[2], by2[3]}};                                 \
     convolve<T>(y, pairs, x2 ? 2 : 1, s, turned, threads);                                         \
   }                                                                                                \
-  extern "C" void correlate_##name(T *gw, const T *x, const T *g, const int64_t *shape,            \
+  extern "C" void winograd_correlate_##name(T *gw, const T *x, const T *g, const int64_t *shape,            \
                                    int threads) {                                                  \
     Shape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]};                           \
     correlate<T>(gw, x, g, s, threads);                                                            \

@@ -1,0 +1,106 @@
+"""Kernels in C++, compiled once on each machine.
+
+They are compiled when first wanted, with the C++ compiler at hand ($CXX, c++, g++ or clang++), and
+kept in the cache folder. Without a compiler, or on processors other than x86-64 with AVX2,
+PyTorch's operations take their place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.core.cache import cache_folder
+
+_FOLDER = Path(__file__).parent
+_SOURCES = tuple(_FOLDER / name for name in ("winograd.cpp", "pooled.cpp"))
+_HEADER = _FOLDER / "common.h"
+_FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+_TARGETS = {"AVX512": "-march=x86-64-v4", "AVX2": "-march=x86-64-v3"}
+_NAMES = {torch.float32: "float", torch.float64: "double"}
+LANES = 16  # channels come in multiples of
+
+
+def take(*tensors: Tensor) -> bool:
+    """Whether there are kernels for tensors of this device and type, the same for all."""
+    first, *others = tensors
+    return (
+        first.device.type == "cpu"
+        and first.dtype in _NAMES
+        and all(t.dtype == first.dtype for t in others)
+        and library() is not None
+    )
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """Return the compiled kernels, or None where they cannot be."""
+    target = _TARGETS.get(torch.backends.cpu.get_cpu_capability())
+    compiler = _compiler()
+    if target is None or compiler is None or platform.system() != "Linux":
+        return None
+    command = [compiler, *_FLAGS, target]
+    of = hashlib.sha256(" ".join(command).encode())
+    for source in (*_SOURCES, _HEADER):
+        of.update(source.read_bytes())
+    path = cache_folder() / f"kernels-{of.hexdigest()[:12]}.so"
+    try:
+        if not path.exists():
+            _compile(command, path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _compiler() -> str | None:
+    named = os.environ.get("CXX")
+    if named is not None:  # empty: none
+        return shutil.which(named) if named else None
+    return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
+def _compile(command: list[str], path: Path) -> None:
+    """Compile to a temporary name and then rename, as other processes may be at it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as folder:
+        made = Path(folder, path.name)
+        files = [*map(str, _SOURCES), "-o", str(made)]
+        subprocess.run([*command, *files], check=True, capture_output=True)
+        made.replace(path)
+
+
+def call(name: str, dtype: torch.dtype, *args: Any) -> None:
+    """Call a kernel on all of PyTorch's threads, with tensors by address and tuples as arrays."""
+    kernels = library()
+    assert kernels is not None
+    threads = torch.get_num_threads()
+    getattr(kernels, f"{name}_{_NAMES[dtype]}")(*map(_argument, args), threads)
+
+
+def _argument(value: Any) -> Any:
+    match value:
+        case Tensor():
+            return ctypes.c_void_p(value.data_ptr())
+        case tuple():
+            return (ctypes.c_int64 * len(value))(*value)
+    return value
+
+
+def channels_last(like: Tensor, *shape: int) -> Tensor:
+    """Return a new tensor (examples, channels, height, width), with channels next to each other."""
+    return torch.empty(shape, dtype=like.dtype, memory_format=torch.channels_last)
+
+
+# Operations of PyTorch, so that a recording holds them.
+operations = torch.library.Library("fewstep", "DEF")

@@ -1,0 +1,44 @@
+// Vectors of float and double, and memory that a thread keeps.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64, kRegisters = 32;
+#else
+constexpr int kBytes = 32, kRegisters = 16;
+#endif
+
+template <class T> struct Wide {
+  static constexpr int lanes = kBytes / sizeof(T);
+  typedef T type __attribute__((vector_size(kBytes), aligned(sizeof(T)), may_alias));
+};
+template <class T> using Vec = typename Wide<T>::type;
+
+template <class T> inline Vec<T> load(const T *p) { return *reinterpret_cast<const Vec<T> *>(p); }
+template <class T> inline void store(T *p, Vec<T> v) { *reinterpret_cast<Vec<T> *>(p) = v; }
+
+// Memory that a thread keeps.
+void *scratch(int which, size_t bytes) {
+  struct Held {
+    void *at = nullptr;
+    size_t bytes = 0;
+    ~Held() { std::free(at); }
+  };
+  static thread_local Held held[4];
+  Held &mine = held[which];
+  if (mine.bytes < bytes) {
+    std::free(mine.at);
+    mine.at = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+    mine.bytes = mine.at ? bytes : 0;
+    if (!mine.at) std::abort();
+  }
+  return mine.at;
+}
+
+}  // namespace
