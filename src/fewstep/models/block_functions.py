@@ -19,7 +19,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from fewstep.models.convolution import convolve, gradients
-from fewstep.models.kernels import pooled
+from fewstep.models.kernels import normalise, pooled
 
 aten, own = torch.ops.aten, torch.ops.fewstep
 Grad = Tensor | None
@@ -138,12 +138,19 @@ class NormaliseAndPool(Function):
     def forward(
         ctx: Any, y: Tensor, gamma: Tensor, beta: Tensor, form: Form
     ) -> tuple[Tensor, Tensor, Tensor]:
-        mean = y.mean(_SPACE, keepdim=True)
-        d = y.sub_(mean)  # in place: nothing else holds y
-        var = (d * d).mean(_SPACE, keepdim=True)
-        p, where = _pool(d, form)
-        r = torch.rsqrt(var + form.eps)
-        z = F.leaky_relu_(torch.addcmul(beta, p, gamma * r), form.slope)
+        ctx.by_kernel = form.pool and normalise.fits(y, gamma)
+        if ctx.by_kernel:
+            d, gamma = y, gamma.contiguous()
+            z, mean, var, r, p, where = own.normalise(
+                d, gamma, beta.contiguous(), form.slope, form.eps
+            )
+        else:
+            mean = y.mean(_SPACE, keepdim=True)
+            d = y.sub_(mean)  # in place: nothing else holds y
+            var = (d * d).mean(_SPACE, keepdim=True)
+            p, where = _pool(d, form)
+            r = torch.rsqrt(var + form.eps)
+            z = F.leaky_relu_(torch.addcmul(beta, p, gamma * r), form.slope)
         ctx.save_for_backward(d, gamma, z, r, p, where)
         ctx.form = form
         ctx.mark_non_differentiable(mean, var)
@@ -154,7 +161,8 @@ class NormaliseAndPool(Function):
     def backward(ctx: Any, gz: Grad, *_: Grad) -> tuple[Grad, ...]:
         if gz is None:
             return None, None, None, None
-        return *_NormaliseAndPoolBackward.apply(gz, *ctx.saved_tensors, ctx.form), None
+        saved = ctx.saved_tensors
+        return *_NormaliseAndPoolBackward.apply(gz, *saved, ctx.form, ctx.by_kernel), None
 
 
 class _NormaliseAndPoolBackward(Function):
@@ -169,8 +177,15 @@ class _NormaliseAndPoolBackward(Function):
     @staticmethod
     def forward(
         ctx: Any, gz: Tensor, d: Tensor, gamma: Tensor, z: Tensor, r: Tensor, p: Tensor,
-        where: Tensor | None, form: Form,
+        where: Tensor | None, form: Form, by_kernel: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        ctx.form, ctx.by_kernel = form, by_kernel
+        if by_kernel:
+            gy, ga, ggamma, gbeta = own.normalise_backward(
+                channels_last(gz), d, gamma, z, r, p, where, form.slope
+            )
+            ctx.save_for_backward(d, gamma, z, r, p, where, ga, ggamma, gbeta)
+            return gy, ggamma, gbeta
         ga = aten.leaky_relu_backward(gz, z, form.slope, True)
         a = gamma * r
         gbeta = _sum(ga)
@@ -178,12 +193,15 @@ class _NormaliseAndPoolBackward(Function):
         a_n = a / -_count(d)
         gy = _unpool(ga * a, where, d.shape).addcmul_(d, a_n * r * ggamma).add_(a_n * gbeta)
         ctx.save_for_backward(d, gamma, z, r, p, where, ga, ggamma, gbeta)
-        ctx.form = form
         return gy, ggamma, gbeta
 
     @staticmethod
     @_last_derivative
     def backward(ctx: Any, hy: Tensor, hgamma: Tensor, hbeta: Tensor) -> tuple[Grad, ...]:
+        if ctx.by_kernel:
+            h = (channels_last(hy), hgamma.contiguous(), hbeta.contiguous())
+            outputs = own.normalise_second(*h, *ctx.saved_tensors, ctx.form.slope)
+            return *outputs[:2], outputs[2], None, None, None, None, None, None
         d, gamma, z, r, p, where, ga, ggamma, gbeta = ctx.saved_tensors
         a, r_n = gamma * r, r / _count(d)
         # hy enters gy's three terms by its values at the maxima and by two sums.
@@ -202,7 +220,7 @@ class _NormaliseAndPoolBackward(Function):
         shift = torch.mul(to_ggamma, gbeta).addcmul_(c, h0, value=-1).mul_(r_n)
         to_y = _unpool(ga * to_p, where, d.shape)
         to_y.addcmul_(d, slope, value=-1).sub_(shift).addcmul_(hy, c * r_n, value=-1)
-        return to_gz, to_y, to_a * r, None, None, None, None, None
+        return to_gz, to_y, to_a * r, None, None, None, None, None, None
 
 
 class ConvolveAndPool(Function):

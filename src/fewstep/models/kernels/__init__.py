@@ -24,7 +24,7 @@ from torch import Tensor
 from fewstep.core.cache import cache_folder
 
 _FOLDER = Path(__file__).parent
-_SOURCES = tuple(_FOLDER / name for name in ("winograd.cpp", "pooled.cpp"))
+_SOURCES = tuple(_FOLDER / name for name in ("winograd.cpp", "pooled.cpp", "normalise.cpp"))
 _HEADER = _FOLDER / "common.h"
 _FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 _TARGETS = {"AVX512": "-march=x86-64-v4", "AVX2": "-march=x86-64-v3"}
@@ -94,6 +94,8 @@ def _argument(value: Any) -> Any:
             return ctypes.c_void_p(value.data_ptr())
         case tuple():
             return (ctypes.c_int64 * len(value))(*value)
+        case float():
+            return ctypes.c_double(value)
     return value
 
 

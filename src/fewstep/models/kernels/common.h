@@ -1,8 +1,9 @@
-// Vectors of float and double, and memory that a thread keeps.
+// Vectors of float and double, places of maxima, and memory that a thread keeps.
 
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 
@@ -22,6 +23,18 @@ template <class T> using Vec = typename Wide<T>::type;
 
 template <class T> inline Vec<T> load(const T *p) { return *reinterpret_cast<const Vec<T> *>(p); }
 template <class T> inline void store(T *p, Vec<T> v) { *reinterpret_cast<Vec<T> *>(p) = v; }
+
+// Places in their squares, a byte each, and as wide as a T for comparisons.
+template <class T> struct Place {
+  typedef uint8_t bytes __attribute__((vector_size(Wide<T>::lanes), aligned(1), may_alias));
+  typedef decltype(Vec<T>{} > Vec<T>{}) type;
+  static type read(const uint8_t *p) {
+    return __builtin_convertvector(*reinterpret_cast<const bytes *>(p), type);
+  }
+  static void write(uint8_t *p, type place) {
+    *reinterpret_cast<bytes *>(p) = __builtin_convertvector(place, bytes);
+  }
+};
 
 // Memory that a thread keeps.
 void *scratch(int which, size_t bytes) {

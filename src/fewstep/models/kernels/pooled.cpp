@@ -29,18 +29,6 @@ template <class T> const T *bordered(const T *x, const Shape &s, int64_t image, 
   return to;
 }
 
-// Places in their squares, a byte each, and as wide as a T for comparisons.
-template <class T> struct Place {
-  typedef uint8_t bytes __attribute__((vector_size(Wide<T>::lanes), aligned(1), may_alias));
-  typedef decltype(Vec<T>{} > Vec<T>{}) type;
-  static type read(const uint8_t *p) {
-    return __builtin_convertvector(*reinterpret_cast<const bytes *>(p), type);
-  }
-  static void write(uint8_t *p, type place) {
-    *reinterpret_cast<bytes *>(p) = __builtin_convertvector(place, bytes);
-  }
-};
-
 // y[k] = b + sum w x of the four outputs of a square, whose window begins at `x`
 template <class T, int channels>
 inline __attribute__((always_inline)) void square(const T *x, int64_t wide, int64_t plane,

@@ -173,9 +173,9 @@ struct Shape {
 };
 
 // Where a tile lies: its image, and its first row and column.
-struct Place {
+struct Corner {
   int64_t image, y, x;
-  Place(int64_t tile, const Shape &s) {
+  Corner(int64_t tile, const Shape &s) {
     const int64_t row = tile / s.across();
     image = row / s.down();
     y = row % s.down() * kOut;
@@ -190,7 +190,7 @@ void transform_tiles(const T *x, const Shape &s, int64_t all, int64_t wide, int6
   constexpr int lanes = Wide<T>::lanes, before = size == kTile ? 1 : 0;
   const int64_t point = count * wide;
   for (int64_t t = 0; t < count; t++) {
-    const Place at(first + t, s);
+    const Corner at(first + t, s);
     const T *corner = x + ((at.image * s.height + at.y - before) * s.width + at.x - before) * all;
     const T *pixel[size * size];
     for (int i = 0; i < size; i++)
@@ -268,7 +268,7 @@ void convolve(T *y, const Factors<T> *pairs, int count, const Shape &s, bool tur
                   m + i * rows * s.out, s.out, p > 0);
       }
       for (int64_t t = 0; t < rows; t++) {
-        const Place at(first + t, s);
+        const Corner at(first + t, s);
         const int64_t pixel = s.groups * s.out, line = s.width * pixel;
         T *corner = y + (at.image * s.height + at.y) * line + at.x * pixel + group * s.out;
         const int high = std::min<int64_t>(kOut, s.height - at.y);
