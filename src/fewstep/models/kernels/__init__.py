@@ -1,8 +1,8 @@
 """Kernels in C++, compiled once on each machine.
 
 They are compiled when first wanted, with the C++ compiler at hand ($CXX, c++, g++ or clang++), and
-kept in the cache folder. Without a compiler, or on processors other than x86-64 with AVX2,
-PyTorch's operations take their place.
+kept in the cache folder. Without a compiler, on other systems than Linux, or on processors other
+than x86-64 with AVX2, PyTorch's operations take their place.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from fewstep.core.cache import cache_folder
 _FOLDER = Path(__file__).parent
 _SOURCES = tuple(_FOLDER / name for name in ("winograd.cpp", "pooled.cpp", "normalise.cpp"))
 _HEADER = _FOLDER / "common.h"
-_FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+_FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC")
 _TARGETS = {"AVX512": "-march=x86-64-v4", "AVX2": "-march=x86-64-v3"}
 _NAMES = {torch.float32: "float", torch.float64: "double"}
 LANES = 16  # channels come in multiples of
@@ -47,8 +49,13 @@ def take(*tensors: Tensor) -> bool:
 def library() -> ctypes.CDLL | None:
     """Return the compiled kernels, or None where they cannot be."""
     target = _TARGETS.get(torch.backends.cpu.get_cpu_capability())
-    compiler = _compiler()
-    if target is None or compiler is None or platform.system() != "Linux":
+    named = os.environ.get("CXX")
+    if target is None or platform.system() != "Linux" or named == "":
+        return None
+    names = ("c++", "g++", "clang++") if named is None else (named,)
+    compiler = next(filter(None, map(shutil.which, names)), None)
+    if compiler is None:
+        _warn(f"there is no C++ compiler called {' or '.join(names)}")
         return None
     command = [compiler, *_FLAGS, target]
     of = hashlib.sha256(" ".join(command).encode())
@@ -59,25 +66,34 @@ def library() -> ctypes.CDLL | None:
         if not path.exists():
             _compile(command, path)
         return ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        _warn(f"{compiler} cannot compile the kernels ({' '.join(said.split()):.160})")
         return None
 
 
-def _compiler() -> str | None:
-    named = os.environ.get("CXX")
-    if named is not None:  # empty: none
-        return shutil.which(named) if named else None
-    return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+def _warn(reason: str) -> None:
+    warnings.warn(
+        f"{reason}, so Conv4 takes PyTorch's operations, up to twice as slow; install g++, name a "
+        "compiler in $CXX, or leave $CXX empty to go on without this notice",
+        stacklevel=2,
+    )
 
 
 def _compile(command: list[str], path: Path) -> None:
     """Compile to a temporary name and then rename, as other processes may be at it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as folder:
+        pairs = [(source, Path(folder, source.stem + ".o")) for source in _SOURCES]
+        with ThreadPoolExecutor() as pool:  # they take seconds
+            list(pool.map(_run, ([*command, "-c", s, "-o", o] for s, o in pairs)))
         made = Path(folder, path.name)
-        files = [*map(str, _SOURCES), "-o", str(made)]
-        subprocess.run([*command, *files], check=True, capture_output=True)
+        _run([*command, "-shared", *(o for _, o in pairs), "-o", made])
         made.replace(path)
+
+
+def _run(command: list[str | Path]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
 
 
 def call(name: str, dtype: torch.dtype, *args: Any) -> None:
