@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -107,6 +108,12 @@ def with_least_memory(case: Case, dtype: torch.dtype) -> Gradient:
 def with_replay(case: Case, dtype: torch.dtype) -> Gradient:
     """Return it with the operations recorded in the first call."""
     return with_fewstep(case, dtype, replay=True)
+
+
+def without_compiler(case: Case, dtype: torch.dtype) -> Gradient:
+    """Return it recorded, by PyTorch's operations alone, as where there is no C++ compiler."""
+    os.environ["CXX"] = ""  # of this way's process
+    return with_replay(case, dtype)
 
 
 def with_bfloat16(case: Case, dtype: torch.dtype) -> Gradient:
@@ -307,6 +314,7 @@ def _has_tf32(case: Case) -> bool:
 WAYS = {
     "fewstep": Way(with_fewstep),
     "fewstep, replay": Way(with_replay),
+    "fewstep, no compiler": Way(without_compiler, where=lambda case: case.size > 0),
     "fewstep, checkpoints": Way(with_checkpoints, orders=(2,)),
     "fewstep, least memory": Way(with_least_memory, orders=(2,), where=lambda case: case.size > 0),
     "fewstep, compile": Way(with_compile, where=lambda case: case.size == 0),

@@ -41,6 +41,7 @@ def take(*tensors: Tensor) -> bool:
         first.device.type == "cpu"
         and first.dtype in _NAMES
         and all(t.dtype == first.dtype for t in others)
+        and all(t.numel() for t in tensors)
         and library() is not None
     )
 

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstdlib>
 
+#define INLINE inline __attribute__((always_inline))
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -36,20 +38,25 @@ template <class T> struct Place {
   }
 };
 
-// Memory that a thread keeps.
-void *scratch(int which, size_t bytes) {
+template <class T> T *allocate(int64_t count) {
+  void *at = std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64);
+  if (!at) std::abort();
+  return static_cast<T *>(at);
+}
+
+// Memory that a thread keeps, for each `which` of its own.
+template <class T> T *scratch(int which, int64_t count) {
   struct Held {
-    void *at = nullptr;
-    size_t bytes = 0;
+    T *at = nullptr;
+    int64_t count = 0;
     ~Held() { std::free(at); }
   };
   static thread_local Held held[4];
   Held &mine = held[which];
-  if (mine.bytes < bytes) {
+  if (mine.count < count) {
     std::free(mine.at);
-    mine.at = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
-    mine.bytes = mine.at ? bytes : 0;
-    if (!mine.at) std::abort();
+    mine.at = allocate<T>(count);
+    mine.count = count;
   }
   return mine.at;
 }

@@ -22,8 +22,7 @@ template <class T, class At> void each_vector(const Shape &s, int threads, At at
 // Calls square(corner, pooled) with the offsets of each 2x2 square of a row of squares, then
 // rest(offset) for the pixels of these rows that are in none; line() ends a row.
 template <class Square, class Rest, class Line>
-inline __attribute__((always_inline)) void each_row(const Shape &s, Square square, Rest rest,
-                                                    Line line) {
+INLINE void each_row(const Shape &s, Square square, Rest rest, Line line) {
   const int64_t across = s.width * s.channels;
   for (int64_t image = 0; image < s.n; image++)
     for (int64_t row = 0; row < s.height; row += 2) {
@@ -39,8 +38,6 @@ inline __attribute__((always_inline)) void each_row(const Shape &s, Square squar
       line();
     }
 }
-
-template <class T> Vec<T> all(T value) { return Vec<T>{} + value; }
 
 template <class T>
 void forward(T *y, const T *gamma, const T *beta, T *z, T *mean, T *var, T *r, T *p, uint8_t *where,
@@ -96,8 +93,9 @@ void forward(T *y, const T *gamma, const T *beta, T *z, T *mean, T *var, T *r, T
 }
 
 template <class T>
-void backward(T *gy, T *ga, T *ggamma, T *gbeta, const T *gz, const T *d, const T *gamma, const T *z,
-              const T *r, const T *p, const uint8_t *where, const Shape &s, T slope, int threads) {
+void backward(T *gy, T *ga, T *ggamma, T *gbeta, const T *gz, const T *d, const T *gamma,
+              const T *z, const T *r, const T *p, const uint8_t *where, const Shape &s, T slope,
+              int threads) {
   const int64_t step[4] = {0, s.channels, s.width * s.channels, (s.width + 1) * s.channels};
   each_vector<T>(s, threads, [&](int64_t c) {
     Vec<T> by_beta = {}, by_gamma = {};
@@ -133,9 +131,9 @@ void backward(T *gy, T *ga, T *ggamma, T *gbeta, const T *gz, const T *d, const 
 }
 
 template <class T>
-void second(T *to_gz, T *to_y, T *to_gamma, const T *hy, const T *hgamma, const T *hbeta, const T *d,
-            const T *gamma, const T *z, const T *r, const T *p, const uint8_t *where, const T *ga,
-            const T *ggamma, const T *gbeta, const Shape &s, T slope, int threads) {
+void second(T *to_gz, T *to_y, T *to_gamma, const T *hy, const T *hgamma, const T *hbeta,
+            const T *d, const T *gamma, const T *z, const T *r, const T *p, const uint8_t *where,
+            const T *ga, const T *ggamma, const T *gbeta, const Shape &s, T slope, int threads) {
   const int64_t step[4] = {0, s.channels, s.width * s.channels, (s.width + 1) * s.channels};
   const auto picked = [&](int64_t at, typename Place<T>::type place) {
     Vec<T> u = load(hy + at);
@@ -197,7 +195,7 @@ void second(T *to_gz, T *to_y, T *to_gamma, const T *hy, const T *hgamma, const 
 }  // namespace
 
 #define ENTRY(T, name)                                                                             \
-  extern "C" void normalise_##name(T *y, const T *gamma, const T *beta, T *z, T *mean, T *var,      \
+  extern "C" void normalise_##name(T *y, const T *gamma, const T *beta, T *z, T *mean, T *var,     \
                                    T *r, T *p, uint8_t *where, const int64_t *shape, double slope, \
                                    double eps, int threads) {                                      \
     const Shape s{shape[0], shape[1], shape[2], shape[3]};                                         \

@@ -13,7 +13,7 @@ from fewstep.models.kernels import LANES, call, channels_last, operations, take
 
 def fits(y: Tensor, gamma: Tensor) -> bool:
     """Whether the kernels take these images and scales."""
-    return y.shape[1] % LANES == 0 and take(y, gamma)
+    return y.shape[1] % LANES == 0 and min(y.shape[2:]) >= 2 and take(y, gamma)
 
 
 def forward(y: Tensor, gamma: Tensor, beta: Tensor, slope: float, eps: float) -> list[Tensor]:

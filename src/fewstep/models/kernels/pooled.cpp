@@ -1,11 +1,9 @@
 // A 3x3 convolution of images with few channels, and the maximum of every 2x2 of its outputs, which
-// alone are written. x is (examples, height, width, groups x channels); of each group's `out` filters
-// a maximum's place in its square is 0 to 3, row by row.
+// alone are written. x is (examples, height, width, groups x channels). A maximum's place in its
+// square is 0 to 3, row by row.
 //
 //   p  = max over k of y[k],  y[k] = b + sum_taps w[tap] x[tap + k]
 //   gw[tap] = sum g x[tap + place],  gb = sum g;    picked: y[place]
-
-#include <cstring>
 
 #include "common.h"
 
@@ -20,8 +18,8 @@ struct Shape {
 // A group's image with a border of zeros, (channels, height + 2, width + 2).
 template <class T> const T *bordered(const T *x, const Shape &s, int64_t image, int64_t group) {
   const int64_t wide = s.width + 2, plane = (s.height + 2) * wide;
-  T *to = static_cast<T *>(scratch(0, s.channels * plane * sizeof(T)));
-  std::memset(to, 0, s.channels * plane * sizeof(T));
+  T *to = scratch<T>(0, s.channels * plane);
+  std::fill_n(to, s.channels * plane, T(0));
   const T *from = x + image * s.height * s.width * s.groups * s.channels + group * s.channels;
   for (int64_t i = 0; i < s.height * s.width; i++, from += s.groups * s.channels)
     for (int64_t c = 0; c < s.channels; c++)
@@ -31,8 +29,8 @@ template <class T> const T *bordered(const T *x, const Shape &s, int64_t image, 
 
 // y[k] = b + sum w x of the four outputs of a square, whose window begins at `x`
 template <class T, int channels>
-inline __attribute__((always_inline)) void square(const T *x, int64_t wide, int64_t plane,
-                                                  const Vec<T> *w, Vec<T> b, Vec<T> y[4]) {
+INLINE void square(const T *x, int64_t wide, int64_t plane, const Vec<T> *w, Vec<T> b,
+                   Vec<T> y[4]) {
   for (int k = 0; k < 4; k++) y[k] = b;
 #pragma GCC unroll 3
   for (int c = 0; c < channels; c++)
@@ -56,7 +54,8 @@ template <class At> void share(const Shape &s, int threads, At at) {
 // Filters (groups x out, channels, 3, 3) of `lanes` of a group's outputs, as vectors.
 template <class T, int channels> void vectors(const T *w, Vec<T> to[channels * 9]) {
   for (int i = 0; i < channels * 9; i++)
-    for (int l = 0; l < Wide<T>::lanes; l++) reinterpret_cast<T *>(to + i)[l] = w[l * channels * 9 + i];
+    for (int l = 0; l < Wide<T>::lanes; l++)
+      reinterpret_cast<T *>(to + i)[l] = w[l * channels * 9 + i];
 }
 
 template <class T, int channels, bool picks>
@@ -101,8 +100,8 @@ void correlate(T *gw, T *gb, const T *x, const T *g, const uint8_t *where, const
   constexpr int lanes = Wide<T>::lanes, taps = channels * 9;
   const int64_t slices = std::min<int64_t>(s.n, (threads + s.groups - 1) / s.groups);
   const int64_t all = s.groups * s.out, size = all * (taps + 1);
-  T *parts = static_cast<T *>(std::calloc(slices * size, sizeof(T)));
-  if (!parts) std::abort();
+  T *parts = allocate<T>(slices * size);
+  std::fill_n(parts, slices * size, T(0));
   share(s, threads, [&](int64_t slice, int64_t group, int64_t begin, int64_t end) {
     const int64_t wide = s.width + 2, plane = (s.height + 2) * wide;
     T *part = parts + slice * size;
@@ -110,7 +109,7 @@ void correlate(T *gw, T *gb, const T *x, const T *g, const uint8_t *where, const
       const T *in = bordered(x, s, image, group);
       for (int64_t o = group * s.out; o < (group + 1) * s.out; o += lanes) {
         Vec<T> sum[taps] = {}, total = {};
-        for (int64_t row = 0; row < s.down(); row++) {  // a sum for each row: many terms lose digits
+        for (int64_t row = 0; row < s.down(); row++) {  // many terms in one sum lose digits
           Vec<T> of_row[taps] = {}, total_of_row = {};
           for (int64_t column = 0; column < s.across(); column++) {
             const T *window = in + row * 2 * wide + column * 2;

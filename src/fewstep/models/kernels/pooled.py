@@ -16,8 +16,13 @@ _MOST = 3  # channels
 
 def fits(x: Tensor, w: Tensor, stride: int, groups: int) -> bool:
     """Whether the kernel takes these images and filters."""
-    of_group = w.shape[0] // groups
-    return stride == 1 and w.shape[1] <= _MOST and of_group % LANES == 0 and take(x, w)
+    return (
+        stride == 1
+        and w.shape[1] <= _MOST
+        and w.shape[0] // groups % LANES == 0
+        and min(x.shape[2:]) >= 2
+        and take(x, w)
+    )
 
 
 def convolve(x: Tensor, w: Tensor, b: Tensor, groups: int) -> tuple[Tensor, Tensor]:

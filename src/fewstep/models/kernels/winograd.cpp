@@ -6,9 +6,7 @@
 //
 // "." sums over channels (y) or over tiles (gw), as 36 products of matrices. The points are
 // 0, +-3/4, +-3/2 and infinity: every coefficient of A and B is a short binary fraction, and in
-// float32 the error is a third of that of the usual 0, +-1, +-2.
-
-#include <cstring>
+// float32 the error is half of that of the usual 0, +-1, +-2.
 
 #include "common.h"
 
@@ -20,40 +18,44 @@ constexpr int kBlock = 30;  // tiles at once: their transforms stay in the secon
 // A product keeps kRows x kColumns vectors of sums in registers.
 constexpr int kRows = 6, kColumns = kRegisters == 32 ? 4 : 2;
 
-// a^2 = 9/16, b^2 = 9/4
-#define A1 T(0.75)
-#define B1 T(1.5)
-#define A2 T(0.5625)
-#define B2 T(2.25)
-#define AB T(1.265625)
-#define SUM T(2.8125)
+// The points a and b, their squares' product and sum, and for 0, +-a and +-b one over the product
+// of the distances from the others.
+template <class T> constexpr T a1 = 0.75;
+template <class T> constexpr T b1 = 1.5;
+template <class T> constexpr T a2 = 0.5625;
+template <class T> constexpr T b2 = 2.25;
+template <class T> constexpr T a2b2 = 1.265625;
+template <class T> constexpr T a2_b2 = 2.8125;
+template <class T> constexpr T n0 = T(1 / 1.265625);
+template <class T> constexpr T na = T(-1 / 1.8984375);
+template <class T> constexpr T nb = T(1 / 7.59375);
 
 // t = B^T d
-template <class T> inline __attribute__((always_inline)) void input_transform(const Vec<T> d[6], Vec<T> t[6]) {
-  Vec<T> e = d[4] - B2 * d[2], o = A1 * (d[3] - B2 * d[1]);
-  Vec<T> f = d[4] - A2 * d[2], p = B1 * (d[3] - A2 * d[1]);
-  t[0] = AB * d[0] - SUM * d[2] + d[4];
+template <class T> INLINE void input_transform(const Vec<T> d[6], Vec<T> t[6]) {
+  Vec<T> e = d[4] - b2<T> * d[2], o = a1<T> * (d[3] - b2<T> * d[1]);
+  Vec<T> f = d[4] - a2<T> * d[2], p = b1<T> * (d[3] - a2<T> * d[1]);
+  t[0] = a2b2<T> * d[0] - a2_b2<T> * d[2] + d[4];
   t[1] = e + o;
   t[2] = e - o;
   t[3] = f + p;
   t[4] = f - p;
-  t[5] = AB * d[1] - SUM * d[3] + d[5];
+  t[5] = a2b2<T> * d[1] - a2_b2<T> * d[3] + d[5];
 }
 
 // y = A^T m
-template <class T> inline __attribute__((always_inline)) void output_transform(const Vec<T> m[6], Vec<T> y[4]) {
-  Vec<T> e = m[1] + m[2], o = A1 * (m[1] - m[2]);
-  Vec<T> f = m[3] + m[4], p = B1 * (m[3] - m[4]);
+template <class T> INLINE void output_transform(const Vec<T> m[6], Vec<T> y[4]) {
+  Vec<T> e = m[1] + m[2], o = a1<T> * (m[1] - m[2]);
+  Vec<T> f = m[3] + m[4], p = b1<T> * (m[3] - m[4]);
   y[0] = m[0] + e + f;
   y[1] = o + p;
-  y[2] = A2 * e + B2 * f;
-  y[3] = A2 * o + B2 * p + m[5];
+  y[2] = a2<T> * e + b2<T> * f;
+  y[3] = a2<T> * o + b2<T> * p + m[5];
 }
 
 // m = A g
-template <class T> inline __attribute__((always_inline)) void gradient_transform(const Vec<T> g[4], Vec<T> m[6]) {
-  Vec<T> e = g[0] + A2 * g[2], o = A1 * (g[1] + A2 * g[3]);
-  Vec<T> f = g[0] + B2 * g[2], p = B1 * (g[1] + B2 * g[3]);
+template <class T> INLINE void gradient_transform(const Vec<T> g[4], Vec<T> m[6]) {
+  Vec<T> e = g[0] + a2<T> * g[2], o = a1<T> * (g[1] + a2<T> * g[3]);
+  Vec<T> f = g[0] + b2<T> * g[2], p = b1<T> * (g[1] + b2<T> * g[3]);
   m[0] = g[0];
   m[1] = e + o;
   m[2] = e - o;
@@ -62,16 +64,11 @@ template <class T> inline __attribute__((always_inline)) void gradient_transform
   m[5] = g[3];
 }
 
-// 1/N of the points 0, +-a, +-b
-#define N0 T(1.0 / 1.265625)
-#define NA T(1.0 / (2 * 0.5625 * (0.5625 - 2.25)))
-#define NB T(1.0 / (2 * 2.25 * (2.25 - 0.5625)))
-
 // u = G w
-template <class T> inline __attribute__((always_inline)) void filter_transform(const Vec<T> w[3], Vec<T> u[6]) {
-  Vec<T> e = NA * (w[0] + A2 * w[2]), o = (NA * A1) * w[1];
-  Vec<T> f = NB * (w[0] + B2 * w[2]), p = (NB * B1) * w[1];
-  u[0] = N0 * w[0];
+template <class T> INLINE void filter_transform(const Vec<T> w[3], Vec<T> u[6]) {
+  Vec<T> e = na<T> * (w[0] + a2<T> * w[2]), o = (na<T> * a1<T>) * w[1];
+  Vec<T> f = nb<T> * (w[0] + b2<T> * w[2]), p = (nb<T> * b1<T>) * w[1];
+  u[0] = n0<T> * w[0];
   u[1] = e + o;
   u[2] = e - o;
   u[3] = f + p;
@@ -80,17 +77,17 @@ template <class T> inline __attribute__((always_inline)) void filter_transform(c
 }
 
 // w = G^T u
-template <class T> inline __attribute__((always_inline)) void filter_gradient(const Vec<T> u[6], Vec<T> w[3]) {
-  Vec<T> e = NA * (u[1] + u[2]), o = (NA * A1) * (u[1] - u[2]);
-  Vec<T> f = NB * (u[3] + u[4]), p = (NB * B1) * (u[3] - u[4]);
-  w[0] = N0 * u[0] + e + f;
+template <class T> INLINE void filter_gradient(const Vec<T> u[6], Vec<T> w[3]) {
+  Vec<T> e = na<T> * (u[1] + u[2]), o = (na<T> * a1<T>) * (u[1] - u[2]);
+  Vec<T> f = nb<T> * (u[3] + u[4]), p = (nb<T> * b1<T>) * (u[3] - u[4]);
+  w[0] = n0<T> * u[0] + e + f;
   w[1] = o + p;
-  w[2] = A2 * e + B2 * f + u[5];
+  w[2] = a2<T> * e + b2<T> * f + u[5];
 }
 
 // out = F in F^T: `from` gives the n x n vectors of in, `to` takes the m x m of out
 template <class T, int n, int m, void (*F)(const Vec<T> *, Vec<T> *), class From, class To>
-inline __attribute__((always_inline)) void both_sides(From from, To to) {
+INLINE void both_sides(From from, To to) {
   Vec<T> half[n * m];
 #pragma GCC unroll 6
   for (int j = 0; j < n; j++) {
@@ -112,9 +109,8 @@ inline __attribute__((always_inline)) void both_sides(From from, To to) {
 
 // c[i][j] (+)= sum_k a[i * row + k * column] b[k][j] for R rows and C vectors
 template <class T, int R, int C>
-inline __attribute__((always_inline)) void panel(const T *a, int64_t row, int64_t column, const T *b,
-                                                 int64_t wide, int64_t depth, T *c, int64_t c_wide,
-                                                 bool add) {
+INLINE void panel(const T *a, int64_t row, int64_t column, const T *b, int64_t wide, int64_t depth,
+                  T *c, int64_t c_wide, bool add) {
   constexpr int lanes = Wide<T>::lanes;
   Vec<T> sum[R][C];
 #pragma GCC unroll 8
@@ -234,124 +230,127 @@ void transform_filters(const T *w, const Strides &by, int64_t from, int64_t to, 
     }
 }
 
+// Tiles first..first+count of a group's outputs, from m[point][tile][channel].
+template <class T>
+void write_tiles(const T *m, const Shape &s, int64_t group, int64_t first, int64_t count, T *y) {
+  const int64_t pixel = s.groups * s.out, line = s.width * pixel;
+  for (int64_t t = 0; t < count; t++) {
+    const Corner at(first + t, s);
+    T *corner = y + (at.image * s.height + at.y) * line + at.x * pixel + group * s.out;
+    const int high = std::min<int64_t>(kOut, s.height - at.y);
+    const int wide = std::min<int64_t>(kOut, s.width - at.x);
+    for (int64_t c = 0; c < s.out; c += Wide<T>::lanes) {
+      const T *from = m + t * s.out + c;
+      T *to = corner + c;
+      const auto in = [&](int i, int j) { return load(from + (i * kTile + j) * count * s.out); };
+      if (high == kOut && wide == kOut)
+        both_sides<T, kTile, kOut, output_transform<T>>(
+            in, [&](int i, int j, Vec<T> v) { store(to + i * line + j * pixel, v); });
+      else
+        both_sides<T, kTile, kOut, output_transform<T>>(in, [&](int i, int j, Vec<T> v) {
+          if (i < high && j < wide) store(to + i * line + j * pixel, v);
+        });
+    }
+  }
+}
+
+// What a thread works on and with: a slice of the tiles of a group, and its memory.
+template <class T> struct Share {
+  int64_t group, slice, begin, end;
+  T *u, *v, *m, *zeros;
+  Share(int64_t item, int64_t slices, const Shape &s, int filters)
+      : group(item / slices), slice(item % slices), begin(s.tiles() * slice / slices),
+        end(s.tiles() * (slice + 1) / slices),
+        u(scratch<T>(0, filters * kPoints * s.in * s.out)),
+        v(scratch<T>(1, kPoints * kBlock * s.in)), m(scratch<T>(2, kPoints * kBlock * s.out)),
+        zeros(scratch<T>(3, std::max(s.in, s.out))) {
+    std::fill_n(zeros, std::max(s.in, s.out), T(0));
+  }
+};
+
+int64_t slices_of(const Shape &s, int threads) { return (threads + s.groups - 1) / s.groups; }
+
 template <class T> struct Factors {
   const T *x, *w;
   Strides by;
 };
 
+// y = sum of conv(x, w) over the pairs
 template <class T>
 void convolve(T *y, const Factors<T> *pairs, int count, const Shape &s, bool turned, int threads) {
-  constexpr int lanes = Wide<T>::lanes;
-  const int64_t slices = (threads + s.groups - 1) / s.groups, items = s.groups * slices;
+  const int64_t slices = slices_of(s, threads), filters = kPoints * s.in * s.out;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int64_t item = 0; item < items; item++) {
-    const int64_t group = item / slices, slice = item % slices;
-    const int64_t begin = s.tiles() * slice / slices, end = s.tiles() * (slice + 1) / slices;
-    const int64_t filters = kPoints * s.in * s.out;
-    T *u = static_cast<T *>(scratch(0, count * filters * sizeof(T)));
-    T *v = static_cast<T *>(scratch(1, kPoints * kBlock * s.in * sizeof(T)));
-    T *m = static_cast<T *>(scratch(2, kPoints * kBlock * s.out * sizeof(T)));
-    T *zeros = static_cast<T *>(scratch(3, std::max(s.in, s.out) * sizeof(T)));
-    std::fill_n(zeros, std::max(s.in, s.out), T(0));
+  for (int64_t item = 0; item < s.groups * slices; item++) {
+    const Share<T> own(item, slices, s, count);
     for (int p = 0; p < count; p++) {
       const Strides &by = pairs[p].by;
-      const T *w = pairs[p].w + group * (turned ? s.in : s.out) * by.out;
-      transform_filters(w, by, s.in, s.out, turned, u + p * filters);
+      const T *w = pairs[p].w + own.group * (turned ? s.in : s.out) * by.out;
+      transform_filters(w, by, s.in, s.out, turned, own.u + p * filters);
     }
-    for (int64_t first = begin; first < end; first += kBlock) {
-      const int64_t rows = std::min<int64_t>(kBlock, end - first);
+    for (int64_t first = own.begin; first < own.end; first += kBlock) {
+      const int64_t rows = std::min<int64_t>(kBlock, own.end - first);
       for (int p = 0; p < count; p++) {
-        transform_tiles<T, kTile, input_transform<T>>(pairs[p].x + group * s.in, s,
-                                                      s.groups * s.in, s.in, first, rows, zeros, v);
+        transform_tiles<T, kTile, input_transform<T>>(pairs[p].x + own.group * s.in, s,
+                                                      s.groups * s.in, s.in, first, rows,
+                                                      own.zeros, own.v);
         for (int i = 0; i < kPoints; i++)
-          product(v + i * rows * s.in, rows, s.in, 1, u + p * filters + i * s.in * s.out, s.in,
-                  m + i * rows * s.out, s.out, p > 0);
+          product(own.v + i * rows * s.in, rows, s.in, 1, own.u + p * filters + i * s.in * s.out,
+                  s.in, own.m + i * rows * s.out, s.out, p > 0);
       }
-      for (int64_t t = 0; t < rows; t++) {
-        const Corner at(first + t, s);
-        const int64_t pixel = s.groups * s.out, line = s.width * pixel;
-        T *corner = y + (at.image * s.height + at.y) * line + at.x * pixel + group * s.out;
-        const int high = std::min<int64_t>(kOut, s.height - at.y);
-        const int wide = std::min<int64_t>(kOut, s.width - at.x);
-        for (int64_t c = 0; c < s.out; c += lanes) {
-          const T *from = m + t * s.out + c;
-          T *to = corner + c;
-          auto in = [&](int i, int j) { return load(from + (i * kTile + j) * rows * s.out); };
-          if (high == kOut && wide == kOut)
-            both_sides<T, kTile, kOut, output_transform<T>>(
-                in, [&](int i, int j, Vec<T> v) { store(to + i * line + j * pixel, v); });
-          else
-            both_sides<T, kTile, kOut, output_transform<T>>(in, [&](int i, int j, Vec<T> v) {
-              if (i < high && j < wide) store(to + i * line + j * pixel, v);
-            });
-        }
-      }
+      write_tiles(own.m, s, own.group, first, rows, y);
     }
   }
 }
 
 // gw (groups x out, 3, 3, in) = sum over images
-template <class T>
-void correlate(T *gw, const T *x, const T *g, const Shape &s, int threads) {
-  constexpr int lanes = Wide<T>::lanes;
-  const int64_t slices = (threads + s.groups - 1) / s.groups, items = s.groups * slices;
-  const int64_t size = s.out * 9 * s.in;
-  T *parts = slices == 1 ? gw : static_cast<T *>(std::malloc(items * size * sizeof(T)));
-  if (!parts) std::abort();
+template <class T> void correlate(T *gw, const T *x, const T *g, const Shape &s, int threads) {
+  const int64_t slices = slices_of(s, threads), size = s.out * 9 * s.in, all = s.groups * size;
+  T *parts = slices == 1 ? gw : allocate<T>(slices * all);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int64_t item = 0; item < items; item++) {
-    const int64_t group = item / slices, slice = item % slices;
-    const int64_t begin = s.tiles() * slice / slices, end = s.tiles() * (slice + 1) / slices;
-    T *u = static_cast<T *>(scratch(0, kPoints * s.in * s.out * sizeof(T)));
-    T *v = static_cast<T *>(scratch(1, kPoints * kBlock * s.in * sizeof(T)));
-    T *m = static_cast<T *>(scratch(2, kPoints * kBlock * s.out * sizeof(T)));
-    T *zeros = static_cast<T *>(scratch(3, std::max(s.in, s.out) * sizeof(T)));
-    std::fill_n(zeros, std::max(s.in, s.out), T(0));
-    if (begin == end) std::memset(u, 0, kPoints * s.in * s.out * sizeof(T));
-    for (int64_t first = begin; first < end; first += kBlock) {
-      const int64_t rows = std::min<int64_t>(kBlock, end - first);
-      transform_tiles<T, kTile, input_transform<T>>(x + group * s.in, s, s.groups * s.in, s.in, first,
-                                                    rows, zeros, v);
-      transform_tiles<T, kOut, gradient_transform<T>>(g + group * s.out, s, s.groups * s.out, s.out,
-                                                      first, rows, zeros, m);
+  for (int64_t item = 0; item < s.groups * slices; item++) {
+    const Share<T> own(item, slices, s, 1);
+    std::fill_n(own.u, own.begin == own.end ? kPoints * s.in * s.out : 0, T(0));
+    for (int64_t first = own.begin; first < own.end; first += kBlock) {
+      const int64_t rows = std::min<int64_t>(kBlock, own.end - first);
+      transform_tiles<T, kTile, input_transform<T>>(x + own.group * s.in, s, s.groups * s.in, s.in,
+                                                    first, rows, own.zeros, own.v);
+      transform_tiles<T, kOut, gradient_transform<T>>(g + own.group * s.out, s, s.groups * s.out,
+                                                      s.out, first, rows, own.zeros, own.m);
       for (int i = 0; i < kPoints; i++)
-        product(m + i * rows * s.out, s.out, 1, s.out, v + i * rows * s.in, rows,
-                u + i * s.in * s.out, s.in, first > begin);
+        product(own.m + i * rows * s.out, s.out, 1, s.out, own.v + i * rows * s.in, rows,
+                own.u + i * s.in * s.out, s.in, first > own.begin);
     }
-    T *to = parts + (slice * s.groups + group) * size;
+    T *part = parts + own.slice * all + own.group * size;
     for (int64_t o = 0; o < s.out; o++)
-      for (int64_t c = 0; c < s.in; c += lanes) {
-        const T *from = u + o * s.in + c;
+      for (int64_t c = 0; c < s.in; c += Wide<T>::lanes) {
+        const T *from = own.u + o * s.in + c;
+        T *to = part + o * 9 * s.in + c;
         both_sides<T, kTile, 3, filter_gradient<T>>(
             [&](int i, int j) { return load(from + (i * kTile + j) * s.in * s.out); },
-            [&](int i, int j, Vec<T> v) { store(to + (o * 9 + i * 3 + j) * s.in + c, v); });
+            [&](int i, int j, Vec<T> v) { store(to + (i * 3 + j) * s.in, v); });
       }
   }
-  if (slices > 1) {
-    const int64_t all = s.groups * size;
-    for (int64_t i = 0; i < all; i++) {
-      T sum = 0;
-      for (int64_t slice = 0; slice < slices; slice++) sum += parts[slice * all + i];
-      gw[i] = sum;
-    }
-    std::free(parts);
-  }
+  if (slices == 1) return;
+  std::copy_n(parts, all, gw);
+  for (int64_t slice = 1; slice < slices; slice++)
+    for (int64_t i = 0; i < all; i++) gw[i] += parts[slice * all + i];
+  std::free(parts);
 }
 
 }  // namespace
 
 #define ENTRY(T, name)                                                                             \
-  extern "C" void winograd_convolve_##name(T *y, const T *x, const T *w, const int64_t *by, const T *x2,     \
-                                  const T *w2, const int64_t *by2, const int64_t *shape,           \
-                                  int turned, int threads) {                                       \
-    Shape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]};                           \
+  extern "C" void winograd_convolve_##name(T *y, const T *x, const T *w, const int64_t *by,        \
+                                           const T *x2, const T *w2, const int64_t *by2,           \
+                                           const int64_t *shape, int turned, int threads) {        \
+    const Shape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]};                     \
     Factors<T> pairs[2] = {{x, w, {by[0], by[1], by[2], by[3]}}, {}};                              \
     if (x2) pairs[1] = {x2, w2, {by2[0], by2[1], by2[2], by2[3]}};                                 \
     convolve<T>(y, pairs, x2 ? 2 : 1, s, turned, threads);                                         \
   }                                                                                                \
-  extern "C" void winograd_correlate_##name(T *gw, const T *x, const T *g, const int64_t *shape,            \
-                                   int threads) {                                                  \
-    Shape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]};                           \
+  extern "C" void winograd_correlate_##name(T *gw, const T *x, const T *g, const int64_t *shape,   \
+                                            int threads) {                                         \
+    const Shape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]};                     \
     correlate<T>(gw, x, g, s, threads);                                                            \
   }
 
