@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import fewstep
 from fewstep.core.query_weights import MultiStepLoss
 from fewstep.models import Conv4, fast_block
-from fewstep.models.block_functions import Form
+from fewstep.models.form import Form
 
 pytestmark = pytest.mark.usefixtures("float64")
 

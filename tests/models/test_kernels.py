@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fewstep
 from fewstep.models import Conv4, kernels
 from fewstep.models.convolution import convolve, gradients
+from fewstep.models.form import Form
 from fewstep.models.kernels import normalise, pooled, winograd
 
 CAPABLE = (
@@ -20,6 +21,7 @@ CAPABLE = (
     and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     and any(map(shutil.which, ("c++", "g++", "clang++")))
 )
+POOLED = Form(stride=1, pool=True, slope=0.0, eps=1e-5)
 needs_kernels = pytest.mark.skipif(not CAPABLE, reason="no C++ compiler, or not x86-64 with AVX2")
 
 
@@ -89,23 +91,23 @@ def test_pooled_is_the_convolution_and_the_pool(
     gw, gb = torch.autograd.grad(p, (w, b), g, create_graph=True)
     (to_g,) = torch.autograd.grad((gw * hw).sum() + (gb * hb).sum(), g)
     x, w, b, g, hw, hb = (t.detach().to(dtype) for t in (x, w, b, g, hw, hb))
-    own, where = pooled.convolve(x, w, b, groups)
+    own, where = pooled.convolve(x, w, b, POOLED, groups)
     assert_near(own, p)
-    for got, wanted in zip(pooled.correlate(x, g, where, groups), (gw, gb), strict=True):
+    for got, wanted in zip(pooled.correlate(x, g, where, POOLED, groups), (gw, gb), strict=True):
         assert_near(got, wanted)
-    assert_near(pooled.convolve_at(x, hw, hb, where, groups), to_g)
+    assert_near(pooled.convolve_at(x, hw, hb, where, POOLED, groups), to_g)
 
 
 def normalised(y: Tensor) -> tuple[Tensor, Tensor]:
     one = torch.ones(1, y.shape[1], 1, 1, dtype=y.dtype)
-    _, _, _, _, p, where = normalise.forward(y.clone(), one, 0 * one, 0.0, 1e-5)
+    _, _, _, _, p, where = normalise.forward(y.clone(), one, 0 * one, POOLED)
     return p, where
 
 
 def convolved(x: Tensor) -> tuple[Tensor, Tensor]:
     w = torch.zeros(16, 1, 3, 3, dtype=x.dtype)
     w[:, :, 1, 1] = 1
-    return pooled.convolve(x[:, :1].contiguous(), w, torch.zeros(16, dtype=x.dtype), 1)
+    return pooled.convolve(x[:, :1].contiguous(), w, torch.zeros(16, dtype=x.dtype), POOLED, 1)
 
 
 @needs_kernels
@@ -191,10 +193,10 @@ def test_what_they_do_not_take(monkeypatch):
 @needs_kernels
 def test_nothing_is_left_to_them_where_there_is_nothing_to_do():
     for x in (images(0, 1, 8, 8), images(3, 1, 1, 8)):
-        assert not pooled.fits(x, images(16, 1, 3, 3), 1, 1)
+        assert not pooled.fits(x, images(16, 1, 3, 3), POOLED, 1)
     for x in (images(0, 16, 8, 8), images(3, 16, 8, 1)):
         assert not winograd.fits(x, images(16, 16, 3, 3), 1, 1)
-        assert not normalise.fits(x, images(1, 16, 1, 1))
+        assert not normalise.fits(x, images(1, 16, 1, 1), POOLED)
 
 
 @pytest.fixture

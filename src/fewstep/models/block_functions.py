@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,25 +19,13 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from fewstep.models.convolution import convolve, gradients
-from fewstep.models.kernels import normalise, pooled
+from fewstep.models.form import Form, channels_last
+from fewstep.models.kernels import normalise as compiled_normalise
+from fewstep.models.kernels import pooled as compiled_pooled
+from fewstep.models.plain import normalise, pooled
 
-aten, own = torch.ops.aten, torch.ops.fewstep
+_leaky_relu_backward = torch.ops.aten.leaky_relu_backward
 Grad = Tensor | None
-_SPACE = (0, 2, 3)
-
-
-class Form(NamedTuple):
-    """What a block computes, besides its tensors."""
-
-    stride: int
-    pool: bool
-    slope: float
-    eps: float
-
-
-def channels_last(t: Tensor) -> Tensor:
-    """Return `t` with its channels next to each other in memory."""
-    return t.contiguous(memory_format=torch.channels_last)
 
 
 class _End(Function):
@@ -132,27 +120,23 @@ class _ConvolveBackward(Function):
 
 
 class NormaliseAndPool(Function):
-    """z = act(gamma r p + beta), p the pooled y - mu, and mu, r of y itself; gamma >= 0."""
+    """z = act(gamma r p + beta), p the pooled d = y - mu, and mu, r of y itself; gamma >= 0.
+
+    With n elements a channel, a = gamma r, and ga = act'(z) gz:
+        gbeta = sum ga
+        ggamma = r sum ga p
+        gy = unpool(a ga) - a (gbeta + r d ggamma) / n
+    """
 
     @staticmethod
     def forward(
         ctx: Any, y: Tensor, gamma: Tensor, beta: Tensor, form: Form
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.by_kernel = form.pool and normalise.fits(y, gamma)
-        if ctx.by_kernel:
-            d, gamma = y, gamma.contiguous()
-            z, mean, var, r, p, where = own.normalise(
-                d, gamma, beta.contiguous(), form.slope, form.eps
-            )
-        else:
-            mean = y.mean(_SPACE, keepdim=True)
-            d = y.sub_(mean)  # in place: nothing else holds y
-            var = (d * d).mean(_SPACE, keepdim=True)
-            p, where = _pool(d, form)
-            r = torch.rsqrt(var + form.eps)
-            z = F.leaky_relu_(torch.addcmul(beta, p, gamma * r), form.slope)
-        ctx.save_for_backward(d, gamma, z, r, p, where)
-        ctx.form = form
+        gamma = gamma.contiguous()
+        by: Any = compiled_normalise if compiled_normalise.fits(y, gamma, form) else normalise
+        z, mean, var, r, p, where = by.forward(y, gamma, beta, form)  # nothing else holds y
+        ctx.save_for_backward(y, gamma, z, r, p, where)
+        ctx.args = by, form
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
         return z, mean, var
@@ -161,87 +145,40 @@ class NormaliseAndPool(Function):
     def backward(ctx: Any, gz: Grad, *_: Grad) -> tuple[Grad, ...]:
         if gz is None:
             return None, None, None, None
-        saved = ctx.saved_tensors
-        return *_NormaliseAndPoolBackward.apply(gz, *saved, ctx.form, ctx.by_kernel), None
+        return *_NormaliseAndPoolBackward.apply(*ctx.args, gz, *ctx.saved_tensors), None
 
 
 class _NormaliseAndPoolBackward(Function):
-    """Batch norm's derivative, its first term at the maxima only.
-
-    With d = y - mu, n elements a channel, a = gamma r, and ga = act'(z) gz:
-        gbeta = sum ga
-        ggamma = r sum ga p
-        gy = unpool(a ga) - a (gbeta + r d ggamma) / n
-    """
-
     @staticmethod
-    def forward(
-        ctx: Any, gz: Tensor, d: Tensor, gamma: Tensor, z: Tensor, r: Tensor, p: Tensor,
-        where: Tensor | None, form: Form, by_kernel: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        ctx.form, ctx.by_kernel = form, by_kernel
-        if by_kernel:
-            gy, ga, ggamma, gbeta = own.normalise_backward(
-                channels_last(gz), d, gamma, z, r, p, where, form.slope
-            )
-            ctx.save_for_backward(d, gamma, z, r, p, where, ga, ggamma, gbeta)
-            return gy, ggamma, gbeta
-        ga = aten.leaky_relu_backward(gz, z, form.slope, True)
-        a = gamma * r
-        gbeta = _sum(ga)
-        ggamma = _sum(ga * p).mul_(r)
-        a_n = a / -_count(d)
-        gy = _unpool(ga * a, where, d.shape).addcmul_(d, a_n * r * ggamma).add_(a_n * gbeta)
-        ctx.save_for_backward(d, gamma, z, r, p, where, ga, ggamma, gbeta)
+    def forward(ctx: Any, by: Any, form: Form, gz: Tensor, *saved: Grad) -> tuple[Tensor, ...]:
+        gy, ga, ggamma, gbeta = by.backward(gz, *saved, form=form)
+        ctx.save_for_backward(*saved, ga, ggamma, gbeta)
+        ctx.args = by, form
         return gy, ggamma, gbeta
 
     @staticmethod
     @_last_derivative
-    def backward(ctx: Any, hy: Tensor, hgamma: Tensor, hbeta: Tensor) -> tuple[Grad, ...]:
-        if ctx.by_kernel:
-            h = (channels_last(hy), hgamma.contiguous(), hbeta.contiguous())
-            outputs = own.normalise_second(*h, *ctx.saved_tensors, ctx.form.slope)
-            return *outputs[:2], outputs[2], None, None, None, None, None, None
-        d, gamma, z, r, p, where, ga, ggamma, gbeta = ctx.saved_tensors
-        a, r_n = gamma * r, r / _count(d)
-        # hy enters gy's three terms by its values at the maxima and by two sums.
-        u = _pick(hy, where)
-        h0 = _sum(hy).div_(_count(d))
-        h1 = _sum(hy * d).mul_(r_n)
-        to_a = _sum(ga * u).sub_(gbeta * h0).sub_(ggamma * h1)
-        to_ggamma = torch.addcmul(hgamma, a, h1, value=-1)
-        to_gbeta = torch.addcmul(hbeta, a, h0, value=-1)
-        to_p = to_ggamma * r
-        to_ga = torch.addcmul(to_gbeta, p, to_p).addcmul_(u, a)
-        to_gz = aten.leaky_relu_backward(to_ga, z, ctx.form.slope, True)
-        # y enters by r p (ggamma) and by r d (h1), and r and mu bring in every element.
-        c = a * ggamma
-        slope = torch.addcmul(to_a * a, to_ggamma, ggamma).addcmul_(c, h1, value=-1).mul_(r * r_n)
-        shift = torch.mul(to_ggamma, gbeta).addcmul_(c, h0, value=-1).mul_(r_n)
-        to_y = _unpool(ga * to_p, where, d.shape)
-        to_y.addcmul_(d, slope, value=-1).sub_(shift).addcmul_(hy, c * r_n, value=-1)
-        return to_gz, to_y, to_a * r, None, None, None, None, None, None
+    def backward(ctx: Any, *h: Tensor) -> tuple[Grad, ...]:
+        by, form = ctx.args
+        to_gz, to_y, to_gamma = by.second(*h, *ctx.saved_tensors, form=form)
+        return None, None, to_gz, to_y, to_gamma, None, None, None, None
 
 
 class ConvolveAndPool(Function):
     """p = max-pool(conv(x, w) + b), linear in w and b; x has no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor, form: Form, groups: int) -> Any:
-        if form.pool and pooled.fits(x, w, form.stride, groups):
-            p, where = own.pooled_convolve(x, w.contiguous(), b, groups)
-            y_shape = None
-        else:
-            y = F.conv2d(x, channels_last(w), b, form.stride, 1, 1, groups)
-            p, where = _pool(y, form)
-            y_shape = y.shape
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor, form: Form, groups: int) -> Tensor:
+        by: Any = compiled_pooled if compiled_pooled.fits(x, w, form, groups) else pooled
+        p: Tensor
+        p, where = by.convolve(x, w, b, form, groups)
         ctx.save_for_backward(x, where)
-        ctx.args = w.shape, y_shape, form.stride, groups
+        ctx.args = by, form, groups
         return p
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Grad, ...]:
-        gw, gb = _ConvolveAndPoolBackward.apply(g, *ctx.saved_tensors, ctx.args)
+        gw, gb = _ConvolveAndPoolBackward.apply(g, *ctx.saved_tensors, *ctx.args)
         return None, gw, gb, None, None
 
 
@@ -250,27 +187,18 @@ class _ConvolveAndPoolBackward(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, g: Tensor, x: Tensor, where: Tensor | None, args: tuple[Any, ...]
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, g: Tensor, x: Tensor, where: Grad, by: Any, form: Form, groups: int
+    ) -> Any:
         ctx.save_for_backward(x, where)
-        ctx.args = args
-        w_shape, y_shape, stride, groups = args
-        if y_shape is None:
-            return own.pooled_correlate(x, channels_last(g), where, groups)  # type: ignore[no-any-return]
-        gy, w = _unpool(g, where, y_shape), x.new_empty(w_shape)
-        _, gw = gradients(gy, x, w, stride, groups, by_x=False, by_w=True)
-        return gw, _sum(g).flatten()
+        ctx.args = by, form, groups
+        return by.correlate(x, g, where, form, groups)
 
     @staticmethod
     @_last_derivative
     def backward(ctx: Any, hw: Tensor, hb: Tensor) -> tuple[Grad, ...]:
         x, where = ctx.saved_tensors
-        _, y_shape, stride, groups = ctx.args
-        if y_shape is None:
-            to_g = own.pooled_convolve_at(x, hw.contiguous(), hb.contiguous(), where, groups)
-            return to_g, None, None, None
-        to_gy = F.conv2d(x, channels_last(hw), hb, stride, 1, 1, groups)
-        return _pick(to_gy, where), None, None, None
+        by, form, groups = ctx.args
+        return by.convolve_at(x, hw, hb, where, form, groups), *[None] * 5
 
 
 class Affine(Function):
@@ -295,7 +223,7 @@ class _AffineBackward(Function):
     def forward(
         ctx: Any, gz: Tensor, d: Tensor, a: Tensor, z: Tensor, slope: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        g = aten.leaky_relu_backward(gz, z, slope, True)
+        g = _leaky_relu_backward(gz, z, slope, True)
         ctx.save_for_backward(d, a, z, g)
         ctx.slope = slope
         return g * a, _sum(g * d), _sum(g)
@@ -305,39 +233,9 @@ class _AffineBackward(Function):
     def backward(ctx: Any, hd: Tensor, ha: Tensor, hb: Tensor) -> tuple[Grad, ...]:
         d, a, z, g = ctx.saved_tensors
         to_g = torch.addcmul(hb, d, ha).addcmul_(hd, a)
-        to_gz = aten.leaky_relu_backward(to_g, z, ctx.slope, True)
+        to_gz = _leaky_relu_backward(to_g, z, ctx.slope, True)
         return to_gz, g * ha, _sum(g * hd), None, None
 
 
-def _pool(t: Tensor, form: Form) -> tuple[Tensor, Tensor | None]:
-    """Return the maxima and where they are, or `t` itself."""
-    return F.max_pool2d(t, 2, return_indices=True) if form.pool else (t, None)
-
-
-def _unpool(pooled: Tensor, where: Tensor | None, shape: torch.Size) -> Tensor:
-    """Return `pooled` at the maxima and 0 elsewhere; itself without a pool."""
-    if where is None:
-        return pooled
-    like = torch.empty(
-        shape, dtype=pooled.dtype, device=pooled.device, memory_format=torch.channels_last
-    )
-    return aten.max_pool2d_with_indices_backward(  # type: ignore[no-any-return]
-        channels_last(pooled), like, (2, 2), (2, 2), (0, 0), (1, 1), False, where
-    )
-
-
-def _pick(t: Tensor, where: Tensor | None) -> Tensor:
-    """Return the elements of `t` that the pool chose."""
-    if where is None:
-        return t
-    last = where.permute(0, 2, 3, 1)
-    picked = t.permute(0, 2, 3, 1).flatten(1, 2).gather(1, last.flatten(1, 2))
-    return picked.view(last.shape).permute(0, 3, 1, 2)
-
-
 def _sum(t: Tensor) -> Tensor:
-    return t.sum(_SPACE, keepdim=True)
-
-
-def _count(t: Tensor) -> int:
-    return t.numel() // t.shape[1]
+    return t.sum((0, 2, 3), keepdim=True)

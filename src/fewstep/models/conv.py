@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fewstep.core.errors import InputError
 from fewstep.core.norm import NormaliseBy
 from fewstep.models import fast_block
-from fewstep.models.block_functions import Form
+from fewstep.models.form import Form
 
 Norm = Literal["batch", "layer", "none"]
 Downsample = Literal["max-pool", "stride"]

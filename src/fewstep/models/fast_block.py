@@ -29,14 +29,8 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from fewstep.core.once import once
-from fewstep.models.block_functions import (
-    Affine,
-    Convolve,
-    ConvolveAndPool,
-    Form,
-    NormaliseAndPool,
-    channels_last,
-)
+from fewstep.models.block_functions import Affine, Convolve, ConvolveAndPool, NormaliseAndPool
+from fewstep.models.form import Form, channels_last
 
 _LARGEST_PATCH = 27  # 3 channels; a covariance of more costs as much as the convolution
 

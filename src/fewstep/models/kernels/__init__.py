@@ -116,7 +116,7 @@ def _argument(value: Any) -> Any:
     return value
 
 
-def channels_last(like: Tensor, *shape: int) -> Tensor:
+def images_like(like: Tensor, *shape: int) -> Tensor:
     """Return a new tensor (examples, channels, height, width), with channels next to each other."""
     return torch.empty(shape, dtype=like.dtype, memory_format=torch.channels_last)
 

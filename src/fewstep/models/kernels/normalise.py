@@ -1,31 +1,40 @@
-"""Batch norm, activation and 2x2 pool in one kernel, and each of its two derivatives in another.
-
-The equations are those of `NormaliseAndPool` in `block_functions`.
-"""
+"""`NormaliseAndPool` of `block_functions` in one kernel, and each of its derivatives in another."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fewstep.models.kernels import LANES, call, channels_last, operations, take
+from fewstep.models.form import Form, channels_last
+from fewstep.models.kernels import LANES, call, images_like, operations, take
+
+own = torch.ops.fewstep
 
 
-def fits(y: Tensor, gamma: Tensor) -> bool:
+def fits(y: Tensor, gamma: Tensor, form: Form) -> bool:
     """Whether the kernels take these images and scales."""
-    return y.shape[1] % LANES == 0 and min(y.shape[2:]) >= 2 and take(y, gamma)
+    return form.pool and y.shape[1] % LANES == 0 and min(y.shape[2:]) >= 2 and take(y, gamma)
 
 
-def forward(y: Tensor, gamma: Tensor, beta: Tensor, slope: float, eps: float) -> list[Tensor]:
-    """Subtract its mean from y, and return z, mean, var, r, p and the maxima's places.
+def forward(y: Tensor, gamma: Tensor, beta: Tensor, form: Form) -> tuple[Tensor, ...]:
+    """Subtract its mean from y, and return z, mean, var, r, p and the maxima's places."""
+    return own.normalise(y, gamma, beta.contiguous(), form.slope, form.eps)  # type: ignore[no-any-return]
 
-    Args:
-        y: (examples, channels, height, width), channels-last; becomes d.
-        gamma: (1, channels, 1, 1), not negative.
-        beta: Of the same shape.
-        slope: Slope of the activation below 0.
-        eps: Added to the variance.
-    """
+
+def backward(gz: Tensor, *saved: Tensor, form: Form) -> tuple[Tensor, ...]:
+    """Return gy, ga, ggamma and gbeta; `saved` are d, gamma, z, r, p and the places."""
+    return own.normalise_backward(channels_last(gz), *saved, form.slope)  # type: ignore[no-any-return]
+
+
+def second(
+    hy: Tensor, hgamma: Tensor, hbeta: Tensor, *saved: Tensor, form: Form
+) -> tuple[Tensor, ...]:
+    """Return the gradients by gz, y and gamma of hy . gy + hgamma . ggamma + hbeta . gbeta."""
+    h = channels_last(hy), hgamma.contiguous(), hbeta.contiguous()
+    return own.normalise_second(*h, *saved, form.slope)  # type: ignore[no-any-return]
+
+
+def _forward(y: Tensor, gamma: Tensor, beta: Tensor, slope: float, eps: float) -> list[Tensor]:
     mean, var, r = (torch.empty_like(gamma) for _ in range(3))
     z, p = _pooled(y), _pooled(y)
     where = torch.empty_like(p, dtype=torch.uint8)
@@ -33,11 +42,10 @@ def forward(y: Tensor, gamma: Tensor, beta: Tensor, slope: float, eps: float) ->
     return [z, mean, var, r, p, where]
 
 
-def backward(
+def _backward(
     gz: Tensor, d: Tensor, gamma: Tensor, z: Tensor, r: Tensor, p: Tensor, where: Tensor,
     slope: float,
 ) -> list[Tensor]:  # fmt: skip
-    """Return gy, ga, ggamma and gbeta."""
     gy, ga = torch.empty_like(d), torch.empty_like(z)
     ggamma, gbeta = torch.empty_like(gamma), torch.empty_like(gamma)
     call(
@@ -47,11 +55,10 @@ def backward(
     return [gy, ga, ggamma, gbeta]
 
 
-def second(
+def _second(
     hy: Tensor, hgamma: Tensor, hbeta: Tensor, d: Tensor, gamma: Tensor, z: Tensor, r: Tensor,
     p: Tensor, where: Tensor, ga: Tensor, ggamma: Tensor, gbeta: Tensor, slope: float,
 ) -> list[Tensor]:  # fmt: skip
-    """Return the gradients by gz, y and gamma."""
     to_gz, to_y, to_gamma = torch.empty_like(z), torch.empty_like(d), torch.empty_like(gamma)
     call(
         "normalise_second", d.dtype, to_gz, to_y, to_gamma, hy, hgamma, hbeta, d, gamma, z, r, p,
@@ -61,7 +68,7 @@ def second(
 
 
 def _pooled(y: Tensor) -> Tensor:
-    return channels_last(y, len(y), y.shape[1], y.shape[2] // 2, y.shape[3] // 2)
+    return images_like(y, len(y), y.shape[1], y.shape[2] // 2, y.shape[3] // 2)
 
 
 def _shape(y: Tensor) -> tuple[int, ...]:
@@ -80,6 +87,6 @@ operations.define(
     " Tensor r, Tensor p, Tensor where, Tensor ga, Tensor ggamma, Tensor gbeta, float slope)"
     " -> Tensor[]"
 )
-operations.impl("normalise", forward, "CPU")
-operations.impl("normalise_backward", backward, "CPU")
-operations.impl("normalise_second", second, "CPU")
+operations.impl("normalise", _forward, "CPU")
+operations.impl("normalise_backward", _backward, "CPU")
+operations.impl("normalise_second", _second, "CPU")

@@ -175,8 +175,8 @@ void correlate(T *gw, T *gb, const T *x, const T *g, const uint8_t *where, const
                                          const int64_t *shape, int threads) {                      \
     convolve<T, false>(p, where, x, w, b, shape, threads);                                         \
   }                                                                                                \
-  extern "C" void picked_convolve_##name(T *p, uint8_t *where, const T *x, const T *w, const T *b, \
-                                         const int64_t *shape, int threads) {                      \
+  extern "C" void pooled_convolve_at_##name(T *p, uint8_t *where, const T *x, const T *w,          \
+                                            const T *b, const int64_t *shape, int threads) {       \
     convolve<T, true>(p, where, x, w, b, shape, threads);                                          \
   }                                                                                                \
   extern "C" void pooled_correlate_##name(T *gw, T *gb, const T *x, const T *g,                    \

@@ -1,4 +1,4 @@
-"""3x3 convolutions of images with few channels, of which the pool alone reads the outputs.
+"""`ConvolveAndPool` of `block_functions`, for images with few channels.
 
 Nothing of full resolution is written: not the convolution's outputs, nor their gradient, which is 0
 in three of four places.
@@ -9,15 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewstep.models.kernels import LANES, call, channels_last, operations, take
+from fewstep.models.form import Form, channels_last
+from fewstep.models.kernels import LANES, call, images_like, operations, take
+
+own = torch.ops.fewstep
 
 _MOST = 3  # channels
 
 
-def fits(x: Tensor, w: Tensor, stride: int, groups: int) -> bool:
-    """Whether the kernel takes these images and filters."""
+def fits(x: Tensor, w: Tensor, form: Form, groups: int) -> bool:
+    """Whether the kernels take these images and filters."""
     return (
-        stride == 1
+        form.pool
+        and form.stride == 1
         and w.shape[1] <= _MOST
         and w.shape[0] // groups % LANES == 0
         and min(x.shape[2:]) >= 2
@@ -25,30 +29,37 @@ def fits(x: Tensor, w: Tensor, stride: int, groups: int) -> bool:
     )
 
 
-def convolve(x: Tensor, w: Tensor, b: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Return the maxima of conv(x, w) + b in squares of 2x2, and their places in these, 0 to 3.
+def convolve(x: Tensor, w: Tensor, b: Tensor, form: Form, groups: int) -> tuple[Tensor, Tensor]:
+    """Return the pooled conv(x, w) + b, and the maxima's places in their squares, 0 to 3."""
+    return own.pooled_convolve(x, w.contiguous(), b.contiguous(), groups)  # type: ignore[no-any-return]
 
-    Args:
-        x: (examples, groups x channels, height, width), channels-last.
-        w: 3x3 filters, (groups x out, channels, 3, 3), contiguous.
-        b: (groups x out,).
-        groups: Groups of channels.
-    """
+
+def convolve_at(x: Tensor, w: Tensor, b: Tensor, where: Tensor, form: Form, groups: int) -> Tensor:
+    """Return conv(x, w) + b where `convolve` found the maxima."""
+    return own.pooled_convolve_at(x, w.contiguous(), b.contiguous(), where, groups)  # type: ignore[no-any-return]
+
+
+def correlate(
+    x: Tensor, g: Tensor, where: Tensor, form: Form, groups: int
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients by w and b, of g by the maxima."""
+    return own.pooled_correlate(x, channels_last(g), where, groups)  # type: ignore[no-any-return]
+
+
+def _convolve(x: Tensor, w: Tensor, b: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     p = _pooled(x, w)
     where = torch.empty_like(p, dtype=torch.uint8)
     call("pooled_convolve", x.dtype, p, where, x, w, b, _shape(x, w, groups))
     return p, where
 
 
-def convolve_at(x: Tensor, w: Tensor, b: Tensor, where: Tensor, groups: int) -> Tensor:
-    """Return conv(x, w) + b at places that `convolve` found, of the same shapes."""
+def _convolve_at(x: Tensor, w: Tensor, b: Tensor, where: Tensor, groups: int) -> Tensor:
     p = _pooled(x, w)
-    call("picked_convolve", x.dtype, p, where, x, w, b, _shape(x, w, groups))
+    call("pooled_convolve_at", x.dtype, p, where, x, w, b, _shape(x, w, groups))
     return p
 
 
-def correlate(x: Tensor, g: Tensor, where: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Return the gradients by w and b, of g by the maxima."""
+def _correlate(x: Tensor, g: Tensor, where: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     out, channels = g.shape[1], x.shape[1] // groups
     gw, gb = g.new_empty(out, channels, 3, 3), g.new_empty(out)
     call("pooled_correlate", x.dtype, gw, gb, x, g, where, _shape(x, gw, groups))
@@ -56,7 +67,7 @@ def correlate(x: Tensor, g: Tensor, where: Tensor, groups: int) -> tuple[Tensor,
 
 
 def _pooled(x: Tensor, w: Tensor) -> Tensor:
-    return channels_last(x, len(x), w.shape[0], x.shape[2] // 2, x.shape[3] // 2)
+    return images_like(x, len(x), w.shape[0], x.shape[2] // 2, x.shape[3] // 2)
 
 
 def _shape(x: Tensor, w: Tensor, groups: int) -> tuple[int, ...]:
@@ -70,6 +81,6 @@ operations.define(
 operations.define(
     "pooled_correlate(Tensor x, Tensor g, Tensor where, int groups) -> (Tensor, Tensor)"
 )
-operations.impl("pooled_convolve", convolve, "CPU")
-operations.impl("pooled_convolve_at", convolve_at, "CPU")
-operations.impl("pooled_correlate", correlate, "CPU")
+operations.impl("pooled_convolve", _convolve, "CPU")
+operations.impl("pooled_convolve_at", _convolve_at, "CPU")
+operations.impl("pooled_correlate", _correlate, "CPU")

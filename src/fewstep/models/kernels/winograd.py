@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fewstep.models.kernels import LANES, call, channels_last, operations, take
+from fewstep.models.kernels import LANES, call, images_like, operations, take
 
 _TILE = 4  # height and width of the outputs of a tile
 _FEW = 10  # tiles; with fewer, transforming the filters takes longer than it saves
@@ -52,7 +52,7 @@ def convolve(
     out, channels = w.shape[0] // groups, w.shape[1]
     if turned:
         out, channels = channels, out
-    y = channels_last(x, examples, groups * out, height, width)
+    y = images_like(x, examples, groups * out, height, width)
     more = (None, None, None) if x2 is None or w2 is None else (x2, w2, w2.stride())
     shape = (examples, height, width, groups, channels, out)
     call("winograd_convolve", x.dtype, y, x, w, w.stride(), *more, shape, int(turned))
@@ -69,7 +69,7 @@ def correlate(x: Tensor, g: Tensor, groups: int) -> Tensor:
     """
     examples, _, height, width = x.shape
     channels, out = x.shape[1] // groups, g.shape[1] // groups
-    gw = channels_last(x, groups * out, channels, 3, 3)
+    gw = images_like(x, groups * out, channels, 3, 3)
     shape = (examples, height, width, groups, channels, out)
     call("winograd_correlate", x.dtype, gw, x, g, shape)
     return gw
