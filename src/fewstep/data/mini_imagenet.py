@@ -98,9 +98,10 @@ def _root(root: Path | None) -> Path:
     if root is None and (data := os.environ.get("FEWSTEP_DATA")):
         root = Path(data) / "mini-imagenet"
     if root is None or not root.is_dir():
+        missing = "no folder with mini-ImageNet is given" if root is None else f"no folder {root}"
         raise InputError(
-            f"there is no folder {root or 'given'} with mini-ImageNet, and ImageNet's terms allow "
-            "no download; pass --root with your class folders, tar files or CSV splits"
+            f"{missing}, and ImageNet's terms allow no download; pass --root with your class "
+            "folders, tar files or CSV splits, or set FEWSTEP_DATA to the folder above mini-imagenet"
         )
     return root
 
