@@ -101,7 +101,7 @@ def _root(root: Path | None) -> Path:
         missing = "no folder with mini-ImageNet is given" if root is None else f"no folder {root}"
         raise InputError(
             f"{missing}, and ImageNet's terms allow no download; pass --root with your class "
-            "folders, tar files or CSV splits, or set FEWSTEP_DATA to the folder above mini-imagenet"
+            "folders, tar files or CSV splits, or set FEWSTEP_DATA to the folder it is in"
         )
     return root
 
