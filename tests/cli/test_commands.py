@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -172,6 +173,25 @@ def test_help_names_every_command(words, capsys):
     assert main(words) == 0
     out = capsys.readouterr().out
     assert all(command in out for command in COMMANDS)
+
+
+@pytest.mark.skipif(
+    platform.system() != "Linux" or "AVX" not in torch.backends.cpu.get_cpu_capability(),
+    reason="no kernels for this machine",
+)
+def test_a_warning_is_one_line():
+    code = (
+        "from fewstep.cli.main import main; main(['--help'])\n"
+        "from fewstep.models import kernels; kernels.library()\n"
+        "import warnings; warnings.warn('of another')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"CXX": "nope"}, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    ours, other, *_ = result.stderr.splitlines()
+    assert ours.startswith("fewstep: there is no C++ compiler called nope, so")
+    assert other.endswith("UserWarning: of another")
 
 
 def test_a_run_does_not_start_with_pictures():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
@@ -53,6 +55,7 @@ COMMANDS: dict[str, type[Command]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return 0, 2 after bad input, 1 when training had to stop."""
     keep_freed_memory()
+    warnings.formatwarning = _format_warning
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -80,6 +83,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
+
+
+def _format_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """Return a warning of ours as one line, others as they are."""
+    if Path(filename).is_relative_to(Path(__file__).parents[1]):
+        return f"fewstep: {message}\n"
+    return _usual_format(message, category, filename, lineno, line)
+
+
+_usual_format = warnings.formatwarning
 
 
 def _complain(text: str) -> None:
