@@ -168,6 +168,13 @@ def test_a_meta_gradient_is_made_of_them(monkeypatch, dtype):
 
 
 @needs_kernels
+@pytest.mark.usefixtures("threads")
+def test_the_same_comes_out_each_time():
+    first, second = (meta_gradient(torch.float32)[0] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@needs_kernels
 def test_what_they_do_not_take(monkeypatch):
     called = []
     monkeypatch.setattr(winograd, "call", lambda *a: called.append(a))
