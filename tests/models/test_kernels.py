@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fewstep
 from fewstep.models import Conv4, kernels
+from fewstep.models.block_functions import NormaliseAndPool
 from fewstep.models.convolution import convolve, gradients
 from fewstep.models.form import Form
 from fewstep.models.kernels import normalise, pooled, winograd
@@ -168,6 +169,15 @@ def test_a_meta_gradient_is_made_of_them(monkeypatch, dtype):
 
 
 @needs_kernels
+def test_images_in_another_layout():
+    y, gamma, beta = torch.randn(3, 16, 5, 6), torch.rand(1, 16, 1, 1), torch.rand(1, 16, 1, 1)
+    z, mean, _ = NormaliseAndPool.apply(y.clone(), gamma, beta, POOLED)
+    wanted = F.batch_norm(y, None, None, gamma.flatten(), beta.flatten(), True, eps=1e-5)
+    torch.testing.assert_close(z, F.max_pool2d(F.relu(wanted), 2))
+    torch.testing.assert_close(mean, y.mean((0, 2, 3), keepdim=True))
+
+
+@needs_kernels
 @pytest.mark.usefixtures("threads")
 def test_the_same_comes_out_each_time():
     first, second = (meta_gradient(torch.float32)[0] for _ in range(2))
@@ -216,12 +226,20 @@ def fresh(monkeypatch, tmp_path):
 
 
 @needs_kernels
-def test_they_are_compiled_once(fresh, monkeypatch, tmp_path):
+def test_they_are_compiled_once_and_for_avx2_too(fresh, monkeypatch, tmp_path):
     assert fresh() is not None
     (file,) = (tmp_path / "cache").iterdir()
     assert file.suffix == ".so"
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("compiled again"))
-    assert fresh() is not None
+    for_avx2 = fresh()
+    assert for_avx2 is not None
+
+    gradient, _ = meta_gradient()
+    monkeypatch.setattr(kernels, "library", lambda: for_avx2)
+    same, names = meta_gradient()
+    assert "fewstep.winograd_convolve.default" in names
+    for a, b in zip(same, gradient, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(

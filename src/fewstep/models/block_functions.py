@@ -132,7 +132,7 @@ class NormaliseAndPool(Function):
     def forward(
         ctx: Any, y: Tensor, gamma: Tensor, beta: Tensor, form: Form
     ) -> tuple[Tensor, Tensor, Tensor]:
-        gamma = gamma.contiguous()
+        y, gamma = channels_last(y), gamma.contiguous()
         by: Any = compiled_normalise if compiled_normalise.fits(y, gamma, form) else normalise
         z, mean, var, r, p, where = by.forward(y, gamma, beta, form)  # nothing else holds y
         ctx.save_for_backward(y, gamma, z, r, p, where)

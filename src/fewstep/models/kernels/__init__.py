@@ -25,9 +25,7 @@ from torch import Tensor
 
 from fewstep.core.cache import cache_folder
 
-_FOLDER = Path(__file__).parent
-_SOURCES = tuple(_FOLDER / name for name in ("winograd.cpp", "pooled.cpp", "normalise.cpp"))
-_HEADER = _FOLDER / "common.h"
+_SOURCES, _HEADERS = (sorted(Path(__file__).parent.glob(f"*.{end}")) for end in ("cpp", "h"))
 _FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC")
 _TARGETS = {"AVX512": "-march=x86-64-v4", "AVX2": "-march=x86-64-v3"}
 _NAMES = {torch.float32: "float", torch.float64: "double"}
@@ -60,8 +58,8 @@ def library() -> ctypes.CDLL | None:
         return None
     command = [compiler, *_FLAGS, target]
     of = hashlib.sha256(" ".join(command).encode())
-    for source in (*_SOURCES, _HEADER):
-        of.update(source.read_bytes())
+    for file in (*_SOURCES, *_HEADERS):
+        of.update(file.read_bytes())
     path = cache_folder() / f"kernels-{of.hexdigest()[:12]}.so"
     try:
         if not path.exists():

@@ -130,65 +130,72 @@ void backward(T *gy, T *ga, T *ggamma, T *gbeta, const T *gz, const T *d, const 
   });
 }
 
+// The values of squares where the pool found the maxima.
+template <class T>
+INLINE Vec<T> picked(const T *corner, const int64_t step[4], typename Place<T>::type place) {
+  Vec<T> u = load(corner);
+  for (int k = 1; k < 4; k++) u = place == k ? load(corner + step[k]) : u;
+  return u;
+}
+
+// The sums of hy, of hy d, and of ga times hy at the maxima, of the channels from c on.
+template <class T>
+void sums(const T *hy, const T *d, const T *ga, const uint8_t *where, const Shape &s,
+          const int64_t step[4], int64_t c, Vec<T> sum[3]) {
+  Vec<T> row[3] = {};
+  const auto add = [&](int64_t at) {
+    const Vec<T> value = load(hy + at + c);
+    row[0] += value;
+    row[1] += value * load(d + at + c);
+  };
+  each_row(
+      s,
+      [&](int64_t at, int64_t pooled) {
+        for (int k = 0; k < 4; k++) add(at + step[k]);
+        const auto place = Place<T>::read(where + pooled + c);
+        row[2] += load(ga + pooled + c) * picked(hy + at + c, step, place);
+      },
+      add,
+      [&] {
+        for (int i = 0; i < 3; i++) sum[i] += row[i], row[i] = Vec<T>{};
+      });
+}
+
 template <class T>
 void second(T *to_gz, T *to_y, T *to_gamma, const T *hy, const T *hgamma, const T *hbeta,
             const T *d, const T *gamma, const T *z, const T *r, const T *p, const uint8_t *where,
             const T *ga, const T *ggamma, const T *gbeta, const Shape &s, T slope, int threads) {
   const int64_t step[4] = {0, s.channels, s.width * s.channels, (s.width + 1) * s.channels};
-  const auto picked = [&](int64_t at, typename Place<T>::type place) {
-    Vec<T> u = load(hy + at);
-    for (int k = 1; k < 4; k++) u = place == k ? load(hy + at + step[k]) : u;
-    return u;
-  };
   each_vector<T>(s, threads, [&](int64_t c) {
-    Vec<T> h = {}, with_d = {}, with_ga = {}, row[3] = {};
-    each_row(
-        s,
-        [&](int64_t at, int64_t pooled) {
-          for (int64_t k : step) {
-            const Vec<T> value = load(hy + at + k + c);
-            row[0] += value;
-            row[1] += value * load(d + at + k + c);
-          }
-          row[2] += load(ga + pooled + c) * picked(at + c, Place<T>::read(where + pooled + c));
-        },
-        [&](int64_t at) {
-          const Vec<T> value = load(hy + at + c);
-          row[0] += value;
-          row[1] += value * load(d + at + c);
-        },
-        [&] {
-          h += row[0], with_d += row[1], with_ga += row[2];
-          for (Vec<T> &sum : row) sum = Vec<T>{};
-        });
+    Vec<T> sum[3] = {};
+    sums(hy, d, ga, where, s, step, c, sum);
     const Vec<T> root = load(r + c), a = load(gamma + c) * root, r_n = root / T(s.count());
     const Vec<T> by_gamma = load(ggamma + c), by_beta = load(gbeta + c);
-    const Vec<T> h0 = h / T(s.count()), h1 = with_d * r_n;
-    const Vec<T> to_a = with_ga - by_beta * h0 - by_gamma * h1;
+    const Vec<T> h0 = sum[0] / T(s.count()), h1 = sum[1] * r_n;
+    const Vec<T> to_a = sum[2] - by_beta * h0 - by_gamma * h1;
     const Vec<T> to_ggamma = load(hgamma + c) - a * h1, to_gbeta = load(hbeta + c) - a * h0;
     const Vec<T> to_p = to_ggamma * root, from = a * by_gamma;
     const Vec<T> of_d = (to_a * a + to_ggamma * by_gamma - from * h1) * root * r_n;
     const Vec<T> shift = (to_ggamma * by_beta - from * h0) * r_n, of_hy = from * r_n;
     store(to_gamma + c, to_a * root);
+    const auto flat = [&](int64_t at) {
+      return -load(d + at) * of_d - shift - load(hy + at) * of_hy;
+    };
     each_row(
         s,
         [&](int64_t at, int64_t pooled) {
           const int64_t i = pooled + c;
           const auto place = Place<T>::read(where + i);
-          const Vec<T> value = to_gbeta + load(p + i) * to_p + picked(at + c, place) * a;
+          const Vec<T> value =
+              to_gbeta + load(p + i) * to_p + picked(hy + at + c, step, place) * a;
           store(to_gz + i, load(z + i) > 0 ? value : value * slope);
           const Vec<T> peak = load(ga + i) * to_p;
           for (int k = 0; k < 4; k++) {
-            const int64_t j = at + step[k] + c;
-            const Vec<T> flat = -load(d + j) * of_d - shift - load(hy + j) * of_hy;
-            store(to_y + j, place == k ? flat + peak : flat);
+            const Vec<T> rest = flat(at + step[k] + c);
+            store(to_y + at + step[k] + c, place == k ? rest + peak : rest);
           }
         },
-        [&](int64_t at) {
-          const int64_t j = at + c;
-          store(to_y + j, -load(d + j) * of_d - shift - load(hy + j) * of_hy);
-        },
-        [] {});
+        [&](int64_t at) { store(to_y + at + c, flat(at + c)); }, [] {});
   });
 }
 
