@@ -112,11 +112,11 @@ def test_the_parts_of_the_rows(ablation):
 
 
 @pytest.mark.parametrize(
-    ("dataset", "tasks", "filters", "queries", "multi_step_epochs", "clip_value"),
-    [("omniglot", 8, 64, 1, 10, None), ("mini-imagenet", 2, 48, 15, 15, 10.0)],
+    ("dataset", "tasks", "filters", "queries", "multi_step_epochs", "clip_value", "inner_lr"),
+    [("omniglot", 8, 64, 1, 10, None, 0.1), ("mini-imagenet", 2, 48, 15, 15, 10.0, 0.01)],
 )
 def test_the_schedule_is_the_authors(
-    dataset, tasks, filters, queries, multi_step_epochs, clip_value
+    dataset, tasks, filters, queries, multi_step_epochs, clip_value, inner_lr
 ):
     config = MamlPlusPlusAblation(dataset=dataset)._config("MAML++", 0)
     assert (config.tasks, config.model.filters) == (tasks, filters)
@@ -124,6 +124,7 @@ def test_the_schedule_is_the_authors(
     assert (config.episodes.queries, config.episodes.eval_queries) == (queries, queries)
     assert config.algorithm.multi_step_epochs == multi_step_epochs
     assert config.algorithm.clip_value == clip_value
+    assert config.algorithm.inner_lr == inner_lr
     own = MamlPlusPlusAblation(dataset=dataset, tasks=3, filters=16)._config("MAML", 0)
     assert (own.tasks, own.model.filters) == (3, 16)
     assert own.algorithm.multi_step_epochs == 0
