@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from fewstep.core.allocator import keep_freed_memory
 from fewstep.core.precision import fp32_products
 from fewstep.models.convolution import convolve, gradients
-from fewstep.training.allocator import keep_freed_memory
 from fewstep.training.run_folder import command_line, environment, write_json
 from meta_gradient import flop_per_second, turn
 

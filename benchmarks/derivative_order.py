@@ -15,8 +15,8 @@ import torch
 import tyro
 
 from fewstep import DerivativeAnnealing, MetaLearner, TaskBatch, maml_plus_plus
+from fewstep.core.allocator import keep_freed_memory
 from fewstep.models import Conv4
-from fewstep.training.allocator import keep_freed_memory
 from fewstep.training.run_folder import command_line, environment, write_json
 
 

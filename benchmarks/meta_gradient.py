@@ -30,8 +30,8 @@ import tyro
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
+from fewstep.core.allocator import keep_freed_memory
 from fewstep.core.precision import fp32_products
-from fewstep.training.allocator import keep_freed_memory
 from fewstep.training.run_folder import command_line, environment, write_json
 from growth import plot, table_of
 from peers import WAYS, Case, Gradient

@@ -14,7 +14,7 @@ from typing import Any
 
 import tyro
 
-from fewstep.training.allocator import keep_freed_memory
+from fewstep.core.allocator import keep_freed_memory
 from fewstep.training.build import build_learner, build_problem
 from fewstep.training.presets import preset
 from fewstep.training.run_folder import command_line, environment, write_json

@@ -127,6 +127,14 @@ def graph_memory(num_steps: int, checkpoint_every: int | None) -> int:
     return saved.peak
 
 
+@pytest.mark.parametrize(("every", "times"), [(None, 0), (1, 4), (2, 2)])
+def test_freed_memory_goes_back_between_segments(monkeypatch, every, times):
+    calls = []
+    monkeypatch.setattr(segments, "return_freed_memory", lambda: calls.append(None))
+    graph_memory(STEPS, every)
+    assert len(calls) == times
+
+
 def test_memory_does_not_grow_with_the_steps():
     assert graph_memory(8, None) > 3 * graph_memory(2, None)
     assert graph_memory(8, 1) == graph_memory(2, 1) < graph_memory(2, None)

@@ -16,12 +16,12 @@ from rich.table import Table
 from fewstep.cli.data import DataList, DataPrepare, DataShow, DataVerify
 from fewstep.cli.predict import Predict
 from fewstep.cli.runs import Evaluate, Plot, Resume, Train
+from fewstep.core.allocator import keep_freed_memory
 from fewstep.core.errors import InputError, check_name
 from fewstep.experiments.alpha_comparison import AlphaComparison
 from fewstep.experiments.alpha_convergence import AlphaConvergence
 from fewstep.experiments.alpha_sensitivity import AlphaSensitivity
 from fewstep.experiments.maml_plus_plus import MamlPlusPlusAblation
-from fewstep.training.allocator import keep_freed_memory
 from fewstep.training.parse import parse
 from fewstep.training.trainer import TrainingStopped
 

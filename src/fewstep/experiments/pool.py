@@ -15,8 +15,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fewstep.core.allocator import keep_freed_memory
 from fewstep.core.errors import InputError
-from fewstep.training.allocator import keep_freed_memory
 
 Key = TypeVar("Key")
 Result = TypeVar("Result")

@@ -1,4 +1,4 @@
-"""Memory that stays with the process."""
+"""What the C library does with freed memory."""
 
 from __future__ import annotations
 
@@ -23,3 +23,20 @@ def keep_freed_memory() -> bool:
         return False
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 * 2**20))
     return all(mallopt(option, value) for option, value in settings)
+
+
+def return_freed_memory() -> bool:
+    """Give whole pages of freed memory back to the system, wherever between others they lie.
+
+    For where memory matters more than time: glibc fills gaps with smaller tensors, so that what is
+    freed between two inner steps does not suffice for the next.
+
+    Returns:
+        Whether the C library can; others than glibc have no such call.
+    """
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError):
+        return False
+    trim(ctypes.c_size_t(0))
+    return True
