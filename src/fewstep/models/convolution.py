@@ -21,7 +21,7 @@ aten, own = torch.ops.aten, torch.ops.fewstep
 def convolve(factors: Sequence[Tensor], stride: int, groups: int) -> Tensor:
     """Return conv(x, w) of factors (x, w), or conv(x, w) + conv(x2, w2) of (x, w, x2, w2)."""
     x, w, *more = factors
-    if winograd.fits(x, w, stride, groups) and winograd.has_many(x):
+    if winograd.fits(x, w, stride, groups):
         x2, w2 = more or (None, None)
         return own.winograd_convolve(x, w, x2, w2, groups, False)  # type: ignore[no-any-return]
     y = F.conv2d(x, w, None, stride, 1, 1, groups)
@@ -32,15 +32,9 @@ def gradients(
     g: Tensor, x: Tensor, w: Tensor, stride: int, groups: int, *, by_x: bool, by_w: bool
 ) -> tuple[Any, Any]:
     """Return the gradients of conv(x, w) . g by x and by w, where they are asked for."""
-    gx = gw = None
     if winograd.fits(x, w, stride, groups):
-        if by_x and winograd.has_many(x):
-            gx, by_x = own.winograd_convolve(g, w, None, None, groups, True), False
-        if by_w:
-            gw, by_w = own.winograd_correlate(x, g, groups), False
-    if by_x or by_w:
-        both = (by_x, by_w, False)
-        space = ((stride, stride), (1, 1), (1, 1), False, (0, 0))
-        other_x, other_w, _ = aten.convolution_backward(g, x, w, None, *space, groups, both)
-        gx, gw = other_x if by_x else gx, other_w if by_w else gw
+        gx = own.winograd_convolve(g, w, None, None, groups, True) if by_x else None
+        return gx, own.winograd_correlate(x, g, groups) if by_w else None
+    space = ((stride, stride), (1, 1), (1, 1), False, (0, 0))
+    gx, gw, _ = aten.convolution_backward(g, x, w, None, *space, groups, (by_x, by_w, False))
     return gx, gw

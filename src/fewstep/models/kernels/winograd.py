@@ -13,26 +13,18 @@ from torch import Tensor
 from fewstep.models.kernels import LANES, call, images_like, operations, take
 
 _TILE = 4  # height and width of the outputs of a tile
-_FEW = 10  # tiles; with fewer, transforming the filters takes longer than it saves
 
 
 def fits(x: Tensor, w: Tensor, stride: int, groups: int) -> bool:
     """Whether the kernel takes these images and filters, and saves half of the multiplications."""
+    height, width = x.shape[2:]
+    tiles = -(-height // _TILE) * -(-width // _TILE)
     return (
         stride == 1
         and w.shape[1] % LANES == w.shape[0] // groups % LANES == 0
-        and x.shape[2] * x.shape[3] >= 8 * _tiles(x)
+        and height * width >= 8 * tiles
         and take(x, w)
     )
-
-
-def has_many(x: Tensor) -> bool:
-    """Whether there are tiles enough to transform the filters for."""
-    return len(x) * _tiles(x) >= _FEW
-
-
-def _tiles(x: Tensor) -> int:
-    return -(-x.shape[2] // _TILE) * -(-x.shape[3] // _TILE)
 
 
 def convolve(
