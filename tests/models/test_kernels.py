@@ -225,6 +225,17 @@ def fresh(monkeypatch, tmp_path):
 
 
 @needs_kernels
+def test_the_compiler_may_have_arguments(fresh, monkeypatch):
+    compiler = next(filter(shutil.which, ("c++", "g++", "clang++")))
+    monkeypatch.setenv("CXX", f"env {compiler} -DNOTHING")
+    commands = []
+    run = kernels._run
+    monkeypatch.setattr(kernels, "_run", lambda c: commands.append(c) or run(c))
+    assert fresh() is not None
+    assert all(command[:3] == ["env", compiler, "-DNOTHING"] for command in commands)
+
+
+@needs_kernels
 def test_they_are_compiled_once_and_for_avx2_too(fresh, monkeypatch, tmp_path):
     assert fresh() is not None
     (file,) = (tmp_path / "cache").iterdir()
@@ -243,12 +254,17 @@ def test_they_are_compiled_once_and_for_avx2_too(fresh, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("compiler", "message"),
-    [("false", "false cannot compile the kernels"), ("no-such-c++", "called no-such-c\\+\\+,")],
+    [
+        ("false", "false cannot compile the kernels"),
+        ("env false", "env false cannot compile the kernels"),
+        ("no-such-c++ -m64", "called no-such-c\\+\\+,"),
+    ],
 )
 def test_without_a_compiler_there_is_a_notice(fresh, monkeypatch, tmp_path, compiler, message):
     monkeypatch.setenv("CXX", compiler)
     with pytest.warns(UserWarning, match=message):
         assert fresh() is None
     assert not list(tmp_path.glob("cache/*"))
-    monkeypatch.setenv("CXX", "")
-    assert fresh() is None  # and nothing is said
+    for empty in ("", " "):
+        monkeypatch.setenv("CXX", empty)
+        assert fresh() is None  # and nothing is said

@@ -49,14 +49,14 @@ def library() -> ctypes.CDLL | None:
     """Return the compiled kernels, or None where they cannot be."""
     target = _TARGETS.get(torch.backends.cpu.get_cpu_capability())
     named = os.environ.get("CXX")
-    if target is None or platform.system() != "Linux" or named == "":
+    ways = [["c++"], ["g++"], ["clang++"]] if named is None else [named.split()]  # "ccache g++"
+    if target is None or platform.system() != "Linux" or [] in ways:
         return None
-    names = ("c++", "g++", "clang++") if named is None else (named,)
-    compiler = next(filter(None, map(shutil.which, names)), None)
+    compiler = next((words for words in ways if shutil.which(words[0])), None)
     if compiler is None:
-        _warn(f"there is no C++ compiler called {' or '.join(names)}")
+        _warn(f"there is no C++ compiler called {' or '.join(words[0] for words in ways)}")
         return None
-    command = [compiler, *_FLAGS, target]
+    command = [*compiler, *_FLAGS, target]
     of = hashlib.sha256(" ".join(command).encode())
     for file in (*_SOURCES, *_HEADERS):
         of.update(file.read_bytes())
@@ -67,7 +67,7 @@ def library() -> ctypes.CDLL | None:
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or str(error)
-        _warn(f"{compiler} cannot compile the kernels ({' '.join(said.split()):.160})")
+        _warn(f"{' '.join(compiler)} cannot compile the kernels ({' '.join(said.split()):.160})")
         return None
 
 
