@@ -209,6 +209,54 @@ def with_torchopt(case: Case, dtype: torch.dtype) -> Gradient:
     return gradient
 
 
+def with_parallel_metalearn(case: Case, dtype: torch.dtype) -> Gradient:
+    """Return it by `parallel-metalearn`.
+
+    Its layers take keywords that PyTorch's do not, so the network is put together anew.
+    """
+    from metalearn.algorithms import MAML
+    from metalearn.inner_optimizers import InnerSGD
+    from metalearn.nn_models.basic_layers.BatchNormalization import BatchNorm
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = case.plain(dtype)
+            for name, layer in self.layers.named_children():
+                if isinstance(layer, nn.BatchNorm2d):
+                    norm = BatchNorm(layer.num_features, track_running_stats=False)
+                    norm.load_state_dict({"weight": layer.weight, "bias": layer.bias})
+                    setattr(self.layers, name, norm.to(layer.weight))
+
+        def get_fast_weights(self) -> dict[str, nn.Parameter]:
+            return dict(self.named_parameters())
+
+        def forward(self, x: Tensor, training: bool, num_step: int) -> dict[str, Any]:
+            return {"logits": self.layers(x), "buffers": {}}
+
+    class Loss(nn.Module):
+        def forward(self, out_dict: dict[str, Tensor], targets: Tensor, **_: Any) -> Any:
+            loss = case.loss(out_dict["logits"], targets)
+            return loss, loss.detach()
+
+    net, batch = Network(), case.batch(dtype)
+    weights = net.get_fast_weights()
+    inner = InnerSGD(weights, case.order == 1, case.inner_lr, case.num_steps, learn_lr=False)
+    for rate in inner.to(dtype).parameters():
+        rate.data.fill_(case.inner_lr)  # it was rounded to float32
+    learner = MAML(
+        model=net, optimizer=torch.optim.SGD(net.parameters(), lr=0.0), inner_optimizer=inner,
+        support_loss_fn=Loss(), inner_steps=case.num_steps, chunk_size=case.chunk_size,
+        device=torch.device(case.device),
+    )  # fmt: skip
+
+    def gradient() -> list[Tensor]:
+        learner.step(iter([batch.tensors()]))
+        return [p.grad.clone() for p in net.parameters() if p.grad is not None]
+
+    return gradient
+
+
 def with_jax(case: Case, dtype: torch.dtype, *, native: bool) -> Gradient:
     """Return it by JAX: `jit` of `grad` of `vmap`, convolutions its own or as matrix products.
 
@@ -326,6 +374,7 @@ WAYS = {
     # first order.
     "higher": Way(with_higher, "higher", orders=(2,)),
     "torchopt": Way(with_torchopt, "torchopt", orders=(2,)),
+    "parallel-metalearn": Way(with_parallel_metalearn, "metalearn"),
     # 20 steps of a convolutional network take minutes to compile.
     "JAX, matmul": Way(
         with_jax_matmul, "jax", where=lambda case: case.size == 0 or case.num_steps <= 5
