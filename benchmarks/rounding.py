@@ -31,7 +31,7 @@ from fewstep.training.run_folder import command_line, environment, write_json
 class Options:
     """Compare float32 with float64 on random Omniglot-sized tasks."""
 
-    draws: int = 24
+    draws: int = 48
     """Draws of a task and of initial parameters."""
     ways: int = 5
     """Classes of the task."""
