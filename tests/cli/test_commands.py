@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -77,6 +78,15 @@ def test_train_evaluate_plot(empty_folder, capsys):
     assert main(SINUSOID.split()) == 0
     assert main(f"plot {run} runs/sinusoid-maml-2 --out both.png".split()) == 0
     assert _size("both.png") > (400, 200)
+
+
+def test_bars_on_a_terminal(empty_folder, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main(SINUSOID.split()) == 0
+    out = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out)
+    for bar in ("training ━+ 0/4 ", "validation ━+ 0/3 ", "test ━+ 0/3 "):
+        assert re.search(bar, out), bar
 
 
 def test_images_of_your_own(empty_folder, capsys):

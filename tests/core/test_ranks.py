@@ -112,6 +112,7 @@ def test_shares_are_all_tasks_in_order(size, tasks):
     shares = [Ranks(rank, size).span(tasks) for rank in range(size)]
     numbers = [list(range(tasks))[share] for share in shares]
     assert [n for share in numbers for n in share] == list(range(tasks))
+    assert [Ranks(rank, size).count(tasks) for rank in range(size)] == [len(n) for n in numbers]
     assert max(map(len, numbers)) - min(map(len, numbers)) <= 1
 
 

@@ -60,6 +60,45 @@ def test_a_run_of_two_processes_and_then_one_is_that_of_one(tmp_path, capsys):
         torch.testing.assert_close(tensors[name], tensor, rtol=1e-4, atol=1e-5)
 
 
+NOTES_ITS_TESTS = """
+import os, sys
+from fewstep.cli.main import main
+from fewstep.core import learner
+
+test = learner.test
+def noted(loop, episodes, numbers, *arguments, **options):
+    with open(sys.argv[-1] + os.environ["RANK"], "a") as file:
+        file.write(f"{numbers.start}-{numbers.stop} ")
+    return test(loop, episodes, numbers, *arguments, **options)
+learner.test = noted
+sys.exit(main(sys.argv[1:-1]))
+"""
+
+
+def test_processes_share_the_tests(tmp_path):
+    script, run, note = tmp_path / "script.py", tmp_path / "run", tmp_path / "note"
+    script.write_text(NOTES_ITS_TESTS)
+    done = two(str(script), *OPTIONS, "--iterations", "4", "--keep-best", "2", "--val-every", "2",
+               "--test-tasks", "7", "--chunk-size", "8", "--out", str(run), str(note))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("test: loss") == done.stdout.count("ensemble of 2: loss") == 1
+    # Two validations, the test, and of the ensemble a chunk through each of two checkpoints.
+    assert (tmp_path / "note0").read_text() == "0-2 0-2 0-3 0-3 0-3 "
+    assert (tmp_path / "note1").read_text() == "2-5 2-5 3-7 0-4 0-4 "
+
+    shared = two(str(script), "evaluate", str(run), "--tasks", "9", "--device", "cpu", str(note))
+    assert shared.returncode == 0, shared.stderr
+    assert shared.stdout.count("test: loss") == 1
+    assert (tmp_path / "note1").read_text().endswith(" 4-9 ")
+    (file,) = run.glob("evaluation-test-best-*-tasks-9.json")
+    found = json.loads(file.read_text())
+    assert main(["evaluate", str(run), "--tasks", "9", "--device", "cpu"]) == 0
+    wanted = json.loads(file.read_text())
+    assert (found["environment"]["processes"], wanted["environment"]["processes"]) == (2, 1)
+    assert found["num_tasks"] == wanted["num_tasks"] == 9
+    assert found["curve"] == pytest.approx(wanted["curve"], rel=1e-5)
+
+
 READS_IN_ONE_PROCESS_ONLY = """
 import os, sys
 from fewstep.cli.main import main

@@ -49,7 +49,7 @@ class Train:
         ranks = Ranks.of_torchrun(config.device)
         experiment = Experiment.build(config, ranks)
         if not ranks.is_first:
-            _help_train(experiment)
+            _train_and_test(experiment, None, Console(quiet=True))
             return
         path = self.out or _free_folder(config)
         try:
@@ -84,7 +84,7 @@ class Resume:
             config = replace(config, device=resolve_device(self.device))
         ranks = Ranks.of_torchrun(config.device)
         if not ranks.is_first:
-            _help_train(Experiment.build(config, ranks))
+            _train_and_test(Experiment.build(config, ranks), None, Console(quiet=True))
             return
         with locked(run.path):
             state = run.state()
@@ -130,10 +130,12 @@ class Evaluate:
         episodes, changes = self._episodes(config.episodes)
         if self.tasks != config.test_tasks:
             changes.append(f"tasks-{self.tasks}")
-        config = replace(config, episodes=episodes, device=self.device)
+        config = replace(config, episodes=episodes, device=resolve_device(self.device))
+        ranks = Ranks.of_torchrun(config.device)
         scores = evaluate_run(
-            Experiment.build(config),
-            run,
+            Experiment.build(config, ranks),
+            run if ranks.is_first else None,
+            console if ranks.is_first else Console(quiet=True),
             split=self.split,
             checkpoint=self.checkpoint,
             num_tasks=self.tasks,
@@ -141,8 +143,10 @@ class Evaluate:
             statistics=self.statistics,
             changes=changes,
         )
-        console.print(_table(scores))
-        _say(console, f"{self.split}: {scores}")
+        ranks.part()
+        if ranks.is_first:
+            console.print(_table(scores))
+            _say(console, f"{self.split}: {scores}")
 
     def _episodes(self, episodes: EpisodeOptions) -> tuple[EpisodeOptions, list[str]]:
         """Return the run's episodes with what was asked for, and a word for each change."""
@@ -187,27 +191,10 @@ def _train(experiment: Experiment, run: RunFolder, console: Console) -> None:
     if config.memory_budget is not None:
         chosen = f"chunk_size={learner.chunk_size}, checkpoint_every={learner.checkpoint_every}"
         _say(console, f"memory budget of {config.memory_budget:g} MiB: {chosen}")
-    state = Trainer(experiment, run, console).train()
-    learner.ranks.part()
-    learner.ranks = ALONE
-    if state.iteration < config.iterations:
-        _say(console, f"stopped after iteration {state.iteration}; the checkpoint is written")
+    if not _train_and_test(experiment, run, console):
         _say(console, f"next: fewstep resume {run.path}")
         return
-    test = partial(
-        evaluate_run,
-        experiment,
-        run,
-        split="test",
-        num_tasks=config.test_tasks,
-        num_steps=config.algorithm.eval_steps,
-    )
-    scores = test(checkpoint="best")
     plot_runs([run], run.path / "curves.png")
-    console.print(_table(scores))
-    _say(console, f"test: {scores}")
-    if config.keep_best > 1:
-        _say(console, f"test, ensemble of {config.keep_best}: {test(checkpoint='ensemble')}")
     if config.dataset == "sinusoid":
         plot_sinusoid_fits(learner, run.path / "fits.png")
         _say(console, f"fits: {run.path / 'fits.png'}")
@@ -218,10 +205,31 @@ def _train(experiment: Experiment, run: RunFolder, console: Console) -> None:
         _say(console, f"      fewstep predict {run.path} --support FOLDER --query FOLDER   (yours)")
 
 
-def _help_train(experiment: Experiment) -> None:
-    """Do the share of a process that is not the first."""
-    Trainer(experiment, None, Console(quiet=True)).train()
-    experiment.learner.ranks.part()
+def _train_and_test(experiment: Experiment, run: RunFolder | None, console: Console) -> bool:
+    """Do what every process has a share in; False if training was interrupted."""
+    config, ranks = experiment.config, experiment.learner.ranks
+    state = Trainer(experiment, run, console).train()
+    is_done = state.iteration == config.iterations
+    if is_done:
+        test = partial(
+            evaluate_run,
+            experiment,
+            run,
+            console,
+            split="test",
+            num_tasks=config.test_tasks,
+            num_steps=config.algorithm.eval_steps,
+        )
+        scores = test(checkpoint="best")
+        console.print(_table(scores))
+        _say(console, f"test: {scores}")
+        if config.keep_best > 1:
+            _say(console, f"test, ensemble of {config.keep_best}: {test(checkpoint='ensemble')}")
+    else:
+        _say(console, f"stopped after iteration {state.iteration}; the checkpoint is written")
+    ranks.part()
+    experiment.learner.ranks = ALONE
+    return is_done
 
 
 def _free_folder(config: RunConfig) -> Path:

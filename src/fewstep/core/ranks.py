@@ -66,6 +66,10 @@ class Ranks:
             )
         return slice(self.rank * tasks // self.size, (self.rank + 1) * tasks // self.size)
 
+    def count(self, tasks: int) -> int:
+        """Return how many tasks this one's share of so many has."""
+        return len(range(tasks)[self.span(tasks)])
+
     def share(self, batch: TaskBatch) -> TaskBatch:
         """Return this one's tasks."""
         if self.size == 1:

@@ -56,6 +56,7 @@ def complete(
         InputError: the folder holds a run with other settings, or what training raises.
     """
     path.mkdir(parents=True, exist_ok=True)
+    console = console or Console(quiet=True)
     with locked(path):
         if (path / "config.toml").exists():
             run = RunFolder.open(path)
@@ -68,15 +69,12 @@ def complete(
         done = state is not None and state.iteration == config.iterations
         if not (done and all(file.exists() for file in files)):
             experiment = Experiment.build(config)
-            if (
-                Trainer(experiment, run, console or Console(quiet=True)).train().iteration
-                < config.iterations
-            ):
+            if Trainer(experiment, run, console).train().iteration < config.iterations:
                 return None
             for test, file in zip(tests, files, strict=True):
                 if not file.exists():
                     evaluate_run(
-                        experiment, run, split="test", checkpoint=test.checkpoint,
+                        experiment, run, console, split="test", checkpoint=test.checkpoint,
                         num_tasks=config.test_tasks, num_steps=steps,
                         statistics=test.statistics, changes=test.changes,
                     )  # fmt: skip

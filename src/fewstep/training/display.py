@@ -1,9 +1,11 @@
-"""What a person sees while a run trains."""
+"""What a person sees while a run trains or is tested."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 from rich.console import Console
 from rich.progress import (
@@ -14,6 +16,43 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+
+from fewstep.core.tasks import Episodes, TaskBatch
+
+
+def bars(console: Console) -> Progress:
+    """Return what shows progress bars on a terminal, and nothing elsewhere."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+
+
+@contextmanager
+def counting(progress: Progress, what: str, episodes: Episodes, total: int) -> Iterator[Episodes]:
+    """Yield the same episodes; a bar of their own counts those drawn."""
+    bar = progress.add_task(what, total=total, rate="")
+    try:
+        yield _Counted(episodes, partial(progress.advance, bar))
+    finally:
+        progress.remove_task(bar)
+
+
+@dataclass(frozen=True)
+class _Counted:
+    episodes: Episodes
+    count: Callable[[int], None]
+
+    def batch(self, start: int, count: int) -> TaskBatch:
+        self.count(count)
+        return self.episodes.batch(start, count)
 
 
 class Display:
@@ -30,17 +69,7 @@ class Display:
         self.console = console
         self._tasks = tasks
         self._smooth: dict[str, float] = {}
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
+        self._progress = bars(console)
         self._bar = self._progress.add_task("training", total=total, completed=done, rate="")
 
     @contextmanager
@@ -48,6 +77,10 @@ class Display:
         """Show the bar for a while."""
         with self._progress:
             yield
+
+    def validation(self, episodes: Episodes, total: int) -> AbstractContextManager[Episodes]:
+        """Count the tasks of a validation in a bar below."""
+        return counting(self._progress, "validation", episodes, total)
 
     def advance(self, metric_name: str, loss: float, metric: float, seconds: float) -> None:
         """Count an iteration and show smoothed values of what it gave."""

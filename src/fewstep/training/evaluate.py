@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.console import Console
+
 from fewstep.core.errors import InputError
 from fewstep.core.norm import Use
 from fewstep.core.scores import Scores
 from fewstep.training.build import Experiment
 from fewstep.training.config import Split, to_dict
+from fewstep.training.display import bars, counting
 from fewstep.training.run_folder import Kept, RunFolder, command_line, environment, write_json
 
 Checkpoint = Literal["best", "last", "ensemble"]
@@ -19,7 +22,8 @@ Checkpoint = Literal["best", "last", "ensemble"]
 
 def evaluate_run(
     experiment: Experiment,
-    run: RunFolder,
+    run: RunFolder | None,
+    console: Console,
     *,
     split: Split,
     checkpoint: Checkpoint,
@@ -30,9 +34,12 @@ def evaluate_run(
 ) -> Scores:
     """Score a checkpoint on a split and write the scores into the run folder.
 
+    Of several processes, each scores its share of the tasks.
+
     Args:
         experiment: Its learner is given the checkpoint.
-        run: Where the checkpoint is and the scores go.
+        run: Where the checkpoint is and the scores go; None in all processes but the first.
+        console: Where to show how far it is.
         split: Where the tasks come from.
         checkpoint: Which checkpoint; "ensemble" takes the mean of the outputs of all that are kept
             for their validation scores.
@@ -44,29 +51,29 @@ def evaluate_run(
     Raises:
         InputError: the run has no checkpoint.
     """
-    state = run.state()
-    if state is None:
-        raise InputError(f"{run.path} has no checkpoint yet; train it first")
-    chosen = {
-        "best": state.best[:1],
-        "last": (Kept(state.last, state.iteration, None),),
-        "ensemble": state.best,
-    }[checkpoint]
     learner = experiment.learner
-    states = [run.load_checkpoint(kept.name) for kept in chosen]
+    kept = () if run is None else _kept(run, checkpoint)
+    states = [] if run is None else [run.load_checkpoint(each.name) for each in kept]
+    states = learner.ranks.of_first(states)
     episodes = experiment.problem.episodes[split]
     started = time.perf_counter()
-    if checkpoint == "ensemble":
-        scores = learner.evaluate_ensemble(
-            states, episodes, num_tasks, num_steps=num_steps, statistics=statistics
-        )
-    else:
-        learner.load_state_tensors(states[0])
-        scores = learner.evaluate(episodes, num_tasks, num_steps=num_steps, statistics=statistics)
+    own = learner.ranks.count(num_tasks)
+    with bars(console) as progress, counting(progress, split, episodes, own) as counted:
+        if checkpoint == "ensemble":
+            scores = learner.evaluate_ensemble(
+                states, counted, num_tasks, num_steps=num_steps, statistics=statistics
+            )
+        else:
+            learner.load_state_tensors(states[0])
+            scores = learner.evaluate(
+                counted, num_tasks, num_steps=num_steps, statistics=statistics
+            )
+    if run is None:
+        return scores
     summary: dict[str, Any] = {
         "split": split,
         "checkpoint": checkpoint,
-        "iterations": [kept.iteration for kept in chosen],
+        "iterations": [each.iteration for each in kept],
         "seed": experiment.config.seed,
         "episodes": to_dict(experiment.config.episodes),
         **scores.as_dict(),
@@ -76,6 +83,17 @@ def evaluate_run(
     }
     write_json(evaluation_file(run, split, checkpoint, num_steps, changes), summary)
     return scores
+
+
+def _kept(run: RunFolder, checkpoint: Checkpoint) -> tuple[Kept, ...]:
+    state = run.state()
+    if state is None:
+        raise InputError(f"{run.path} has no checkpoint yet; train it first")
+    return {
+        "best": state.best[:1],
+        "last": (Kept(state.last, state.iteration, None),),
+        "ensemble": state.best,
+    }[checkpoint]
 
 
 def evaluation_file(

@@ -122,12 +122,12 @@ class Trainer:
             display.advance(name, loss, metric, seconds)
 
     def _validate(self, iteration: int, state: State, log: _NoLog, display: Display) -> State:
-        config = self.experiment.config
-        scores = self.experiment.learner.evaluate(
-            self.experiment.problem.episodes["val"],
-            config.val_tasks,
-            num_steps=config.algorithm.eval_steps,
-        )
+        config, learner = self.experiment.config, self.experiment.learner
+        episodes = self.experiment.problem.episodes["val"]
+        with display.validation(episodes, learner.ranks.count(config.val_tasks)) as counted:
+            scores = learner.evaluate(
+                counted, config.val_tasks, num_steps=config.algorithm.eval_steps
+            )
         name = scores.metric_name
         log.write(
             iteration,
