@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fewstep
 from fewstep.models import Conv4, kernels
-from fewstep.models.block_functions import NormaliseAndPool
+from fewstep.models.block_functions import Affine, NormaliseAndPool
 from fewstep.models.convolution import convolve, gradients
 from fewstep.models.form import Form
-from fewstep.models.kernels import normalise, pooled, winograd
+from fewstep.models.kernels import affine, normalise, pooled, winograd
 
 CAPABLE = (
     platform.system() == "Linux"
@@ -23,6 +23,7 @@ CAPABLE = (
     and any(map(shutil.which, ("c++", "g++", "clang++")))
 )
 POOLED = Form(stride=1, pool=True, slope=0.0, eps=1e-5)
+SLOPED = Form(stride=1, pool=True, slope=0.01, eps=1e-3)
 needs_kernels = pytest.mark.skipif(not CAPABLE, reason="no C++ compiler, or not x86-64 with AVX2")
 
 
@@ -99,6 +100,72 @@ def test_pooled_is_the_convolution_and_the_pool(
     assert_near(pooled.convolve_at(x, hw, hb, where, POOLED, groups), to_g)
 
 
+def derivatives(function, inputs: list[Tensor], g: Tensor, h: list[Tensor]) -> list[Tensor]:
+    """Return outputs, gradients by the inputs, and gradients of these by g and the inputs."""
+    inputs = [t.clone().requires_grad_() for t in inputs]
+    g = g.clone().requires_grad_()
+    z = function(*inputs)
+    first = torch.autograd.grad(z, inputs, g, create_graph=True)
+    along = torch.stack([(f * each).sum() for f, each in zip(first, h, strict=True)]).sum()
+    return [z, *first, *torch.autograd.grad(along, [g, *inputs], materialize_grads=True)]
+
+
+def batch_norm_and_pool(y: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    z = F.batch_norm(y, None, None, gamma.flatten(), beta.flatten(), True, eps=SLOPED.eps)
+    return F.max_pool2d(F.leaky_relu(z, SLOPED.slope), 2)
+
+
+def normalise_and_pool(y: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    y = y.clone(memory_format=torch.channels_last)  # the mean is subtracted from y itself
+    return NormaliseAndPool.apply(y, gamma, beta, SLOPED)[0]
+
+
+def affine_and_activation(d: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return F.leaky_relu(d * a + b, SLOPED.slope)
+
+
+@needs_kernels
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("examples", "channels", "height", "width"),
+    [(3, 16, 2, 2), (2, 48, 5, 7), (4, 16 * 35, 4, 3), (1, 64, 14, 14)],
+)
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize(
+    ("kernel", "fast", "slow"),
+    [
+        ("normalise", normalise_and_pool, batch_norm_and_pool),
+        ("affine", lambda *t: Affine.apply(*t, SLOPED.slope), affine_and_activation),
+    ],
+)
+def test_two_derivatives_are_those_of_pytorch(
+    examples, channels, height, width, dtype, layout, kernel, fast, slow
+):
+    torch.manual_seed(0)
+    wide = (1, channels, 1, 1)
+    inputs, h = (
+        [images(examples, channels, height, width), torch.rand(wide).double() + 0.5,
+         torch.randn(wide).double()]
+        for _ in range(2)
+    )  # fmt: skip
+    inputs[0] = inputs[0].to(dtype).double()  # where the maxima are must not depend on rounding
+    g = images(*slow(*inputs).shape)
+    wanted = derivatives(slow, inputs, g, h)
+    inputs[0], g, h[0] = (t.contiguous(memory_format=layout) for t in (inputs[0], g, h[0]))
+    with Names() as names:
+        found = derivatives(
+            fast, [t.to(dtype) for t in inputs], g.to(dtype), [t.to(dtype) for t in h]
+        )
+    assert {n for n in names.seen if "fewstep" in n} == {
+        f"fewstep.{kernel}{which}.default" for which in ("", "_backward", "_second")
+    }
+    for got, exact in zip(found, wanted, strict=True):
+        off = float((got.detach().double() - exact.detach()).norm())
+        tolerance = {torch.float64: 1e-13, torch.float32: 1e-5}[dtype]
+        assert off <= tolerance * max(1.0, float(exact.detach().norm()))
+
+
 def normalised(y: Tensor) -> tuple[Tensor, Tensor]:
     one = torch.ones(1, y.shape[1], 1, 1, dtype=y.dtype)
     _, _, _, _, p, where = normalise.forward(y.clone(), one, 0 * one, POOLED)
@@ -157,6 +224,8 @@ def test_a_meta_gradient_is_made_of_them(monkeypatch, dtype):
     fast, names = meta_gradient(dtype)
     assert not {n for n in names if "convolution" in n or "max_pool" in n}
     assert names["fewstep.pooled_convolve.default"] == 2 + 1
+    assert names["fewstep.affine.default"] == 2 + 1
+    assert names["fewstep.affine_second.default"] == 2
     assert names["fewstep.normalise.default"] == 3 * (2 + 1)
     assert names["fewstep.normalise_second.default"] == 3 * 2
     assert names["fewstep.winograd_correlate.default"] == 3 * (2 + 1 + 2 * 2)
@@ -166,15 +235,6 @@ def test_a_meta_gradient_is_made_of_them(monkeypatch, dtype):
         assert not any("fewstep" in n for n in names)
         for a, b in zip(fast, slow, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-
-
-@needs_kernels
-def test_images_in_another_layout():
-    y, gamma, beta = torch.randn(3, 16, 5, 6), torch.rand(1, 16, 1, 1), torch.rand(1, 16, 1, 1)
-    z, mean, _ = NormaliseAndPool.apply(y.clone(), gamma, beta, POOLED)
-    wanted = F.batch_norm(y, None, None, gamma.flatten(), beta.flatten(), True, eps=1e-5)
-    torch.testing.assert_close(z, F.max_pool2d(F.relu(wanted), 2))
-    torch.testing.assert_close(mean, y.mean((0, 2, 3), keepdim=True))
 
 
 @needs_kernels
@@ -213,6 +273,7 @@ def test_nothing_is_left_to_them_where_there_is_nothing_to_do():
     for x in (images(0, 16, 8, 8), images(3, 16, 8, 1)):
         assert not winograd.fits(x, images(16, 16, 3, 3), 1, 1)
         assert not normalise.fits(x, images(1, 16, 1, 1), POOLED)
+    assert not affine.fits(images(0, 16, 8, 8), images(1, 16, 1, 1))
 
 
 @pytest.fixture

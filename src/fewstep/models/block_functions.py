@@ -16,15 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.nn import functional as F
 
 from fewstep.models.convolution import convolve, gradients
 from fewstep.models.form import Form, channels_last
+from fewstep.models.kernels import affine as compiled_affine
 from fewstep.models.kernels import normalise as compiled_normalise
 from fewstep.models.kernels import pooled as compiled_pooled
-from fewstep.models.plain import normalise, pooled
+from fewstep.models.plain import affine, normalise, pooled
 
-_leaky_relu_backward = torch.ops.aten.leaky_relu_backward
 Grad = Tensor | None
 
 
@@ -132,7 +131,6 @@ class NormaliseAndPool(Function):
     def forward(
         ctx: Any, y: Tensor, gamma: Tensor, beta: Tensor, form: Form
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, gamma = channels_last(y), gamma.contiguous()
         by: Any = compiled_normalise if compiled_normalise.fits(y, gamma, form) else normalise
         z, mean, var, r, p, where = by.forward(y, gamma, beta, form)  # nothing else holds y
         ctx.save_for_backward(y, gamma, z, r, p, where)
@@ -151,8 +149,8 @@ class NormaliseAndPool(Function):
 class _NormaliseAndPoolBackward(Function):
     @staticmethod
     def forward(ctx: Any, by: Any, form: Form, gz: Tensor, *saved: Grad) -> tuple[Tensor, ...]:
-        gy, ga, ggamma, gbeta = by.backward(gz, *saved, form=form)
-        ctx.save_for_backward(*saved, ga, ggamma, gbeta)
+        gy, ggamma, gbeta = by.backward(gz, *saved, form=form)
+        ctx.save_for_backward(*saved, gz, ggamma, gbeta)
         ctx.args = by, form
         return gy, ggamma, gbeta
 
@@ -206,36 +204,30 @@ class Affine(Function):
 
     @staticmethod
     def forward(ctx: Any, d: Tensor, a: Tensor, b: Tensor, slope: float) -> Tensor:
-        z = F.leaky_relu_(torch.addcmul(b, d, a), slope)
+        by: Any = compiled_affine if compiled_affine.fits(d, a) else affine
+        z: Tensor = by.forward(d, a, b, slope)
         ctx.save_for_backward(d, a, z)
-        ctx.slope = slope
+        ctx.args = by, slope
         return z
 
     @staticmethod
     def backward(ctx: Any, gz: Tensor) -> tuple[Grad, ...]:
-        return *_AffineBackward.apply(gz, *ctx.saved_tensors, ctx.slope), None
+        return *_AffineBackward.apply(*ctx.args, gz, *ctx.saved_tensors), None
 
 
 class _AffineBackward(Function):
     """With g = act'(z) gz:  gd = a g,  ga = sum g d,  gb = sum g."""
 
     @staticmethod
-    def forward(
-        ctx: Any, gz: Tensor, d: Tensor, a: Tensor, z: Tensor, slope: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        g = _leaky_relu_backward(gz, z, slope, True)
-        ctx.save_for_backward(d, a, z, g)
-        ctx.slope = slope
-        return g * a, _sum(g * d), _sum(g)
+    def forward(ctx: Any, by: Any, slope: float, gz: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
+        gd, ga, gb = by.backward(gz, *saved, slope=slope)
+        ctx.save_for_backward(*saved, gz)
+        ctx.args = by, slope
+        return gd, ga, gb
 
     @staticmethod
     @_last_derivative
-    def backward(ctx: Any, hd: Tensor, ha: Tensor, hb: Tensor) -> tuple[Grad, ...]:
-        d, a, z, g = ctx.saved_tensors
-        to_g = torch.addcmul(hb, d, ha).addcmul_(hd, a)
-        to_gz = _leaky_relu_backward(to_g, z, ctx.slope, True)
-        return to_gz, g * ha, _sum(g * hd), None, None
-
-
-def _sum(t: Tensor) -> Tensor:
-    return t.sum((0, 2, 3), keepdim=True)
+    def backward(ctx: Any, *h: Tensor) -> tuple[Grad, ...]:
+        by, slope = ctx.args
+        to_gz, to_d, to_a = by.second(*h, *ctx.saved_tensors, slope=slope)
+        return None, None, to_gz, to_d, to_a, None

@@ -136,7 +136,7 @@ def _by_outputs(
     """Return the block with statistics of the convolution's output, its factors rounded."""
     factors = (t.to(product) for t in (images.x, weight, sign))
     y = Convolve.apply(*factors, form.stride, images.tasks).to(weight.dtype)
-    return Block(*NormaliseAndPool.apply(y, gamma, beta, form))
+    return Block(*NormaliseAndPool.apply(channels_last(y), gamma.contiguous(), beta, form))
 
 
 def _by_patches(

@@ -26,6 +26,9 @@ template <class T> using Vec = typename Wide<T>::type;
 template <class T> inline Vec<T> load(const T *p) { return *reinterpret_cast<const Vec<T> *>(p); }
 template <class T> inline void store(T *p, Vec<T> v) { *reinterpret_cast<Vec<T> *>(p) = v; }
 
+// A gradient by z = act(...) as it goes on to what was activated.
+template <class V, class T> INLINE V through(V g, V z, T slope) { return z > 0 ? g : g * slope; }
+
 // Places in their squares, a byte each, and as wide as a T for comparisons.
 template <class T> struct Place {
   typedef uint8_t bytes __attribute__((vector_size(Wide<T>::lanes), aligned(1), may_alias));
@@ -37,6 +40,17 @@ template <class T> struct Place {
     *reinterpret_cast<bytes *>(p) = __builtin_convertvector(place, bytes);
   }
 };
+
+constexpr int kMost = 16;  // vectors of channels that a thread has at once
+
+// Calls at(first, last) for blocks of neighbouring channels, shared among the threads. The vectors
+// of a block lie side by side, where one of them in all pixels is spread over memory.
+template <class T, class At> void each_block(int64_t channels, int threads, At at) {
+  const int64_t lanes = Wide<T>::lanes, each = channels / lanes / std::max(threads, 1);
+  const int64_t block = lanes * std::clamp<int64_t>(each, 1, kMost);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t c = 0; c < channels; c += block) at(c, std::min(c + block, channels));
+}
 
 template <class T> T *allocate(int64_t count) {
   void *at = std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64);

@@ -13,29 +13,35 @@ struct Shape {
   int64_t count() const { return n * height * width; }
 };
 
-// Calls at(c) for each vector of channels beginning with c; a thread has neighbours in turn.
-template <class T, class At> void each_vector(const Shape &s, int threads, At at) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t c = 0; c < s.channels; c += Wide<T>::lanes) at(c);
-}
+// A row of 2x2 squares: the offset of its first pixel, and of its first maximum.
+struct Row {
+  const Shape &s;
+  int64_t begin, pooled, squares;
 
-// Calls square(corner, pooled) with the offsets of each 2x2 square of a row of squares, then
-// rest(offset) for the pixels of these rows that are in none; line() ends a row.
-template <class Square, class Rest, class Line>
-INLINE void each_row(const Shape &s, Square square, Rest rest, Line line) {
-  const int64_t across = s.width * s.channels;
+  // Calls square(corner, maximum) with the offsets of each square, then rest(offset) for the pixels
+  // of these rows that are in none.
+  template <class Square, class Rest>
+  INLINE void each(int64_t c, Square square, Rest rest) const {
+    const int64_t across = s.width * s.channels;
+    for (int64_t i = 0; i < squares; i++)
+      square(begin + c + 2 * i * s.channels, pooled + c + i * s.channels);
+    for (int64_t i = 2 * squares; i < s.width; i++) {
+      rest(begin + c + i * s.channels);
+      if (squares) rest(begin + c + across + i * s.channels);
+    }
+  }
+};
+
+// Calls at(row, c, j) for each row of squares and each vector of channels, beginning with c, the jth
+// of a block.
+template <class T, class At>
+INLINE void each_row(const Shape &s, int64_t first, int64_t last, At at) {
   for (int64_t image = 0; image < s.n; image++)
     for (int64_t row = 0; row < s.height; row += 2) {
-      const int64_t begin = (image * s.height + row) * across;
-      const int64_t paired = row + 1 < s.height ? s.across() : 0;
-      const int64_t pooled = (image * s.down() + row / 2) * s.across() * s.channels;
-      for (int64_t i = 0; i < paired; i++)
-        square(begin + 2 * i * s.channels, pooled + i * s.channels);
-      for (int64_t i = 2 * paired; i < s.width; i++) {
-        rest(begin + i * s.channels);
-        if (paired) rest(begin + across + i * s.channels);
-      }
-      line();
+      const int64_t squares = row + 1 < s.height ? s.across() : 0;
+      const Row here{s, (image * s.height + row) * s.width * s.channels,
+                     (image * s.down() + row / 2) * s.across() * s.channels, squares};
+      for (int64_t c = first, j = 0; c < last; c += Wide<T>::lanes, j++) at(here, c, j);
     }
 }
 
@@ -43,90 +49,104 @@ template <class T>
 void forward(T *y, const T *gamma, const T *beta, T *z, T *mean, T *var, T *r, T *p, uint8_t *where,
              const Shape &s, T slope, T eps, int threads) {
   const int64_t step[4] = {0, s.channels, s.width * s.channels, (s.width + 1) * s.channels};
-  each_vector<T>(s, threads, [&](int64_t c) {
-    Vec<T> sum = {}, row = {};
-    const auto add = [&] { sum += row, row = Vec<T>{}; };  // many terms in one sum lose digits
-    each_row(
-        s,
-        [&](int64_t at, int64_t) { for (int64_t k : step) row += load(y + at + k + c); },
-        [&](int64_t at) { row += load(y + at + c); }, add);
-    const Vec<T> mu = sum / T(s.count());
-    sum = Vec<T>{};
-    each_row(
-        s,
-        [&](int64_t at, int64_t pooled) {
-          Vec<T> found;
-          typename Place<T>::type place = {};
-          for (int k = 0; k < 4; k++) {
-            const Vec<T> d = load(y + at + step[k] + c) - mu;
-            store(y + at + step[k] + c, d);
-            row += d * d;
-            if (k == 0) {
-              found = d;
-              continue;
+  each_block<T>(s.channels, threads, [&](int64_t first, int64_t last) {
+    Vec<T> mu[kMost] = {}, v[kMost] = {}, a[kMost], shift[kMost];
+    // Sums are of rows and then of all: many terms in one sum lose digits.
+    each_row<T>(s, first, last, [&](const Row &row, int64_t c, int64_t j) {
+      Vec<T> sum = {};
+      row.each(c, [&](int64_t at, int64_t) { for (int64_t k : step) sum += load(y + at + k); },
+               [&](int64_t at) { sum += load(y + at); });
+      mu[j] += sum;
+    });
+    for (Vec<T> &each : mu) each /= T(s.count());
+    each_row<T>(s, first, last, [&](const Row &row, int64_t c, int64_t j) {
+      const Vec<T> m = mu[j];
+      Vec<T> sum = {};
+      row.each(
+          c,
+          [&](int64_t at, int64_t pooled) {
+            Vec<T> found;
+            typename Place<T>::type place = {};
+            for (int k = 0; k < 4; k++) {
+              const Vec<T> d = load(y + at + step[k]) - m;
+              store(y + at + step[k], d);
+              sum += d * d;
+              if (k == 0) {
+                found = d;
+                continue;
+              }
+              const auto higher = (d > found) | (d != d);  // a NaN is kept
+              found = higher ? d : found;
+              place = higher ? place * 0 + k : place;
             }
-            const auto higher = (d > found) | (d != d);  // a NaN is kept
-            found = higher ? d : found;
-            place = higher ? place * 0 + k : place;
-          }
-          store(p + pooled + c, found);
-          Place<T>::write(where + pooled + c, place);
-        },
-        [&](int64_t at) {
-          const Vec<T> d = load(y + at + c) - mu;
-          store(y + at + c, d);
-          row += d * d;
-        },
-        add);
-    const Vec<T> v = sum / T(s.count());
-    Vec<T> root;
-    for (int l = 0; l < Wide<T>::lanes; l++) root[l] = T(1) / std::sqrt(v[l] + eps);
-    store(mean + c, mu);
-    store(var + c, v);
-    store(r + c, root);
-    const Vec<T> a = load(gamma + c) * root, shift = load(beta + c);
-    for (int64_t i = 0; i < s.n * s.down() * s.across(); i++) {
-      const Vec<T> value = shift + load(p + i * s.channels + c) * a;
-      store(z + i * s.channels + c, value > 0 ? value : value * slope);
+            store(p + pooled, found);
+            Place<T>::write(where + pooled, place);
+          },
+          [&](int64_t at) {
+            const Vec<T> d = load(y + at) - m;
+            store(y + at, d);
+            sum += d * d;
+          });
+      v[j] += sum;
+    });
+    for (int64_t c = first, j = 0; c < last; c += Wide<T>::lanes, j++) {
+      v[j] /= T(s.count());
+      Vec<T> root;
+      for (int l = 0; l < Wide<T>::lanes; l++) root[l] = T(1) / std::sqrt(v[j][l] + eps);
+      store(mean + c, mu[j]);
+      store(var + c, v[j]);
+      store(r + c, root);
+      a[j] = load(gamma + c) * root, shift[j] = load(beta + c);
     }
+    for (int64_t i = 0; i < s.n * s.down() * s.across(); i++)
+      for (int64_t c = first, j = 0; c < last; c += Wide<T>::lanes, j++) {
+        const Vec<T> value = shift[j] + load(p + i * s.channels + c) * a[j];
+        store(z + i * s.channels + c, through(value, value, slope));
+      }
   });
 }
 
 template <class T>
-void backward(T *gy, T *ga, T *ggamma, T *gbeta, const T *gz, const T *d, const T *gamma,
+void backward(T *gy, T *ggamma, T *gbeta, const T *gz, const T *d, const T *gamma,
               const T *z, const T *r, const T *p, const uint8_t *where, const Shape &s, T slope,
               int threads) {
   const int64_t step[4] = {0, s.channels, s.width * s.channels, (s.width + 1) * s.channels};
-  each_vector<T>(s, threads, [&](int64_t c) {
-    Vec<T> by_beta = {}, by_gamma = {};
-    for (int64_t row = 0; row < s.n * s.down(); row++) {
+  each_block<T>(s.channels, threads, [&](int64_t first, int64_t last) {
+    Vec<T> by_beta[kMost] = {}, by_gamma[kMost] = {}, a[kMost], of_d[kMost], shift[kMost];
+    each_row<T>(s, first, last, [&](const Row &row, int64_t c, int64_t j) {
       Vec<T> sum = {}, with_p = {};
-      for (int64_t i = row * s.across(); i < (row + 1) * s.across(); i++) {
-        const int64_t at = i * s.channels + c;
-        const Vec<T> g = load(gz + at), active = load(z + at) > 0 ? g : g * slope;
-        store(ga + at, active);
+      for (int64_t i = 0; i < row.squares; i++) {
+        const int64_t at = row.pooled + c + i * s.channels;
+        const Vec<T> active = through(load(gz + at), load(z + at), slope);
         sum += active;
         with_p += active * load(p + at);
       }
-      by_beta += sum;
-      by_gamma += with_p;
+      by_beta[j] += sum;
+      by_gamma[j] += with_p;
+    });
+    for (int64_t c = first, j = 0; c < last; c += Wide<T>::lanes, j++) {
+      const Vec<T> root = load(r + c);
+      a[j] = load(gamma + c) * root;
+      by_gamma[j] *= root;
+      store(gbeta + c, by_beta[j]);
+      store(ggamma + c, by_gamma[j]);
+      of_d[j] = a[j] * root * by_gamma[j] / T(-s.count());
+      shift[j] = a[j] * by_beta[j] / T(-s.count());
     }
-    const Vec<T> root = load(r + c), a = load(gamma + c) * root;
-    by_gamma *= root;
-    store(gbeta + c, by_beta);
-    store(ggamma + c, by_gamma);
-    const Vec<T> of_d = a * root * by_gamma / T(-s.count()), shift = a * by_beta / T(-s.count());
-    each_row(
-        s,
-        [&](int64_t at, int64_t pooled) {
-          const auto place = Place<T>::read(where + pooled + c);
-          const Vec<T> peak = load(ga + pooled + c) * a;
-          for (int k = 0; k < 4; k++) {
-            const Vec<T> value = load(d + at + step[k] + c) * of_d + shift;
-            store(gy + at + step[k] + c, place == k ? value + peak : value);
-          }
-        },
-        [&](int64_t at) { store(gy + at + c, load(d + at + c) * of_d + shift); }, [] {});
+    each_row<T>(s, first, last, [&](const Row &row, int64_t c, int64_t j) {
+      const Vec<T> of = of_d[j], by = shift[j], scale = a[j];
+      row.each(
+          c,
+          [&](int64_t at, int64_t pooled) {
+            const auto place = Place<T>::read(where + pooled);
+            const Vec<T> peak = through(load(gz + pooled), load(z + pooled), slope) * scale;
+            for (int k = 0; k < 4; k++) {
+              const Vec<T> value = load(d + at + step[k]) * of + by;
+              store(gy + at + step[k], place == k ? value + peak : value);
+            }
+          },
+          [&](int64_t at) { store(gy + at, load(d + at) * of + by); });
+    });
   });
 }
 
@@ -138,64 +158,69 @@ INLINE Vec<T> picked(const T *corner, const int64_t step[4], typename Place<T>::
   return u;
 }
 
-// The sums of hy, of hy d, and of ga times hy at the maxima, of the channels from c on.
-template <class T>
-void sums(const T *hy, const T *d, const T *ga, const uint8_t *where, const Shape &s,
-          const int64_t step[4], int64_t c, Vec<T> sum[3]) {
-  Vec<T> row[3] = {};
-  const auto add = [&](int64_t at) {
-    const Vec<T> value = load(hy + at + c);
-    row[0] += value;
-    row[1] += value * load(d + at + c);
-  };
-  each_row(
-      s,
-      [&](int64_t at, int64_t pooled) {
-        for (int k = 0; k < 4; k++) add(at + step[k]);
-        const auto place = Place<T>::read(where + pooled + c);
-        row[2] += load(ga + pooled + c) * picked(hy + at + c, step, place);
-      },
-      add,
-      [&] {
-        for (int i = 0; i < 3; i++) sum[i] += row[i], row[i] = Vec<T>{};
-      });
-}
+// What `second` multiplies by, for a vector of channels.
+template <class T> struct Factors {
+  Vec<T> a, to_p, to_gbeta, of_d, shift, of_hy;
+};
 
 template <class T>
 void second(T *to_gz, T *to_y, T *to_gamma, const T *hy, const T *hgamma, const T *hbeta,
             const T *d, const T *gamma, const T *z, const T *r, const T *p, const uint8_t *where,
-            const T *ga, const T *ggamma, const T *gbeta, const Shape &s, T slope, int threads) {
+            const T *gz, const T *ggamma, const T *gbeta, const Shape &s, T slope, int threads) {
   const int64_t step[4] = {0, s.channels, s.width * s.channels, (s.width + 1) * s.channels};
-  each_vector<T>(s, threads, [&](int64_t c) {
-    Vec<T> sum[3] = {};
-    sums(hy, d, ga, where, s, step, c, sum);
-    const Vec<T> root = load(r + c), a = load(gamma + c) * root, r_n = root / T(s.count());
-    const Vec<T> by_gamma = load(ggamma + c), by_beta = load(gbeta + c);
-    const Vec<T> h0 = sum[0] / T(s.count()), h1 = sum[1] * r_n;
-    const Vec<T> to_a = sum[2] - by_beta * h0 - by_gamma * h1;
-    const Vec<T> to_ggamma = load(hgamma + c) - a * h1, to_gbeta = load(hbeta + c) - a * h0;
-    const Vec<T> to_p = to_ggamma * root, from = a * by_gamma;
-    const Vec<T> of_d = (to_a * a + to_ggamma * by_gamma - from * h1) * root * r_n;
-    const Vec<T> shift = (to_ggamma * by_beta - from * h0) * r_n, of_hy = from * r_n;
-    store(to_gamma + c, to_a * root);
-    const auto flat = [&](int64_t at) {
-      return -load(d + at) * of_d - shift - load(hy + at) * of_hy;
-    };
-    each_row(
-        s,
-        [&](int64_t at, int64_t pooled) {
-          const int64_t i = pooled + c;
-          const auto place = Place<T>::read(where + i);
-          const Vec<T> value =
-              to_gbeta + load(p + i) * to_p + picked(hy + at + c, step, place) * a;
-          store(to_gz + i, load(z + i) > 0 ? value : value * slope);
-          const Vec<T> peak = load(ga + i) * to_p;
-          for (int k = 0; k < 4; k++) {
-            const Vec<T> rest = flat(at + step[k] + c);
-            store(to_y + at + step[k] + c, place == k ? rest + peak : rest);
-          }
-        },
-        [&](int64_t at) { store(to_y + at + c, flat(at + c)); }, [] {});
+  each_block<T>(s.channels, threads, [&](int64_t first, int64_t last) {
+    // The sums of hy, of hy d, and of ga times hy at the maxima.
+    Vec<T> sums[kMost][3] = {};
+    each_row<T>(s, first, last, [&](const Row &row, int64_t c, int64_t j) {
+      Vec<T> sum[3] = {};
+      const auto add = [&](int64_t at) {
+        const Vec<T> value = load(hy + at);
+        sum[0] += value;
+        sum[1] += value * load(d + at);
+      };
+      row.each(
+          c,
+          [&](int64_t at, int64_t pooled) {
+            for (int64_t k : step) add(at + k);
+            const auto place = Place<T>::read(where + pooled);
+            const Vec<T> active = through(load(gz + pooled), load(z + pooled), slope);
+            sum[2] += active * picked(hy + at, step, place);
+          },
+          add);
+      for (int i = 0; i < 3; i++) sums[j][i] += sum[i];
+    });
+    Factors<T> factors[kMost];
+    for (int64_t c = first, j = 0; c < last; c += Wide<T>::lanes, j++) {
+      const Vec<T> root = load(r + c), a = load(gamma + c) * root, r_n = root / T(s.count());
+      const Vec<T> by_gamma = load(ggamma + c), by_beta = load(gbeta + c);
+      const Vec<T> h0 = sums[j][0] / T(s.count()), h1 = sums[j][1] * r_n;
+      const Vec<T> to_a = sums[j][2] - by_beta * h0 - by_gamma * h1;
+      const Vec<T> to_ggamma = load(hgamma + c) - a * h1, from = a * by_gamma;
+      store(to_gamma + c, to_a * root);
+      factors[j] = {a, to_ggamma * root, load(hbeta + c) - a * h0,
+                    (to_a * a + to_ggamma * by_gamma - from * h1) * root * r_n,
+                    (to_ggamma * by_beta - from * h0) * r_n, from * r_n};
+    }
+    each_row<T>(s, first, last, [&](const Row &row, int64_t c, int64_t j) {
+      const Factors<T> f = factors[j];
+      const auto flat = [&](int64_t at) {
+        return -load(d + at) * f.of_d - f.shift - load(hy + at) * f.of_hy;
+      };
+      row.each(
+          c,
+          [&](int64_t at, int64_t i) {
+            const auto place = Place<T>::read(where + i);
+            const Vec<T> value =
+                f.to_gbeta + load(p + i) * f.to_p + picked(hy + at, step, place) * f.a;
+            store(to_gz + i, through(value, load(z + i), slope));
+            const Vec<T> peak = through(load(gz + i), load(z + i), slope) * f.to_p;
+            for (int k = 0; k < 4; k++) {
+              const Vec<T> rest = flat(at + step[k]);
+              store(to_y + at + step[k], place == k ? rest + peak : rest);
+            }
+          },
+          [&](int64_t at) { store(to_y + at, flat(at)); });
+    });
   });
 }
 
@@ -209,18 +234,17 @@ void second(T *to_gz, T *to_y, T *to_gamma, const T *hy, const T *hgamma, const 
     forward<T>(y, gamma, beta, z, mean, var, r, p, where, s, slope, eps, threads);                 \
   }                                                                                                \
   extern "C" void normalise_backward_##name(                                                       \
-      T *gy, T *ga, T *ggamma, T *gbeta, const T *gz, const T *d, const T *gamma, const T *z,      \
-      const T *r, const T *p, const uint8_t *where, const int64_t *shape, double slope,            \
-      int threads) {                                                                               \
+      T *gy, T *ggamma, T *gbeta, const T *gz, const T *d, const T *gamma, const T *z, const T *r, \
+      const T *p, const uint8_t *where, const int64_t *shape, double slope, int threads) {         \
     const Shape s{shape[0], shape[1], shape[2], shape[3]};                                         \
-    backward<T>(gy, ga, ggamma, gbeta, gz, d, gamma, z, r, p, where, s, slope, threads);           \
+    backward<T>(gy, ggamma, gbeta, gz, d, gamma, z, r, p, where, s, slope, threads);               \
   }                                                                                                \
   extern "C" void normalise_second_##name(                                                         \
       T *to_gz, T *to_y, T *to_gamma, const T *hy, const T *hgamma, const T *hbeta, const T *d,    \
-      const T *gamma, const T *z, const T *r, const T *p, const uint8_t *where, const T *ga,       \
+      const T *gamma, const T *z, const T *r, const T *p, const uint8_t *where, const T *gz,       \
       const T *ggamma, const T *gbeta, const int64_t *shape, double slope, int threads) {          \
     const Shape s{shape[0], shape[1], shape[2], shape[3]};                                         \
-    second<T>(to_gz, to_y, to_gamma, hy, hgamma, hbeta, d, gamma, z, r, p, where, ga, ggamma,      \
+    second<T>(to_gz, to_y, to_gamma, hy, hgamma, hbeta, d, gamma, z, r, p, where, gz, ggamma,      \
               gbeta, s, slope, threads);                                                           \
   }
 

@@ -13,7 +13,13 @@ own = torch.ops.fewstep
 
 def fits(y: Tensor, gamma: Tensor, form: Form) -> bool:
     """Whether the kernels take these images and scales."""
-    return form.pool and y.shape[1] % LANES == 0 and min(y.shape[2:]) >= 2 and take(y, gamma)
+    return (
+        form.pool
+        and y.shape[1] % LANES == 0
+        and min(y.shape[2:]) >= 2
+        and y.is_contiguous(memory_format=torch.channels_last)
+        and take(y, gamma)
+    )
 
 
 def forward(y: Tensor, gamma: Tensor, beta: Tensor, form: Form) -> tuple[Tensor, ...]:
@@ -22,7 +28,7 @@ def forward(y: Tensor, gamma: Tensor, beta: Tensor, form: Form) -> tuple[Tensor,
 
 
 def backward(gz: Tensor, *saved: Tensor, form: Form) -> tuple[Tensor, ...]:
-    """Return gy, ga, ggamma and gbeta; `saved` are d, gamma, z, r, p and the places."""
+    """Return gy, ggamma and gbeta; `saved` are d, gamma, z, r, p and the places."""
     return own.normalise_backward(channels_last(gz), *saved, form.slope)  # type: ignore[no-any-return]
 
 
@@ -30,8 +36,10 @@ def second(
     hy: Tensor, hgamma: Tensor, hbeta: Tensor, *saved: Tensor, form: Form
 ) -> tuple[Tensor, ...]:
     """Return the gradients by gz, y and gamma of hy . gy + hgamma . ggamma + hbeta . gbeta."""
+    *before, gz, ggamma, gbeta = saved
     h = channels_last(hy), hgamma.contiguous(), hbeta.contiguous()
-    return own.normalise_second(*h, *saved, form.slope)  # type: ignore[no-any-return]
+    g = channels_last(gz), ggamma, gbeta
+    return own.normalise_second(*h, *before, *g, form.slope)  # type: ignore[no-any-return]
 
 
 def _forward(y: Tensor, gamma: Tensor, beta: Tensor, slope: float, eps: float) -> list[Tensor]:
@@ -46,23 +54,22 @@ def _backward(
     gz: Tensor, d: Tensor, gamma: Tensor, z: Tensor, r: Tensor, p: Tensor, where: Tensor,
     slope: float,
 ) -> list[Tensor]:  # fmt: skip
-    gy, ga = torch.empty_like(d), torch.empty_like(z)
-    ggamma, gbeta = torch.empty_like(gamma), torch.empty_like(gamma)
+    gy, ggamma, gbeta = torch.empty_like(d), torch.empty_like(gamma), torch.empty_like(gamma)
     call(
-        "normalise_backward", d.dtype, gy, ga, ggamma, gbeta, gz, d, gamma, z, r, p, where,
+        "normalise_backward", d.dtype, gy, ggamma, gbeta, gz, d, gamma, z, r, p, where,
         _shape(d), slope,
     )  # fmt: skip
-    return [gy, ga, ggamma, gbeta]
+    return [gy, ggamma, gbeta]
 
 
 def _second(
     hy: Tensor, hgamma: Tensor, hbeta: Tensor, d: Tensor, gamma: Tensor, z: Tensor, r: Tensor,
-    p: Tensor, where: Tensor, ga: Tensor, ggamma: Tensor, gbeta: Tensor, slope: float,
+    p: Tensor, where: Tensor, gz: Tensor, ggamma: Tensor, gbeta: Tensor, slope: float,
 ) -> list[Tensor]:  # fmt: skip
     to_gz, to_y, to_gamma = torch.empty_like(z), torch.empty_like(d), torch.empty_like(gamma)
     call(
         "normalise_second", d.dtype, to_gz, to_y, to_gamma, hy, hgamma, hbeta, d, gamma, z, r, p,
-        where, ga, ggamma, gbeta, _shape(d), slope,
+        where, gz, ggamma, gbeta, _shape(d), slope,
     )  # fmt: skip
     return [to_gz, to_y, to_gamma]
 
@@ -84,7 +91,7 @@ operations.define(
 )
 operations.define(
     "normalise_second(Tensor hy, Tensor hgamma, Tensor hbeta, Tensor d, Tensor gamma, Tensor z,"
-    " Tensor r, Tensor p, Tensor where, Tensor ga, Tensor ggamma, Tensor gbeta, float slope)"
+    " Tensor r, Tensor p, Tensor where, Tensor gz, Tensor ggamma, Tensor gbeta, float slope)"
     " -> Tensor[]"
 )
 operations.impl("normalise", _forward, "CPU")

@@ -28,21 +28,22 @@ def backward(
     gz: Tensor, d: Tensor, gamma: Tensor, z: Tensor, r: Tensor, p: Tensor, where: Tensor | None,
     form: Form,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return gy, ga, ggamma and gbeta."""
+    """Return gy, ggamma and gbeta."""
     ga = _leaky_relu_backward(gz, z, form.slope, True)
     a = gamma * r
     gbeta = _sum(ga)
     ggamma = _sum(ga * p).mul_(r)
     a_n = a / -_count(d)
     gy = unpool(ga * a, where, d.shape).addcmul_(d, a_n * r * ggamma).add_(a_n * gbeta)
-    return gy, ga, ggamma, gbeta
+    return gy, ggamma, gbeta
 
 
 def second(
     hy: Tensor, hgamma: Tensor, hbeta: Tensor, d: Tensor, gamma: Tensor, z: Tensor, r: Tensor,
-    p: Tensor, where: Tensor | None, ga: Tensor, ggamma: Tensor, gbeta: Tensor, form: Form,
+    p: Tensor, where: Tensor | None, gz: Tensor, ggamma: Tensor, gbeta: Tensor, form: Form,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return the gradients by gz, y and gamma of hy . gy + hgamma . ggamma + hbeta . gbeta."""
+    ga = _leaky_relu_backward(gz, z, form.slope, True)
     a, r_n = gamma * r, r / _count(d)
     # hy enters gy's three terms by its values at the maxima and by two sums.
     u = pick(hy, where)

@@ -1,0 +1,34 @@
+"""`Affine` of `block_functions`, and its two derivatives."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_leaky_relu_backward = torch.ops.aten.leaky_relu_backward
+
+
+def forward(d: Tensor, a: Tensor, b: Tensor, slope: float) -> Tensor:
+    """Return z."""
+    return F.leaky_relu_(torch.addcmul(b, d, a), slope)
+
+
+def backward(gz: Tensor, d: Tensor, a: Tensor, z: Tensor, slope: float) -> tuple[Tensor, ...]:
+    """Return gd, ga and gb."""
+    g = _leaky_relu_backward(gz, z, slope, True)
+    return g * a, _sum(g * d), _sum(g)
+
+
+def second(
+    hd: Tensor, ha: Tensor, hb: Tensor, d: Tensor, a: Tensor, z: Tensor, gz: Tensor, slope: float
+) -> tuple[Tensor, ...]:
+    """Return the gradients by gz, d and a of hd . gd + ha . ga + hb . gb."""
+    g = _leaky_relu_backward(gz, z, slope, True)
+    to_g = torch.addcmul(hb, d, ha).addcmul_(hd, a)
+    to_gz = _leaky_relu_backward(to_g, z, slope, True)
+    return to_gz, g * ha, _sum(g * hd)
+
+
+def _sum(t: Tensor) -> Tensor:
+    return t.sum((0, 2, 3), keepdim=True)
