@@ -43,11 +43,13 @@ template <class T> struct Place {
 
 constexpr int kMost = 16;  // vectors of channels that a thread has at once
 
-// Calls at(first, last) for blocks of neighbouring channels, shared among the threads. The vectors
-// of a block lie side by side, where one of them in all pixels is spread over memory.
+// Calls at(first, last) for blocks of neighbouring channels, shared evenly among the threads. The
+// vectors of a block lie side by side, where one of them in all pixels is spread over memory.
 template <class T, class At> void each_block(int64_t channels, int threads, At at) {
-  const int64_t lanes = Wide<T>::lanes, each = channels / lanes / std::max(threads, 1);
-  const int64_t block = lanes * std::clamp<int64_t>(each, 1, kMost);
+  const auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t lanes = Wide<T>::lanes, vectors = channels / lanes;
+  const int64_t rounds = up(up(vectors, threads), kMost);
+  const int64_t block = lanes * up(vectors, threads * rounds);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t c = 0; c < channels; c += block) at(c, std::min(c + block, channels));
 }
