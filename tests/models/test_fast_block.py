@@ -217,8 +217,8 @@ def test_a_meta_gradient_takes_the_fast_block_throughout(monkeypatch, vectorize)
 @pytest.mark.parametrize("options", [{}, {"checkpoint_every": 2}, {"replay": True}], ids=str)
 def test_moments_of_data_are_taken_once_for_all_steps(monkeypatch, options):
     taken = []
-    real = fast_block._patches
-    monkeypatch.setattr(fast_block, "_patches", lambda x, *a: taken.append(x) or real(x, *a))
+    real = fast_block._data
+    monkeypatch.setattr(fast_block, "_data", lambda x, *a: taken.append(x) or real(x, *a))
     algorithm = replace(fewstep.maml(5, 0.1), query_weights=MultiStepLoss())
     learner = fewstep.MetaLearner(Conv4(1, 3, 16, filters=4), algorithm, F.cross_entropy, **options)
     y = torch.arange(3).expand(2, 3)

@@ -15,7 +15,8 @@ from fewstep.models import Conv4, kernels
 from fewstep.models.block_functions import Affine, NormaliseAndPool
 from fewstep.models.convolution import convolve, gradients
 from fewstep.models.form import Form
-from fewstep.models.kernels import affine, normalise, pooled, winograd
+from fewstep.models.kernels import affine, moments, normalise, pooled, winograd
+from fewstep.models.plain import moments as plain_moments
 
 CAPABLE = (
     platform.system() == "Linux"
@@ -98,6 +99,25 @@ def test_pooled_is_the_convolution_and_the_pool(
     for got, wanted in zip(pooled.correlate(x, g, where, POOLED, groups), (gw, gb), strict=True):
         assert_near(got, wanted)
     assert_near(pooled.convolve_at(x, hw, hb, where, POOLED, groups), to_g)
+
+
+@needs_kernels
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("groups", "examples", "channels", "height", "width"),
+    [(1, 1, 3, 2, 2), (3, 2, 2, 9, 3), (2, 3, 1, 4, 17), (1, 7, 3, 16, 8)],
+)
+def test_moments_are_those_of_the_patches(groups, examples, channels, height, width, dtype):
+    x = images(examples, groups * channels, height, width).to(dtype)
+    patches = F.unfold(x.double(), 3, padding=1).view(examples, groups, channels * 9, -1)
+    mean = patches.mean((0, 3))[..., None]
+    second = torch.einsum("ngap,ngbp->gab", patches, patches) / (examples * height * width)
+    for by in (moments, plain_moments):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            found = by.of_patches(x.contiguous(memory_format=layout), 1, groups)
+            for got, wanted in zip(found, (mean, second), strict=True):
+                assert_near(got, wanted)
 
 
 def derivatives(function, inputs: list[Tensor], g: Tensor, h: list[Tensor]) -> list[Tensor]:
@@ -224,6 +244,7 @@ def test_a_meta_gradient_is_made_of_them(monkeypatch, dtype):
     fast, names = meta_gradient(dtype)
     assert not {n for n in names if "convolution" in n or "max_pool" in n}
     assert names["fewstep.pooled_convolve.default"] == 2 + 1
+    assert names["fewstep.moments.default"] == 2
     assert names["fewstep.affine.default"] == 2 + 1
     assert names["fewstep.affine_second.default"] == 2
     assert names["fewstep.normalise.default"] == 3 * (2 + 1)
@@ -270,6 +291,7 @@ def test_what_they_do_not_take(monkeypatch):
 def test_nothing_is_left_to_them_where_there_is_nothing_to_do():
     for x in (images(0, 1, 8, 8), images(3, 1, 1, 8)):
         assert not pooled.fits(x, images(16, 1, 3, 3), POOLED, 1)
+        assert not moments.fits(x, 1, 1)
     for x in (images(0, 16, 8, 8), images(3, 16, 8, 1)):
         assert not winograd.fits(x, images(16, 16, 3, 3), 1, 1)
         assert not normalise.fits(x, images(1, 16, 1, 1), POOLED)

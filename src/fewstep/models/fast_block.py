@@ -26,11 +26,12 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import Function
-from torch.nn import functional as F
 
 from fewstep.core.once import once
 from fewstep.models.block_functions import Affine, Convolve, ConvolveAndPool, NormaliseAndPool
 from fewstep.models.form import Form, channels_last
+from fewstep.models.kernels import moments as compiled_moments
+from fewstep.models.plain import moments
 
 _LARGEST_PATCH = 27  # 3 channels; a covariance of more costs as much as the convolution
 
@@ -97,17 +98,9 @@ def _data(x: Tensor, now: int | None, tasks: int, dtype: torch.dtype, stride: in
     var = w^T S w cancels, the more so with S as the mean square less the squared mean.
     """
     x, *_ = _images(x, now, tasks, dtype)
-    patches = _patches(x.double(), stride, tasks)
-    m = patches.mean(2, keepdim=True)
-    return _Images(x, tasks, (m, patches @ patches.mT / patches.shape[2] - m @ m.mT))
-
-
-def _patches(x: Tensor, stride: int, tasks: int) -> Tensor:
-    """Return the 3x3 patches of each task's images, (tasks, channels x 9, how many)."""
-    windows = F.pad(x, (1, 1, 1, 1)).unfold(2, 3, stride).unfold(3, 3, stride)
-    n, channels, height, width, _, _ = windows.shape
-    windows = windows.reshape(n, tasks, channels // tasks, height, width, 3, 3)
-    return windows.permute(1, 2, 5, 6, 0, 3, 4).reshape(tasks, channels // tasks * 9, -1)
+    by: Any = compiled_moments if compiled_moments.fits(x, stride, tasks) else moments
+    m, second = by.of_patches(x, stride, tasks)
+    return _Images(x, tasks, (m, second - m @ m.mT))
 
 
 def _are_data(x: Tensor, weight: Tensor) -> bool:
