@@ -45,7 +45,7 @@ class MetaLearner:
         chunk_size: Tasks that go through the module at once; bounds memory, changes no result.
         checkpoint_every: Inner steps whose graph is kept at once, in the second order; None keeps
             all. 1 makes memory nearly independent of their number and changes no result; 5 steps
-            take half as long again, 20 steps about twice as long.
+            take about twice as long, 20 steps three times.
         vectorize: Use `torch.vmap` over the tasks of a chunk; else loop (for modules without
             batching rules, such as `nn.LSTM`).
         ranks: The processes that share each batch, from `Ranks.of_torchrun()`. Each calls the same

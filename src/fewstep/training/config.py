@@ -152,7 +152,7 @@ class RunConfig:
     """Tasks that go through the model at once; bounds memory, changes no result but rounding."""
     checkpoint_every: int | None = None
     """Inner steps whose graph is kept at once, in the second order; 1 takes least memory,
-    half as much time again with 5 steps and about twice the time with 20, and changes no result but
+    about twice the time with 5 steps and three times with 20, and changes no result but
     rounding. All of them if not given."""
     memory_budget: float | None = None
     """MiB for the graphs of a meta-gradient; chunk_size and checkpoint_every are then chosen by
