@@ -27,8 +27,6 @@ from fewstep import (
     maml,
     maml_plus_plus,
 )
-from fewstep.core.norm import NormaliseBy, of_first
-from fewstep.models import Conv4
 from tests.core.reference import MODELS, WAYS, Case, relative_error
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -455,15 +453,6 @@ def test_training_by_running_statistics_collects_them():
     learner.step(batch)
     moved = (learner.buffers["1.running_mean"] != rows).any(1)
     assert moved.tolist() == [True] * (STEPS + 1)
-
-
-def test_the_plain_block_equals_the_fused_one():
-    block = Conv4(1, WAYS, 16, filters=4).blocks[0]
-    nn.init.normal_(block.norm.weight)
-    x = torch.randn(5, 1, 16, 16)
-    fused = block(x)
-    with NormaliseBy(of_first(5)):
-        torch.testing.assert_close(block(x), fused)
 
 
 def test_what_is_printed():

@@ -35,6 +35,20 @@ def test_tensors_changed_in_place_are_others():
         assert once(total, x, 1) == 6
 
 
+def test_of_two_tensors_each_counts():
+    def together(a, b):
+        calls.append((a, b))
+        return torch.cat([a, b])
+
+    calls, x, y = [], torch.ones(2), torch.zeros(2)
+    with one_batch():
+        assert once(together, x, y) is once(together, x, y)
+        y.add_(1)
+        assert once(together, x, y).tolist() == [1, 1, 1, 1]
+        once(together, x, y.clone())
+    assert len(calls) == 3
+
+
 def test_forgets_with_the_batch():
     total, _ = counted()
     x = torch.ones(3)

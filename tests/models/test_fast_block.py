@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fewstep
+from fewstep.core.norm import Moments, NormStatistics
 from fewstep.core.query_weights import MultiStepLoss
 from fewstep.models import Conv4, fast_block
 from fewstep.models.form import Form
@@ -16,9 +17,9 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 TASKS, CHANNELS, FILTERS = 3, 2, 6  # `sizes` has others
 FORMS = [
-    Form(stride, pool, slope, 1e-5)
+    Form(stride, pool, slope, 1e-5, examples)
     for stride, pool in ((1, True), (2, False))
-    for slope in (0.0, 0.01)
+    for slope, examples in ((0.0, None), (0.01, None), (0.01, 2))
 ]
 
 
@@ -30,15 +31,27 @@ def sizes(request, monkeypatch):
     monkeypatch.setitem(globals(), "FILTERS", filters)
 
 
-def layers(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, form: Form) -> Tensor:
+def layers(
+    x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, form: Form,
+    given: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     y = F.conv2d(x, weight, stride=form.stride, padding=1)
-    y = F.batch_norm(y, None, None, gamma, beta, training=True, eps=form.eps)
+    if form.examples is None and given is None:
+        y = F.batch_norm(y, None, None, gamma, beta, training=True, eps=form.eps)
+    else:
+        first = y[: form.examples]
+        mean, var = given or (first.mean((0, 2, 3)), first.var((0, 2, 3), correction=0))
+        wide = (-1, 1, 1)
+        y = (y - mean.view(wide)) * (gamma / (var + form.eps).sqrt()).view(wide) + beta.view(wide)
     z = F.leaky_relu(y, form.slope)
     return F.max_pool2d(z, 2) if form.pool else z
 
 
-def block(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, form: Form) -> Tensor:
-    return fast_block.block(x, weight, gamma, beta, form).z
+def block(
+    x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, form: Form,
+    given: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    return fast_block.block(x, weight, gamma, beta, form, given and Moments(*given)).z
 
 
 def with_data(function, x: Tensor):
@@ -122,6 +135,42 @@ def test_derivatives_with_data_against_differences(form):
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=fast)
 
 
+@pytest.mark.usefixtures("sizes")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("is_data", [False, True])
+@pytest.mark.parametrize("dim_of_given", [0, None])
+def test_given_statistics_take_no_part_in_the_derivatives(form, is_data, dim_of_given):
+    x, *inputs = arguments()
+    shape = (TASKS, FILTERS) if dim_of_given == 0 else (FILTERS,)
+    mean, var = torch.randn(shape), torch.rand(shape) + 0.5
+    results = []
+    for f in (block, layers):
+
+        def of_task(x, weight, gamma, beta, mean, var, f=f):
+            return f(x, weight, gamma, beta, form, (mean, var))
+
+        tasks = torch.vmap(of_task, (0, 0, 0, 0, dim_of_given, dim_of_given))
+        function = lambda *a, tasks=tasks: tasks(*a, mean, var)  # noqa: E731
+        own = with_data(function, x) if is_data else function
+        results.append(derivatives(own, inputs if is_data else [x, *inputs]))
+    assert_equal(*results)
+
+
+@pytest.mark.usefixtures("sizes")
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[3]])
+@pytest.mark.parametrize("is_data", [False, True])
+def test_moments_are_of_the_examples_asked_for(form, is_data):
+    x, weight, gamma, beta = arguments(None)
+    x = x.detach() if is_data else x
+    y = F.conv2d(x, weight, stride=form.stride, padding=1)
+    given = Moments(torch.randn(FILTERS), torch.rand(FILTERS))
+    for examples, by in ((None, None), (2, None), (None, given)):
+        out = fast_block.block(x, weight, gamma, beta, form._replace(examples=examples), by)
+        wanted = y[:examples].mean((0, 2, 3)), y[:examples].var((0, 2, 3), correction=0)
+        assert not any(m.requires_grad for m in out.moments)
+        torch.testing.assert_close(tuple(out.moments), wanted)
+
+
 @pytest.mark.parametrize(("channels", "by_patches"), [(1, True), (3, True), (4, False)])
 def test_statistics_of_data_with_few_channels_come_from_its_patches(
     monkeypatch, channels, by_patches
@@ -131,11 +180,8 @@ def test_statistics_of_data_with_few_channels_come_from_its_patches(
     monkeypatch.setattr(fast_block, "_by_patches", lambda *a: called.append(a) or real(*a))
     x, (_, _, gamma, beta) = torch.rand(5, channels, 8, 8), arguments(None)
     weight = torch.randn(FILTERS, channels, 3, 3)
-    out = fast_block.block(x, weight, gamma, beta, FORMS[0])
+    fast_block.block(x, weight, gamma, beta, FORMS[0])
     assert bool(called) == by_patches
-    y = F.conv2d(x, weight, padding=1)
-    torch.testing.assert_close(out.mean, y.mean((0, 2, 3)))
-    torch.testing.assert_close(out.var, y.var((0, 2, 3), correction=0))
     called.clear()
     fast_block.block(x.requires_grad_(), weight, gamma, beta, FORMS[0])
     assert not called
@@ -190,7 +236,8 @@ def test_other_transforms_take_the_layers(transform):
 
 
 @pytest.mark.parametrize("vectorize", [True, False])
-def test_a_meta_gradient_takes_the_fast_block_throughout(monkeypatch, vectorize):
+@pytest.mark.parametrize("use", ["batch", "support", "running"])
+def test_a_meta_gradient_takes_the_fast_block_throughout(monkeypatch, vectorize, use):
     shapes = []
 
     def counted(x: Tensor, *rest: object) -> fast_block.Block:
@@ -200,18 +247,28 @@ def test_a_meta_gradient_takes_the_fast_block_throughout(monkeypatch, vectorize)
     real = fast_block.block
     monkeypatch.setattr(fast_block, "block", counted)
     network = Conv4(1, 3, 16, filters=4)
+    for name, running in network.named_buffers():
+        if "var" in name:
+            running.uniform_(0.5, 2)
     x, y = torch.rand(2, 2, 3, 1, 16, 16), torch.arange(3).expand(2, 3)
     batch = fewstep.TaskBatch(x[0], y, x[1], y)
-    learner = fewstep.MetaLearner(
-        network, fewstep.maml(5, 0.1), F.cross_entropy, vectorize=vectorize
-    )
-    fast, _ = learner.meta_gradient(batch)
-    assert len(shapes) == 4 * (5 + 1) * (1 if vectorize else 2)
+    algorithm = replace(fewstep.maml(5, 0.1), norm_statistics=NormStatistics(use, per_step=True))
+    learner = fewstep.MetaLearner(network, algorithm, F.cross_entropy, vectorize=vectorize)
+    before = {n: t.clone() for n, t in learner.state_tensors().items()}
 
+    def everything() -> list[Tensor]:
+        learner.load_state_tensors(before)
+        gradient, _ = learner.meta_gradient(batch)
+        outputs = learner.predict(batch, 2)
+        learner.step(batch)
+        return [*gradient.values(), outputs, *(b.clone() for b in learner.buffers.values())]
+
+    fast = everything()
+    calls = 4 * ((5 + 1) + (5 + 6) + (5 + 1)) * (1 if vectorize else 2)
+    assert len(shapes) == calls
     monkeypatch.setattr(fast_block, "available", lambda: False)
-    slow, _ = learner.meta_gradient(batch)
-    assert len(shapes) == 4 * (5 + 1) * (1 if vectorize else 2)
-    assert_equal(list(fast.values()), list(slow.values()), 1e-9)
+    assert_equal(fast, everything(), 1e-9)
+    assert len(shapes) == calls
 
 
 @pytest.mark.parametrize("options", [{}, {"checkpoint_every": 2}, {"replay": True}], ids=str)

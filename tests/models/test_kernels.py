@@ -135,9 +135,30 @@ def batch_norm_and_pool(y: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     return F.max_pool2d(F.leaky_relu(z, SLOPED.slope), 2)
 
 
-def normalise_and_pool(y: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+def by_the_first(y: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    mean = y[:1].mean((0, 2, 3), keepdim=True)
+    var = y[:1].var((0, 2, 3), correction=0, keepdim=True)
+    z = (y - mean) / (var + SLOPED.eps).sqrt() * gamma + beta
+    return F.max_pool2d(F.leaky_relu(z, SLOPED.slope), 2)
+
+
+def by_given(y: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    z = (y - 0.25) / (2 + SLOPED.eps) ** 0.5 * gamma + beta
+    return F.max_pool2d(F.leaky_relu(z, SLOPED.slope), 2)
+
+
+def normalise_and_pool(y: Tensor, gamma: Tensor, beta: Tensor, form: Form = SLOPED) -> Tensor:
     y = y.clone(memory_format=torch.channels_last)  # the mean is subtracted from y itself
-    return NormaliseAndPool.apply(y, gamma, beta, SLOPED)[0]
+    return NormaliseAndPool.apply(y, gamma, beta, None, None, form)[0]
+
+
+def normalise_by_the_first(y: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    return normalise_and_pool(y, gamma, beta, SLOPED._replace(examples=1))
+
+
+def normalise_by_given(y: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    y, given = y.clone(memory_format=torch.channels_last), torch.ones_like(gamma).detach()
+    return NormaliseAndPool.apply(y, gamma, beta, given / 4, given * 2, SLOPED)[0]
 
 
 def affine_and_activation(d: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -156,6 +177,8 @@ def affine_and_activation(d: Tensor, a: Tensor, b: Tensor) -> Tensor:
     ("kernel", "fast", "slow"),
     [
         ("normalise", normalise_and_pool, batch_norm_and_pool),
+        ("normalise", normalise_by_the_first, by_the_first),
+        ("normalise", normalise_by_given, by_given),
         ("affine", lambda *t: Affine.apply(*t, SLOPED.slope), affine_and_activation),
     ],
 )
@@ -188,7 +211,7 @@ def test_two_derivatives_are_those_of_pytorch(
 
 def normalised(y: Tensor) -> tuple[Tensor, Tensor]:
     one = torch.ones(1, y.shape[1], 1, 1, dtype=y.dtype)
-    _, _, _, _, p, where = normalise.forward(y.clone(), one, 0 * one, POOLED)
+    _, _, _, _, p, where = normalise.forward(y.clone(), one, 0 * one, None, None, POOLED)
     return p, where
 
 

@@ -18,7 +18,7 @@ from fewstep.core.meta_gradient import meta_gradient
 from fewstep.core.meta_parameters import RATE, MetaParameters
 from fewstep.core.metrics import Metrics
 from fewstep.core.network import Loss, TaskNetwork, Tensors, set_mode
-from fewstep.core.norm import NormaliseBy, NormStatistics, Use, keep
+from fewstep.core.norm import NormaliseBy, NormStatistics, Statistics, Use, take_over
 from fewstep.core.once import one_batch
 from fewstep.core.outer import NoClipping
 from fewstep.core.precision import Precision
@@ -195,7 +195,7 @@ class MetaLearner:
                 buffer.copy_(buffers[name][0])
             set_mode(module, is_training=False)
             if use == "support":
-                with NormaliseBy(keep):
+                with NormaliseBy(Statistics(update=take_over)):
                     module(x_support)
         if use != "batch":
             module.eval()

@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 
 from fewstep.core.errors import InputError
-from fewstep.core.norm import NormaliseBy, Use, of_first, of_running
+from fewstep.core.norm import NormaliseBy, Statistics, Use, follow
+from fewstep.core.once import once
 from fewstep.core.precision import Precision, forward_pass, fp32_products
 from fewstep.core.tasks import TaskBatch
 
@@ -115,14 +116,15 @@ class TaskNetwork:
         if self._use != "support":
             with self._normalise():
                 return self._call(parameters, buffers, batch.x_query, batch.y_query)
-        x = torch.cat([batch.x_support, batch.x_query], dim=1)
+        x = once(_both, batch.x_support, batch.x_query)
         shots = batch.x_support.shape[1]
-        with NormaliseBy(of_first(shots)):
+        with NormaliseBy(Statistics(examples=shots)):
             return self._call(parameters, buffers, x, batch.y_query, without=shots)
 
     def _normalise(self) -> AbstractContextManager[object]:
         if self._use == "running":
-            return NormaliseBy(of_running(update=self._is_training))
+            update = follow if self._is_training else None
+            return NormaliseBy(Statistics(running=True, update=update))
         return nullcontext()
 
     def _call(
@@ -241,6 +243,10 @@ class TaskNetwork:
                 f"{culprit} cannot be vectorised over tasks ({reason}); "
                 "pass vectorize=False to loop over the tasks instead"
             ) from error
+
+
+def _both(x_support: Tensor, x_query: Tensor) -> Tensor:
+    return torch.cat([x_support, x_query], dim=1)
 
 
 def _check(module: nn.Module) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -162,31 +162,82 @@ def _parts(module: nn.Module, types: Any) -> dict[str, nn.Module]:
     return {f"{n}." if n else "": m for n, m in module.named_modules() if isinstance(m, types)}
 
 
-Moments = tuple[Tensor, Tensor]
-Statistics = Callable[[Tensor, Tensor | None, Tensor | None, float], Moments]
+Update = Callable[[Tensor, Tensor, "Moments", int, "float | Tensor"], None]
+
+
+class Moments(NamedTuple):
+    """Mean and variance of each channel, (channels,)."""
+
+    mean: Tensor
+    var: Tensor
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a call of batch normalisation normalises by, and leaves in its running statistics.
+
+    Args:
+        examples: Its moments are those of so many examples, the first; None takes all.
+        running: It normalises by the running statistics in place of its moments.
+        update: Changes running mean and variance, given the moments, of how many elements they
+            are, and the momentum; None leaves them as they are.
+    """
+
+    examples: int | None = None
+    running: bool = False
+    update: Update | None = None
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether moments have to be taken."""
+        return not self.running or self.update is not None
+
+    def given(self, mean: Tensor | None, var: Tensor | None) -> Moments | None:
+        """Return running statistics to normalise by, as they stand; None: take the moments."""
+        if not self.running:
+            return None
+        if mean is None or var is None:
+            raise InputError(
+                "statistics='running' needs batch norms with track_running_stats=True; "
+                "choose 'batch' or 'support'"
+            )
+        return Moments(mean.clone(), var.clone())
+
+
+def follow(mean: Tensor, var: Tensor, batch: Moments, count: int, momentum: float | Tensor) -> None:
+    """Move running statistics towards a batch's, as `nn.BatchNorm2d` does: variance unbiased."""
+    unbiased = batch.var * (count / max(count - 1, 1))
+    mean.mul_(1 - momentum).add_(batch.mean * momentum)
+    var.mul_(1 - momentum).add_(unbiased * momentum)
+
+
+def take_over(
+    mean: Tensor, var: Tensor, batch: Moments, count: int, momentum: float | Tensor
+) -> None:
+    """Leave a batch's moments in the running statistics, uncorrected."""
+    mean.copy_(batch.mean)
+    var.copy_(batch.var)
+
+
+OF_BATCH = Statistics(update=follow)
 
 
 class NormaliseBy(TorchFunctionMode):
-    """While active, every batch normalisation takes its mean and variance from a function.
+    """While active, every batch normalisation in training mode goes by other statistics."""
 
-    Args:
-        statistics: (input, running mean, running variance, momentum) to mean and variance, each
-            (channels,).
-    """
-
-    active: ClassVar[int] = 0
+    innermost: ClassVar[Statistics] = OF_BATCH
 
     def __init__(self, statistics: Statistics) -> None:
         super().__init__()
         self._statistics = statistics
 
     def __enter__(self) -> NormaliseBy:
-        NormaliseBy.active += 1
+        self._outer, NormaliseBy.innermost = NormaliseBy.innermost, self._statistics
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        NormaliseBy.active -= 1
+        NormaliseBy.innermost = self._outer
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
@@ -209,56 +260,22 @@ class NormaliseBy(TorchFunctionMode):
     ) -> Tensor:
         if not training:
             return F.batch_norm(y, running_mean, running_var, weight, bias, False, momentum, eps)
-        mean, var = self._statistics(y, running_mean, running_var, momentum)
+        by = self._statistics
+        mean, var = by.given(running_mean, running_var) or _moments(y[: by.examples])
+        if by.update is not None:
+            if running_mean is None or running_var is None:
+                raise InputError(
+                    "statistics='support' needs batch norms with track_running_stats=True to keep "
+                    "them in"
+                )
+            found = _moments(y.detach()) if by.running else Moments(mean.detach(), var.detach())
+            by.update(running_mean, running_var, found, y.numel() // y.shape[1], momentum)
         scale = torch.rsqrt(var + eps) if weight is None else weight * torch.rsqrt(var + eps)
         shift = -mean * scale if bias is None else bias - mean * scale
         to_channels = (1, -1, *[1] * (y.ndim - 2))
         return y * scale.view(to_channels) + shift.view(to_channels)
 
 
-def of_first(examples: int) -> Statistics:
-    """Return the statistics of the first examples of a batch."""
-
-    def statistics(y: Tensor, mean: Tensor | None, var: Tensor | None, momentum: float) -> Moments:
-        return _moments(y[:examples])
-
-    return statistics
-
-
-def of_running(*, update: bool) -> Statistics:
-    """Return the running statistics as they stand, then update them where wanted."""
-
-    def statistics(y: Tensor, mean: Tensor | None, var: Tensor | None, momentum: float) -> Moments:
-        if mean is None or var is None:
-            raise InputError(
-                "statistics='running' needs batch norms with track_running_stats=True; "
-                "choose 'batch' or 'support'"
-            )
-        before = mean.clone(), var.clone()
-        if update:
-            batch_mean, batch_var = _moments(y.detach())
-            count = y.numel() // y.shape[1]
-            unbiased = batch_var * (count / max(count - 1, 1))
-            mean.mul_(1 - momentum).add_(batch_mean * momentum)
-            var.mul_(1 - momentum).add_(unbiased * momentum)
-        return before
-
-    return statistics
-
-
-def keep(y: Tensor, mean: Tensor | None, var: Tensor | None, momentum: float) -> Moments:
-    """Return the statistics of a batch and leave them in the running ones, uncorrected."""
-    moments = _moments(y)
-    if mean is None or var is None:
-        raise InputError(
-            "statistics='support' needs batch norms with track_running_stats=True to keep them in"
-        )
-    mean.copy_(moments[0].detach())
-    var.copy_(moments[1].detach())
-    return moments
-
-
 def _moments(y: Tensor) -> Moments:
-    dims = [0, *range(2, y.ndim)]
-    var, mean = torch.var_mean(y, dims, correction=0)
-    return mean, var
+    var, mean = torch.var_mean(y, [0, *range(2, y.ndim)], correction=0)
+    return Moments(mean, var)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 _MOST = 4  # values held at once; data made anew at each step are not met again
-_found: ContextVar[dict[Hashable, tuple[Tensor, Any]] | None] = ContextVar("found", default=None)
+_found: ContextVar[dict[Hashable, tuple[Any, Any]] | None] = ContextVar("found", default=None)
 
 
 @contextmanager
@@ -24,21 +24,21 @@ def one_batch() -> Iterator[None]:
         _found.reset(token)
 
 
-def once(compute: Callable[..., T], data: Tensor, *args: Hashable) -> T:
-    """Return compute(data, *args), computed once for this very tensor within `one_batch`.
+def once(compute: Callable[..., T], *args: Hashable) -> T:
+    """Return compute(*args), computed once for these very tensors within `one_batch`.
 
     Args:
         compute: Depends on its arguments alone.
-        data: A tensor that the caller keeps and no gradient goes to.
-        args: What else it depends on.
+        args: Tensors that the caller keeps and no gradient goes to, and whatever else.
     """
     found = _found.get()
-    if found is None or data.is_inference():  # which has no version
-        return compute(data, *args)
-    key = (compute, id(data), data._version, *args)
+    # A tensor of inference mode has no version.
+    if found is None or any(isinstance(a, Tensor) and a.is_inference() for a in args):
+        return compute(*args)
+    key = (compute, *((id(a), a._version) if isinstance(a, Tensor) else a for a in args))
     if key not in found:
         if len(found) == _MOST:
             del found[next(iter(found))]
-        found[key] = data, compute(data, *args)  # the id stays its own while it is held
+        found[key] = args, compute(*args)  # ids stay their own while tensors are held
     value: T = found[key][1]
     return value

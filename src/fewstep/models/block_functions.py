@@ -125,14 +125,18 @@ class NormaliseAndPool(Function):
         gbeta = sum ga
         ggamma = r sum ga p
         gy = unpool(a ga) - a (gbeta + r d ggamma) / n
+    where the last term is of the examples that mu and r are of: none, where these are given.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, gamma: Tensor, beta: Tensor, form: Form
+        ctx: Any, y: Tensor, gamma: Tensor, beta: Tensor, mean: Grad, var: Grad, form: Form
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if mean is not None:
+            form = form._replace(examples=0)
         by: Any = compiled_normalise if compiled_normalise.fits(y, gamma, form) else normalise
-        z, mean, var, r, p, where = by.forward(y, gamma, beta, form)  # nothing else holds y
+        # Nothing else holds y.
+        z, mean, var, r, p, where = by.forward(y, gamma, beta, mean, var, form)
         ctx.save_for_backward(y, gamma, z, r, p, where)
         ctx.args = by, form
         ctx.mark_non_differentiable(mean, var)
@@ -142,8 +146,8 @@ class NormaliseAndPool(Function):
     @staticmethod
     def backward(ctx: Any, gz: Grad, *_: Grad) -> tuple[Grad, ...]:
         if gz is None:
-            return None, None, None, None
-        return *_NormaliseAndPoolBackward.apply(*ctx.args, gz, *ctx.saved_tensors), None
+            return (None,) * 6
+        return *_NormaliseAndPoolBackward.apply(*ctx.args, gz, *ctx.saved_tensors), *[None] * 3
 
 
 class _NormaliseAndPoolBackward(Function):

@@ -21,8 +21,8 @@ Initialisation = Literal["xavier", "finn", "torch"]
 class ConvBlock(nn.Module):
     """3x3 convolution, normalisation, activation, halving of the resolution.
 
-    Under batch norm by batch statistics, without a bias, `fast_block` computes the same in one
-    piece; everything else calls the parts in turn, such as parts with hooks and parts exchanged.
+    Under batch norm in training mode, without a bias, `fast_block` computes the same in one piece;
+    everything else calls the parts in turn, such as parts with hooks and parts exchanged.
 
     Args:
         in_channels: Channels of the input.
@@ -73,7 +73,6 @@ class ConvBlock(nn.Module):
         if (
             isinstance(self.norm, nn.BatchNorm2d)
             and self.norm.training
-            and not NormaliseBy.active
             and self.conv.bias is None
             and fast_block.available()
         ):
@@ -83,11 +82,27 @@ class ConvBlock(nn.Module):
         return z
 
     def _in_one_piece(self, x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-        pool = isinstance(self.pool, nn.MaxPool2d)
-        form = Form(self.conv.stride[0], pool, self.slope, norm.eps)
-        out = fast_block.block(x, self.conv.weight, norm.weight, norm.bias, form)
-        height, width = ((size - 1) // form.stride + 1 for size in x.shape[-2:])
-        _update_running(norm, out.mean, out.var, x.shape[0] * height * width)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        assert norm.num_batches_tracked is not None
+        by = NormaliseBy.innermost
+        form = Form(
+            stride=self.conv.stride[0],
+            pool=isinstance(self.pool, nn.MaxPool2d),
+            slope=self.slope,
+            eps=norm.eps,
+            examples=by.examples,
+            needs_moments=by.needs_moments,
+        )
+        given = by.given(norm.running_mean, norm.running_var)
+        out = fast_block.block(x, self.conv.weight, norm.weight, norm.bias, form, given)
+        norm.num_batches_tracked.add_(1)
+        if by.update is not None:
+            height, width = ((size - 1) // form.stride + 1 for size in x.shape[-2:])
+            # Without a momentum, the mean over all batches.
+            momentum = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+            count = x.shape[0] * height * width
+            by.update(norm.running_mean, norm.running_var, out.moments, count, momentum)
         return out.z
 
 
@@ -98,19 +113,6 @@ def _is_watched(part: nn.Module) -> bool:
         part._backward_pre_hooks,
     )  # fmt: skip
     return any(hooks)
-
-
-def _update_running(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
-    """Update running statistics as `nn.BatchNorm2d` does, with the unbiased variance."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    assert norm.num_batches_tracked is not None
-    unbiased = var * (count / max(count - 1, 1))
-    norm.num_batches_tracked.add_(1)
-    # Without a momentum, the mean over all batches.
-    share = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
-    norm.running_mean.mul_(1 - share).add_(mean * share)
-    norm.running_var.mul_(1 - share).add_(unbiased * share)
 
 
 class Conv4(nn.Sequential):

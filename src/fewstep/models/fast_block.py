@@ -5,7 +5,8 @@
     z = act(|gamma| r (p - mu) + beta)        mu, r = 1 / std of y, by channel
 
 equals pool(act(batch norm(conv(x, w)))): the activation rises, batch norm is affine in each
-channel, and a maximum commutes with both. Only the statistics read y at full resolution.
+channel, and a maximum commutes with both. Only the statistics read y at full resolution. They are
+of all examples, of the first (a support set's), or given (running ones).
 
 Where x is data, and so has no gradient, and has few channels, not even they do: mu = w . m and
 var = w^T S w for the mean m and the covariance S of the 3x3 patches of x, the same in every inner
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import Function
 
+from fewstep.core.norm import Moments
 from fewstep.core.once import once
 from fewstep.models.block_functions import Affine, Convolve, ConvolveAndPool, NormaliseAndPool
 from fewstep.models.form import Form, channels_last
@@ -37,11 +39,10 @@ _LARGEST_PATCH = 27  # 3 channels; a covariance of more costs as much as the con
 
 
 class Block(NamedTuple):
-    """A block's output, and the statistics of what it normalised, by channel."""
+    """A block's output, and the moments of what it normalised, where they were taken."""
 
     z: Tensor
-    mean: Tensor
-    var: Tensor
+    moments: Moments
 
 
 def available() -> bool:
@@ -50,15 +51,19 @@ def available() -> bool:
     return top is None or (top.level() == 1 and top.key() == _functorch.TransformType.Vmap)
 
 
-def block(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, form: Form) -> Block:
-    """Return pool(act(batch norm(conv(x)))) by the statistics of the batch, and these.
+def block(
+    x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, form: Form,
+    given: Moments | None = None,
+) -> Block:  # fmt: skip
+    """Return pool(act(batch norm(conv(x)))).
 
     Args:
         x: (examples, channels, height, width).
         weight: 3x3 filters, (filters, channels, 3, 3).
         gamma: Scale, (filters,).
         beta: Shift, (filters,).
-        form: Stride, pooling 2x2 or none, slope below 0 and the eps of the variance.
+        form: What else there is to say.
+        given: What to normalise by, (filters,) each, without a gradient; None takes the moments.
 
     Raises:
         RuntimeError: a third derivative is asked for (when it is computed).
@@ -67,13 +72,15 @@ def block(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, form: Form) ->
     rounds = torch.is_autocast_enabled(device) and weight.dtype == torch.float32
     product = torch.get_autocast_dtype(device) if rounds else weight.dtype
     with torch.autocast(device, enabled=False):
-        if any(_functorch.is_batchedtensor(t) for t in (x, weight, gamma, beta)):
-            return Block(*_Tasks.apply(x, weight, gamma, beta, form, product))
+        inputs = (x, weight, gamma, beta, *(given or (None, None)))
+        if any(t is not None and _functorch.is_batchedtensor(t) for t in inputs):
+            z, *moments = _Tasks.apply(*inputs, form, product)
+            return Block(z, Moments(*moments))
         if _are_data(x, weight):
-            images = _data(x, None, 1, weight.dtype, form.stride)
+            images = _data(x, None, 1, weight.dtype, form)
         else:
             images = _images(x, None, 1, weight.dtype)
-        return _block(images, weight, gamma, beta, form, product)
+        return _block(images, weight, gamma, beta, given, form, product)
 
 
 class _Images(NamedTuple):
@@ -92,14 +99,15 @@ def _images(x: Tensor, now: int | None, tasks: int, dtype: torch.dtype) -> _Imag
     return _Images(channels_last(_joined(x, now, 1, tasks).to(dtype)), tasks)
 
 
-def _data(x: Tensor, now: int | None, tasks: int, dtype: torch.dtype, stride: int) -> _Images:
+def _data(x: Tensor, now: int | None, tasks: int, dtype: torch.dtype, form: Form) -> _Images:
     """Return images with their moments in float64.
 
     var = w^T S w cancels, the more so with S as the mean square less the squared mean.
     """
     x, *_ = _images(x, now, tasks, dtype)
-    by: Any = compiled_moments if compiled_moments.fits(x, stride, tasks) else moments
-    m, second = by.of_patches(x, stride, tasks)
+    first = x[: form.examples]
+    by: Any = compiled_moments if compiled_moments.fits(first, form.stride, tasks) else moments
+    m, second = by.of_patches(first, form.stride, tasks)
     return _Images(x, tasks, (m, second - m @ m.mT))
 
 
@@ -108,43 +116,52 @@ def _are_data(x: Tensor, weight: Tensor) -> bool:
 
 
 def _block(
-    images: _Images, weight: Tensor, gamma: Tensor, beta: Tensor, form: Form, product: torch.dtype
-) -> Block:
+    images: _Images, weight: Tensor, gamma: Tensor, beta: Tensor, given: Moments | None,
+    form: Form, product: torch.dtype,
+) -> Block:  # fmt: skip
     if images.moments is None:
         normalised = partial(_by_outputs, product)
     else:
         normalised = partial(_by_patches, *images.moments)
     sign = torch.where(gamma.detach() < 0, -1.0, 1.0).to(gamma.dtype)
     wide = (1, -1, 1, 1)
-    z, mean, var = normalised(
-        images, weight, sign, (gamma * sign).view(wide), beta.view(wide), form
+    if given is not None:
+        given = Moments((given.mean * sign).view(wide), given.var.view(wide))
+    z, (mean, var) = normalised(
+        images, weight, sign, (gamma * sign).view(wide), beta.view(wide), given, form
     )
-    return Block(z, mean.flatten() * sign, var.flatten())
+    return Block(z, Moments(mean.flatten() * sign, var.flatten()))
 
 
 def _by_outputs(
     product: torch.dtype, images: _Images, weight: Tensor, sign: Tensor, gamma: Tensor,
-    beta: Tensor, form: Form,
+    beta: Tensor, given: Moments | None, form: Form,
 ) -> Block:  # fmt: skip
-    """Return the block with statistics of the convolution's output, its factors rounded."""
+    """Return the block with moments of the convolution's output, its factors rounded."""
     factors = (t.to(product) for t in (images.x, weight, sign))
-    y = Convolve.apply(*factors, form.stride, images.tasks).to(weight.dtype)
-    return Block(*NormaliseAndPool.apply(channels_last(y), gamma.contiguous(), beta, form))
+    y = channels_last(Convolve.apply(*factors, form.stride, images.tasks).to(weight.dtype))
+    found = given
+    if given is not None and form.needs_moments:
+        var, mean = torch.var_mean(y.detach(), (0, 2, 3), correction=0)
+        found = Moments(mean, var)
+    z, *by = NormaliseAndPool.apply(y, gamma.contiguous(), beta, *(given or (None, None)), form)
+    return Block(z, found or Moments(*by))
 
 
 def _by_patches(
     m: Tensor, covariance: Tensor, images: _Images, weight: Tensor, sign: Tensor, gamma: Tensor,
-    beta: Tensor, form: Form,
+    beta: Tensor, given: Moments | None, form: Form,
 ) -> Block:  # fmt: skip
-    """Return the block with statistics of the convolution's input; nothing is rounded."""
+    """Return the block with moments of the convolution's input; nothing is rounded."""
     x, tasks, _ = images
     signed = weight * sign.view(-1, 1, 1, 1)
     w = signed.double().view(tasks, -1, 9 * weight.shape[1])
-    mean = (w @ m).to(x.dtype).view(1, -1, 1, 1)
-    var = ((w @ covariance) * w).sum(2).to(x.dtype).view(1, -1, 1, 1)
+    of_m, of_covariance = w @ m, ((w @ covariance) * w).sum(2)
+    found = Moments(*(t.to(x.dtype).view(1, -1, 1, 1) for t in (of_m, of_covariance)))
+    mean, var = given or found
     d = ConvolveAndPool.apply(x, signed, -mean.flatten(), form, tasks)
     z = Affine.apply(d, gamma * torch.rsqrt(var + form.eps), beta, form.slope)
-    return Block(z, mean.detach(), var.detach())
+    return Block(z, Moments(*(t.detach() for t in found)))
 
 
 class _Tasks(Function):
@@ -161,25 +178,28 @@ class _Tasks(Function):
     @staticmethod
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, gamma: Tensor,
-        beta: Tensor, form: Form, product: torch.dtype,
+        beta: Tensor, mean: Tensor | None, var: Tensor | None, form: Form, product: torch.dtype,
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:  # fmt: skip
         tasks: int = info.batch_size
-        now, *of_parameters = in_dims[:4]
-        weight, gamma, beta = (
+        now, *of_channels = in_dims[:6]
+        weight, gamma, beta, mean, var = (
             _joined(t, at, 0, tasks)
-            for t, at in zip((weight, gamma, beta), of_parameters, strict=True)
+            for t, at in zip((weight, gamma, beta, mean, var), of_channels, strict=True)
         )
         if _are_data(x, weight):
-            images = once(_data, x, now, tasks, weight.dtype, form.stride)
+            images = once(_data, x, now, tasks, weight.dtype, form)
         else:
             images = _images(x, now, tasks, weight.dtype)
-        z, mean, var = _block(images, weight, gamma, beta, form, product)
+        given = None if mean is None or var is None else Moments(mean, var)
+        z, (mean, var) = _block(images, weight, gamma, beta, given, form, product)
         z = z.view(z.shape[0], tasks, -1, *z.shape[2:])
         return (z, mean.view(tasks, -1), var.view(tasks, -1)), (1, 0, 0)
 
 
-def _joined(t: Tensor, now: int | None, at: int, tasks: int) -> Tensor:
+def _joined(t: Any, now: int | None, at: int, tasks: int) -> Any:
     """Return a tensor of many tasks with their dimension, if it has one, joined to another."""
+    if t is None:
+        return None
     if now is None:
         t = t.unsqueeze(at).expand(*t.shape[:at], tasks, *t.shape[at:])
     else:

@@ -9,12 +9,27 @@ from torch import Tensor
 
 
 class Form(NamedTuple):
-    """What a block computes, besides its tensors."""
+    """What a block computes, besides its tensors.
+
+    Args:
+        stride: Of the convolution.
+        pool: Whether a 2x2 pool follows.
+        slope: Of the activation below 0.
+        eps: Added to the variance.
+        examples: Moments are of so many examples, the first; None: of all.
+        needs_moments: Take them also where it is given what to normalise by.
+    """
 
     stride: int
     pool: bool
     slope: float
     eps: float
+    examples: int | None = None
+    needs_moments: bool = True
+
+    def counted(self, examples: int) -> int:
+        """Return of how many of these examples the moments are."""
+        return examples if self.examples is None else self.examples
 
 
 def channels_last(t: Tensor) -> Tensor:

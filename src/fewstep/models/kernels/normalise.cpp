@@ -6,17 +6,20 @@
 
 namespace {
 
+// Mean and variance are of the first `of` images; of 0, they are given.
 struct Shape {
-  int64_t n, height, width, channels;
+  int64_t n, height, width, channels, of;
   int64_t down() const { return height / 2; }
   int64_t across() const { return width / 2; }
-  int64_t count() const { return n * height * width; }
+  int64_t count() const { return std::max<int64_t>(of * height * width, 1); }
 };
 
-// A row of 2x2 squares: the offset of its first pixel, and of its first maximum.
+// A row of 2x2 squares: the offset of its first pixel, and of its first maximum, and whether mean
+// and variance are of it.
 struct Row {
   const Shape &s;
   int64_t begin, pooled, squares;
+  bool counts;
 
   // Calls square(corner, maximum) with the offsets of each square, then rest(offset) for the pixels
   // of these rows that are in none.
@@ -32,15 +35,16 @@ struct Row {
   }
 };
 
-// Calls at(row, c, j) for each row of squares and each vector of channels, beginning with c, the jth
-// of a block.
+// Calls at(row, c, j) for each row of squares of some images and each vector of channels, beginning
+// with c, the jth of a block.
 template <class T, class At>
-INLINE void each_row(const Shape &s, int64_t first, int64_t last, At at) {
-  for (int64_t image = 0; image < s.n; image++)
+INLINE void each_row(const Shape &s, int64_t images, int64_t first, int64_t last, At at) {
+  for (int64_t image = 0; image < images; image++)
     for (int64_t row = 0; row < s.height; row += 2) {
       const int64_t squares = row + 1 < s.height ? s.across() : 0;
       const Row here{s, (image * s.height + row) * s.width * s.channels,
-                     (image * s.down() + row / 2) * s.across() * s.channels, squares};
+                     (image * s.down() + row / 2) * s.across() * s.channels, squares,
+                     image < s.of};
       for (int64_t c = first, j = 0; c < last; c += Wide<T>::lanes, j++) at(here, c, j);
     }
 }
@@ -52,14 +56,15 @@ void forward(T *y, const T *gamma, const T *beta, T *z, T *mean, T *var, T *r, T
   each_block<T>(s.channels, threads, [&](int64_t first, int64_t last) {
     Vec<T> mu[kMost] = {}, v[kMost] = {}, a[kMost], shift[kMost];
     // Sums are of rows and then of all: many terms in one sum lose digits.
-    each_row<T>(s, first, last, [&](const Row &row, int64_t c, int64_t j) {
+    each_row<T>(s, s.of, first, last, [&](const Row &row, int64_t c, int64_t j) {
       Vec<T> sum = {};
       row.each(c, [&](int64_t at, int64_t) { for (int64_t k : step) sum += load(y + at + k); },
                [&](int64_t at) { sum += load(y + at); });
       mu[j] += sum;
     });
-    for (Vec<T> &each : mu) each /= T(s.count());
-    each_row<T>(s, first, last, [&](const Row &row, int64_t c, int64_t j) {
+    for (int64_t c = first, j = 0; c < last; c += Wide<T>::lanes, j++)
+      mu[j] = s.of ? mu[j] / T(s.count()) : load(mean + c);
+    each_row<T>(s, s.n, first, last, [&](const Row &row, int64_t c, int64_t j) {
       const Vec<T> m = mu[j];
       Vec<T> sum = {};
       row.each(
@@ -87,10 +92,10 @@ void forward(T *y, const T *gamma, const T *beta, T *z, T *mean, T *var, T *r, T
             store(y + at, d);
             sum += d * d;
           });
-      v[j] += sum;
+      if (row.counts) v[j] += sum;
     });
     for (int64_t c = first, j = 0; c < last; c += Wide<T>::lanes, j++) {
-      v[j] /= T(s.count());
+      v[j] = s.of ? v[j] / T(s.count()) : load(var + c);
       Vec<T> root;
       for (int l = 0; l < Wide<T>::lanes; l++) root[l] = T(1) / std::sqrt(v[j][l] + eps);
       store(mean + c, mu[j]);
@@ -113,7 +118,7 @@ void backward(T *gy, T *ggamma, T *gbeta, const T *gz, const T *d, const T *gamm
   const int64_t step[4] = {0, s.channels, s.width * s.channels, (s.width + 1) * s.channels};
   each_block<T>(s.channels, threads, [&](int64_t first, int64_t last) {
     Vec<T> by_beta[kMost] = {}, by_gamma[kMost] = {}, a[kMost], of_d[kMost], shift[kMost];
-    each_row<T>(s, first, last, [&](const Row &row, int64_t c, int64_t j) {
+    each_row<T>(s, s.n, first, last, [&](const Row &row, int64_t c, int64_t j) {
       Vec<T> sum = {}, with_p = {};
       for (int64_t i = 0; i < row.squares; i++) {
         const int64_t at = row.pooled + c + i * s.channels;
@@ -133,8 +138,9 @@ void backward(T *gy, T *ggamma, T *gbeta, const T *gz, const T *d, const T *gamm
       of_d[j] = a[j] * root * by_gamma[j] / T(-s.count());
       shift[j] = a[j] * by_beta[j] / T(-s.count());
     }
-    each_row<T>(s, first, last, [&](const Row &row, int64_t c, int64_t j) {
-      const Vec<T> of = of_d[j], by = shift[j], scale = a[j];
+    each_row<T>(s, s.n, first, last, [&](const Row &row, int64_t c, int64_t j) {
+      const Vec<T> none = {}, scale = a[j];
+      const Vec<T> of = row.counts ? of_d[j] : none, by = row.counts ? shift[j] : none;
       row.each(
           c,
           [&](int64_t at, int64_t pooled) {
@@ -169,9 +175,9 @@ void second(T *to_gz, T *to_y, T *to_gamma, const T *hy, const T *hgamma, const 
             const T *gz, const T *ggamma, const T *gbeta, const Shape &s, T slope, int threads) {
   const int64_t step[4] = {0, s.channels, s.width * s.channels, (s.width + 1) * s.channels};
   each_block<T>(s.channels, threads, [&](int64_t first, int64_t last) {
-    // The sums of hy, of hy d, and of ga times hy at the maxima.
+    // The sums of hy and of hy d, where they count, and of ga times hy at the maxima.
     Vec<T> sums[kMost][3] = {};
-    each_row<T>(s, first, last, [&](const Row &row, int64_t c, int64_t j) {
+    each_row<T>(s, s.n, first, last, [&](const Row &row, int64_t c, int64_t j) {
       Vec<T> sum[3] = {};
       const auto add = [&](int64_t at) {
         const Vec<T> value = load(hy + at);
@@ -187,7 +193,7 @@ void second(T *to_gz, T *to_y, T *to_gamma, const T *hy, const T *hgamma, const 
             sum[2] += active * picked(hy + at, step, place);
           },
           add);
-      for (int i = 0; i < 3; i++) sums[j][i] += sum[i];
+      for (int i = row.counts ? 0 : 2; i < 3; i++) sums[j][i] += sum[i];
     });
     Factors<T> factors[kMost];
     for (int64_t c = first, j = 0; c < last; c += Wide<T>::lanes, j++) {
@@ -201,8 +207,9 @@ void second(T *to_gz, T *to_y, T *to_gamma, const T *hy, const T *hgamma, const 
                     (to_a * a + to_ggamma * by_gamma - from * h1) * root * r_n,
                     (to_ggamma * by_beta - from * h0) * r_n, from * r_n};
     }
-    each_row<T>(s, first, last, [&](const Row &row, int64_t c, int64_t j) {
-      const Factors<T> f = factors[j];
+    each_row<T>(s, s.n, first, last, [&](const Row &row, int64_t c, int64_t j) {
+      Factors<T> f = factors[j];
+      if (!row.counts) f.of_d = f.shift = f.of_hy = Vec<T>{};
       const auto flat = [&](int64_t at) {
         return -load(d + at) * f.of_d - f.shift - load(hy + at) * f.of_hy;
       };
@@ -230,20 +237,20 @@ void second(T *to_gz, T *to_y, T *to_gamma, const T *hy, const T *hgamma, const 
   extern "C" void normalise_##name(T *y, const T *gamma, const T *beta, T *z, T *mean, T *var,     \
                                    T *r, T *p, uint8_t *where, const int64_t *shape, double slope, \
                                    double eps, int threads) {                                      \
-    const Shape s{shape[0], shape[1], shape[2], shape[3]};                                         \
+    const Shape s{shape[0], shape[1], shape[2], shape[3], shape[4]};                               \
     forward<T>(y, gamma, beta, z, mean, var, r, p, where, s, slope, eps, threads);                 \
   }                                                                                                \
   extern "C" void normalise_backward_##name(                                                       \
       T *gy, T *ggamma, T *gbeta, const T *gz, const T *d, const T *gamma, const T *z, const T *r, \
       const T *p, const uint8_t *where, const int64_t *shape, double slope, int threads) {         \
-    const Shape s{shape[0], shape[1], shape[2], shape[3]};                                         \
+    const Shape s{shape[0], shape[1], shape[2], shape[3], shape[4]};                               \
     backward<T>(gy, ggamma, gbeta, gz, d, gamma, z, r, p, where, s, slope, threads);               \
   }                                                                                                \
   extern "C" void normalise_second_##name(                                                         \
       T *to_gz, T *to_y, T *to_gamma, const T *hy, const T *hgamma, const T *hbeta, const T *d,    \
       const T *gamma, const T *z, const T *r, const T *p, const uint8_t *where, const T *gz,       \
       const T *ggamma, const T *gbeta, const int64_t *shape, double slope, int threads) {          \
-    const Shape s{shape[0], shape[1], shape[2], shape[3]};                                         \
+    const Shape s{shape[0], shape[1], shape[2], shape[3], shape[4]};                               \
     second<T>(to_gz, to_y, to_gamma, hy, hgamma, hbeta, d, gamma, z, r, p, where, gz, ggamma,      \
               gbeta, s, slope, threads);                                                           \
   }

@@ -13,11 +13,16 @@ _leaky_relu_backward = torch.ops.aten.leaky_relu_backward
 _SPACE = (0, 2, 3)
 
 
-def forward(y: Tensor, gamma: Tensor, beta: Tensor, form: Form) -> tuple[Tensor | None, ...]:
-    """Subtract its mean from y, and return z, mean, var, r, p and where the maxima are."""
-    mean = y.mean(_SPACE, keepdim=True)
+def forward(
+    y: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor | None, var: Tensor | None, form: Form
+) -> tuple[Tensor | None, ...]:
+    """Subtract the mean from y, and return z, mean, var, r, p and where the maxima are."""
+    first = y[: form.examples]
+    if mean is None:
+        mean = first.mean(_SPACE, keepdim=True)
     d = y.sub_(mean)
-    var = (d * d).mean(_SPACE, keepdim=True)
+    if var is None:
+        var = (first * first).mean(_SPACE, keepdim=True)
     p, where = pool(d, form)
     r = torch.rsqrt(var + form.eps)
     z = F.leaky_relu_(torch.addcmul(beta, p, gamma * r), form.slope)
@@ -33,8 +38,10 @@ def backward(
     a = gamma * r
     gbeta = _sum(ga)
     ggamma = _sum(ga * p).mul_(r)
-    a_n = a / -_count(d)
-    gy = unpool(ga * a, where, d.shape).addcmul_(d, a_n * r * ggamma).add_(a_n * gbeta)
+    first = d[: form.examples]
+    a_n = a / -_count(first)
+    gy = unpool(ga * a, where, d.shape)
+    gy[: form.examples].addcmul_(first, a_n * r * ggamma).add_(a_n * gbeta)
     return gy, ggamma, gbeta
 
 
@@ -44,23 +51,25 @@ def second(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return the gradients by gz, y and gamma of hy . gy + hgamma . ggamma + hbeta . gbeta."""
     ga = _leaky_relu_backward(gz, z, form.slope, True)
-    a, r_n = gamma * r, r / _count(d)
+    first, hfirst = d[: form.examples], hy[: form.examples]
+    a, r_n = gamma * r, r / _count(first)
     # hy enters gy's three terms by its values at the maxima and by two sums.
     u = pick(hy, where)
-    h0 = _sum(hy).div_(_count(d))
-    h1 = _sum(hy * d).mul_(r_n)
+    h0 = _sum(hfirst).div_(_count(first))
+    h1 = _sum(hfirst * first).mul_(r_n)
     to_a = _sum(ga * u).sub_(gbeta * h0).sub_(ggamma * h1)
     to_ggamma = torch.addcmul(hgamma, a, h1, value=-1)
     to_gbeta = torch.addcmul(hbeta, a, h0, value=-1)
     to_p = to_ggamma * r
     to_ga = torch.addcmul(to_gbeta, p, to_p).addcmul_(u, a)
     to_gz = _leaky_relu_backward(to_ga, z, form.slope, True)
-    # y enters by r p (ggamma) and by r d (h1), and r and mu bring in every element.
+    # y enters by r p (ggamma) and by r d (h1), and r and mu bring in all they are of.
     c = a * ggamma
     slope = torch.addcmul(to_a * a, to_ggamma, ggamma).addcmul_(c, h1, value=-1).mul_(r * r_n)
     shift = torch.mul(to_ggamma, gbeta).addcmul_(c, h0, value=-1).mul_(r_n)
     to_y = unpool(ga * to_p, where, d.shape)
-    to_y.addcmul_(d, slope, value=-1).sub_(shift).addcmul_(hy, c * r_n, value=-1)
+    to_first = to_y[: form.examples]
+    to_first.addcmul_(first, slope, value=-1).sub_(shift).addcmul_(hfirst, c * r_n, value=-1)
     return to_gz, to_y, to_a * r
 
 
@@ -69,4 +78,4 @@ def _sum(t: Tensor) -> Tensor:
 
 
 def _count(t: Tensor) -> int:
-    return t.numel() // t.shape[1]
+    return max(t.numel() // t.shape[1], 1)
