@@ -409,6 +409,17 @@ def test_running_statistics_are_those_of_evaluation_mode():
     torch.testing.assert_close(adapted(task.x_query[0]), learner.predict(task, 1)[0, -1])
 
 
+@pytest.mark.parametrize("case", ["batch norm", "Conv4"])
+@pytest.mark.parametrize("use", ["support", "running"])
+def test_an_adapted_module_gives_what_was_predicted(case, use):
+    algorithm = replace(maml(2, 0.3), norm_statistics=NormStatistics(use))
+    learner = MetaLearner(MODELS[case].build(), algorithm, F.cross_entropy)
+    task = MODELS[case].batch(tasks=1)
+    adapted = learner.adapt(task.x_support[0], task.y_support[0])
+    expected = outputs(learner, task, use)[0, -1]
+    torch.testing.assert_close(adapted(task.x_query[0]), expected)
+
+
 @pytest.mark.parametrize("per_step", [False, True])
 def test_training_uses_the_running_statistics_of_before(per_step):
     """The batch at hand enters the averages, but not its own normalisation."""
