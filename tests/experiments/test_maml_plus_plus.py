@@ -92,6 +92,20 @@ def test_an_interrupted_ablation_goes_on(ablation, monkeypatch, capsys):
     assert (ablation.out / "table.json").exists()
 
 
+def test_a_run_trained_on_is_tested_again(ablation):
+    short = replace(ablation, variants=("MAML++",), seeds=1)
+    short.run(Console(quiet=True))
+    path = ablation.out / "maml++-seed0"
+    settings = (path / "config.toml").read_text()  # what `fewstep resume --iterations 8` changes
+    (path / "config.toml").write_text(settings.replace("iterations = 4\n", "iterations = 8\n"))
+    replace(short, iterations=8).run(Console(quiet=True))
+    kept = [best["iteration"] for best in json.loads((path / "state.json").read_text())["best"]]
+    assert sorted(kept) == [2, 4, 6, 8]
+    for file in path.glob("evaluation-*.json"):
+        tested = json.loads(file.read_text())["iterations"]
+        assert tested == (kept if "ensemble" in file.name else kept[:1])
+
+
 def test_the_parts_of_the_rows(ablation):
     def algorithm(variant):
         return ablation._config(variant, 0).algorithm.build(iterations=100)

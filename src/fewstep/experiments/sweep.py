@@ -14,7 +14,7 @@ from fewstep.core.errors import InputError
 from fewstep.experiments.pool import each
 from fewstep.training.build import Experiment
 from fewstep.training.config import RunConfig, to_dict
-from fewstep.training.evaluate import Checkpoint, evaluate_run, evaluation_file
+from fewstep.training.evaluate import Checkpoint, evaluate_run, evaluation_file, is_scored
 from fewstep.training.files import locked
 from fewstep.training.run_folder import RunFolder, command_line
 from fewstep.training.trainer import Trainer
@@ -46,7 +46,7 @@ def complete(
     Args:
         path: Folder of the run; need not exist.
         config: Its settings.
-        tests: What to test; those done before are read.
+        tests: What to test; those done before, on the same checkpoint, are read.
         console: Where to print; None for nowhere.
 
     Returns:
@@ -65,19 +65,23 @@ def complete(
             run = RunFolder.create(path, to_dict(config), command_line(), config.device)
         steps = config.algorithm.eval_steps
         files = [evaluation_file(run, "test", t.checkpoint, steps, t.changes) for t in tests]
+
+        def missing() -> list[Test]:
+            pairs = zip(tests, files, strict=True)
+            return [t for t, file in pairs if not is_scored(run, t.checkpoint, file)]
+
         state = run.state()
         done = state is not None and state.iteration == config.iterations
-        if not (done and all(file.exists() for file in files)):
+        if not done or missing():
             experiment = Experiment.build(config)
             if Trainer(experiment, run, console).train().iteration < config.iterations:
                 return None
-            for test, file in zip(tests, files, strict=True):
-                if not file.exists():
-                    evaluate_run(
-                        experiment, run, console, split="test", checkpoint=test.checkpoint,
-                        num_tasks=config.test_tasks, num_steps=steps,
-                        statistics=test.statistics, changes=test.changes,
-                    )  # fmt: skip
+            for test in missing():
+                evaluate_run(
+                    experiment, run, console, split="test", checkpoint=test.checkpoint,
+                    num_tasks=config.test_tasks, num_steps=steps,
+                    statistics=test.statistics, changes=test.changes,
+                )  # fmt: skip
         return [json.loads(file.read_text()) for file in files]
 
 

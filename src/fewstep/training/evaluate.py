@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,6 +95,14 @@ def _kept(run: RunFolder, checkpoint: Checkpoint) -> tuple[Kept, ...]:
         "last": (Kept(state.last, state.iteration, None),),
         "ensemble": state.best,
     }[checkpoint]
+
+
+def is_scored(run: RunFolder, checkpoint: Checkpoint, file: Path) -> bool:
+    """Whether a file has the scores of the checkpoint as it is now, not before more training."""
+    if not file.exists():
+        return False
+    iterations: list[int] = json.loads(file.read_text())["iterations"]
+    return iterations == [each.iteration for each in _kept(run, checkpoint)]
 
 
 def evaluation_file(
