@@ -1,0 +1,34 @@
+"""The trained models in results/ load, and tell apart characters of a kind they have never seen."""
+
+from pathlib import Path
+
+import pytest
+
+from fewstep.data.episodes import ClassificationEpisodes
+from fewstep.data.glyphs import Glyphs
+from fewstep.training.load import load_learner
+from fewstep.training.run_folder import RunFolder
+
+RUNS = sorted((Path(__file__).parents[2] / "results").glob("*/run"))
+
+
+def test_there_are_some():
+    assert RUNS
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.parent.name)
+def test_a_trained_model_learns_drawn_characters(path):
+    ways = RunFolder.open(path).settings()["episodes"]["ways"]
+    store = Glyphs().splits()["test"]
+    episodes = ClassificationEpisodes(store, "test", ways=ways, shots=1, queries=1)
+    scores = load_learner(path, device="cpu").evaluate(episodes, 10)
+    assert scores.mean > 0.9
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.parent.name)
+def test_a_trained_model_can_be_trained_on(path):
+    state = RunFolder.open(path).state()
+    assert state is not None
+    learner = load_learner(path, checkpoint="last", device="cpu")
+    assert learner.iteration == state.iteration
+    assert learner.optimiser.state
