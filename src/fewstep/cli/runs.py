@@ -224,7 +224,7 @@ def _train_and_test(experiment: Experiment, run: RunFolder | None, console: Cons
         console.print(_table(scores))
         _say(console, f"test: {scores}")
         if config.keep_best > 1:
-            _say(console, f"test, ensemble of {config.keep_best}: {test(checkpoint='ensemble')}")
+            _say(console, f"test, ensemble of {len(state.best)}: {test(checkpoint='ensemble')}")
     else:
         _say(console, f"stopped after iteration {state.iteration}; the checkpoint is written")
     ranks.part()
