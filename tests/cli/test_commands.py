@@ -107,7 +107,7 @@ def test_images_of_your_own(empty_folder, capsys):
 
 
 def test_every_part_of_maml_plus_plus(empty_folder, capsys):
-    options = "--recipe maml++ --num-steps 2 --eval-steps 2 --keep-best 2 --out plus"
+    options = "--recipe maml++ --num-steps 2 --eval-steps 2 --keep-best 9 --out plus"
     assert main(f"{_images(empty_folder / 'mine')} {options}".split()) == 0
     out = capsys.readouterr().out
     assert "normalisation statistics: running averages of each step" in out

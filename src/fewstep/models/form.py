@@ -16,7 +16,8 @@ class Form(NamedTuple):
         pool: Whether a 2x2 pool follows.
         slope: Of the activation below 0.
         eps: Added to the variance.
-        examples: Moments are of so many examples, the first; None: of all.
+        examples: Moments are of so many examples, the first; None: of all; 0: of none, where they
+            are given.
         needs_moments: Take them also where it is given what to normalise by.
     """
 
