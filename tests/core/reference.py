@@ -138,6 +138,7 @@ MODELS = {
     ),
     "transformer": Case(Transformer, (5, 8)),
     "GRU cell": Case(lambda: Recurrent(nn.GRUCell(3, 4)), (5, 3)),
+    "LSTM": Case(lambda: Recurrent(nn.LSTM(3, 4, batch_first=True)), (5, 3)),
     "Conv4": Case(lambda: Conv4(1, WAYS, 16, filters=4), (1, 16, 16)),
     "Conv4 layer norm": Case(
         lambda: Conv4(1, WAYS, 16, filters=4, norm="layer", activation="leaky-relu"), (1, 16, 16)

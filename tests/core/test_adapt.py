@@ -13,11 +13,7 @@ RECIPES = {"maml": maml, "fomaml": fomaml}
 every_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 every_model = pytest.mark.parametrize("case", MODELS.values(), ids=MODELS)
 
-pytestmark = [
-    pytest.mark.usefixtures("float64"),
-    # PyTorch loops over the tasks inside vmap for a GRU cell, and says so.
-    pytest.mark.filterwarnings("ignore:There is a performance drop"),
-]
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def plain_descent(module: nn.Module, loss, x: Tensor, y: Tensor, steps: int, lr: float):

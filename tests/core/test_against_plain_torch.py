@@ -2,16 +2,11 @@
 
 import pytest
 import torch
-from torch import nn
 
-from fewstep import InputError, MetaLearner, fomaml, maml
-from tests.core.reference import MODELS, Case, Recurrent, plain_meta_gradient, relative_error
+from fewstep import MetaLearner, fomaml, maml
+from tests.core.reference import MODELS, plain_meta_gradient, relative_error
 
-pytestmark = [
-    pytest.mark.usefixtures("float64"),
-    # PyTorch loops over the tasks inside vmap for a GRU cell, and says so.
-    pytest.mark.filterwarnings("ignore:There is a performance drop"),
-]
+pytestmark = pytest.mark.usefixtures("float64")
 
 RECIPES = {"maml": maml, "fomaml": fomaml}
 
@@ -93,20 +88,3 @@ def test_without_adaptation_it_is_the_gradient_of_the_query_loss(case, recipe, i
     gradient, _ = MetaLearner(module, recipe(**idle), case.loss).meta_gradient(batch)
     expected, *_ = plain_meta_gradient(module, maml(num_steps=0), case.loss, batch)
     assert relative_error(gradient, expected) < 1e-12
-
-
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-@every_recipe
-def test_recurrent_layers_work_in_a_loop(kind, recipe):
-    case = Case(lambda: Recurrent(kind(3, 4, batch_first=True)), (5, 3))
-    module, batch, algorithm = case.build(), case.batch(), recipe(num_steps=2)
-    gradient, _ = MetaLearner(module, algorithm, case.loss, vectorize=False).meta_gradient(batch)
-    expected, *_ = plain_meta_gradient(module, algorithm, case.loss, batch)
-    assert relative_error(gradient, expected) < 1e-9
-
-
-def test_lstm_is_named_when_it_cannot_be_vectorised():
-    case = Case(lambda: Recurrent(nn.LSTM(3, 4, batch_first=True)), (5, 3))
-    learner = MetaLearner(case.build(), maml(), case.loss)
-    with pytest.raises(InputError, match=r"^`rnn` \(LSTM\).*pass vectorize=False.*$"):
-        learner.meta_gradient(case.batch())

@@ -19,10 +19,7 @@ from fewstep.core.rates import LearnedRate
 from fewstep.models import Conv4
 from tests.core.reference import MODELS, Case, numbers, relative_error
 
-pytestmark = [
-    pytest.mark.usefixtures("float64"),
-    pytest.mark.filterwarnings("ignore:There is a performance drop"),
-]
+pytestmark = pytest.mark.usefixtures("float64")
 
 STEPS = 4
 maml = fewstep.maml(STEPS, 0.2)

@@ -1,6 +1,7 @@
 """Mistakes are refused in one line that quotes what was given; nothing is left half done."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from fewstep import (
     fomaml,
     maml,
 )
-from tests.core.reference import MODELS, Case, Recurrent
+from tests.core.reference import MODELS, Case
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
@@ -29,7 +30,6 @@ pytestmark = [
 
 CASE = MODELS["mlp"]
 LOSSES = nn.CrossEntropyLoss(reduction="none")
-LSTM = Case(lambda: Recurrent(nn.LSTM(3, 4, batch_first=True)), (5, 3))
 
 
 def learner(algorithm: Algorithm | None = None, module=None, loss=CASE.loss, **options):
@@ -38,6 +38,12 @@ def learner(algorithm: Algorithm | None = None, module=None, loss=CASE.loss, **o
 
 def only(pattern: str, recipe=maml) -> Algorithm:
     return recipe(2, adapted=AdaptedParameters(include=(pattern,)))
+
+
+def scripted() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # it is old, and still met
+        return torch.jit.script(CASE.build())
 
 
 class Spare(nn.Module):
@@ -124,7 +130,6 @@ MISTAKES = [
     ("x_query (2, 6) and y_query (2, 5)", lambda: batch_of((2, 3), (2, 3), (2, 6), (2, 5))),
     ("x_support holds 2 tasks and x_query 3", lambda: batch_of((2, 3), (2, 3), (3, 3), (3, 3))),
     ("the loss returned shape (6,)", lambda: learner(loss=LOSSES).meta_gradient(CASE.batch())),
-    ("`rnn` (LSTM)", lambda: learner(module=LSTM.build()).meta_gradient(LSTM.batch())),
     ("Recomputed cannot be vectorised", lambda: called(Recomputed(4, 3))),
     ("changes its parameter `table.weight`", lambda: called(Renormalised())),
     ("its parameter `table.weight`", lambda: called(Renormalised(), vectorize=False)),
@@ -132,6 +137,8 @@ MISTAKES = [
     ("Several returned a tuple", lambda: called(Several(4, 3))),
     ("`0.weight` of Sequential has no", lambda: learner(module=nn.Sequential(nn.LazyLinear(3)))),
     ("`weight` of Linear is complex", lambda: learner(module=nn.Linear(4, 3, dtype=torch.cdouble))),
+    ("RecursiveScriptModule is scripted", lambda: learner(module=scripted())),
+    ("Sequential is scripted", lambda: learner(module=nn.Sequential(scripted()))),
     ("pass its .module", lambda: learner(module=nn.DataParallel(CASE.build()))),
     ("`spare.weight`, `spare.bias` received", lambda: unused(maml(2))),
     ("`spare.weight`, `spare.bias` received", lambda: unused(fomaml(2))),

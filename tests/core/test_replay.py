@@ -15,10 +15,7 @@ from fewstep.core.replay import Replay, _CudaGraph, _Recorder
 from tests.core.reference import MODELS, Case, numbers
 from tests.core.test_checkpointing import ALGORITHMS
 
-pytestmark = [
-    pytest.mark.usefixtures("float64"),
-    pytest.mark.filterwarnings("ignore:There is a performance drop"),
-]
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def train(case: Case, algorithm, *, replay: bool, iterations: int = 3, **options):

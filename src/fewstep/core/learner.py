@@ -47,7 +47,7 @@ class MetaLearner:
             all. 1 makes memory nearly independent of their number and changes no result; 5 steps
             take about twice as long, 20 steps three times.
         vectorize: Use `torch.vmap` over the tasks of a chunk; else loop (for modules without
-            batching rules, such as `nn.LSTM`).
+            batching rules, such as `torch.utils.checkpoint`).
         ranks: The processes that share each batch, from `Ranks.of_torchrun()`. Each calls the same
             methods with the same tasks, and gets the same results.
         replay: Record the operations of a meta-gradient, and of a test, once and replay them: the
@@ -62,9 +62,9 @@ class MetaLearner:
             Parameters, normalisation, losses and outer updates are float32 in each.
 
     Raises:
-        InputError: `module` has nothing to train, is a wrapper, or has lazy or complex parameters;
-            `algorithm.adapted` names no parameter of it; `chunk_size` or `checkpoint_every` is
-            below 1; or `compile` comes without `replay`.
+        InputError: `module` has nothing to train, is a wrapper or scripted, or has lazy or complex
+            parameters; `algorithm.adapted` names no parameter of it; `chunk_size` or
+            `checkpoint_every` is below 1; or `compile` comes without `replay`.
 
     Deviation: the papers' code sums where this takes means; see `maml` for the inner loss.
     """

@@ -17,6 +17,7 @@ from fewstep.core.errors import InputError
 from fewstep.core.norm import NormaliseBy, Statistics, Use, follow
 from fewstep.core.once import once
 from fewstep.core.precision import Precision, forward_pass, fp32_products
+from fewstep.core.recurrent import StepByStep
 from fewstep.core.tasks import TaskBatch
 
 Tensors = dict[str, Tensor]
@@ -97,6 +98,8 @@ class TaskNetwork:
         self.metric = metric
         self.vectorize = vectorize
         self.precision = precision
+        recurrent = any(isinstance(m, nn.RNNBase | nn.RNNCellBase) for m in module.modules())
+        self._recurrence = StepByStep if recurrent else nullcontext
         self._use: Use = "batch"
         self._is_training = True
 
@@ -133,7 +136,7 @@ class TaskNetwork:
         """Call the module for every task; leave out the first outputs, `without` of them."""
         one_task = partial(self._one_task, without=without)
         versions = [p._version for p in parameters.values()]
-        with _differentiable_twice(), forward_pass(self.precision, x.device):
+        with self._differentiable_twice(), forward_pass(self.precision, x.device):
             if self.vectorize:
                 many = torch.vmap(one_task, randomness="different")
                 result = Result(*many(parameters, buffers, x, y))
@@ -228,6 +231,17 @@ class TaskNetwork:
                     module.training = mode
 
     @contextmanager
+    def _differentiable_twice(self) -> Iterator[None]:
+        """Choose kernels with a second derivative: fused attention and recurrence have none."""
+        fastpath = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with sdpa_kernel(SDPBackend.MATH), self._recurrence():
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+
+    @contextmanager
     def _vmap_explained(self) -> Iterator[None]:
         """Say what cannot be vectorised, and what to do."""
         try:
@@ -236,11 +250,8 @@ class TaskNetwork:
             reason = str(error).splitlines()[0]
             if not self.vectorize or ("vmap" not in reason and "atching rule" not in reason):
                 raise
-            recurrent = [f"`{n}` ({type(m).__name__})" for n, m in self.module.named_modules()
-                         if isinstance(m, nn.RNNBase)]  # fmt: skip
-            culprit = ", ".join(recurrent) or type(self.module).__name__
             raise InputError(
-                f"{culprit} cannot be vectorised over tasks ({reason}); "
+                f"{type(self.module).__name__} cannot be vectorised over tasks ({reason}); "
                 "pass vectorize=False to loop over the tasks instead"
             ) from error
 
@@ -252,6 +263,11 @@ def _both(x_support: Tensor, x_query: Tensor) -> Tensor:
 def _check(module: nn.Module) -> None:
     """Refuse what cannot be called with parameters of others."""
     kind = type(module).__name__
+    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+        raise InputError(
+            f"{kind} is scripted, so its parameters cannot be exchanged; pass it as it was before "
+            "torch.jit"
+        )
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise InputError(
             f"{kind} divides batches of examples, and tasks are to be divided; pass its .module, "
@@ -273,15 +289,3 @@ def set_mode(module: nn.Module, *, is_training: bool) -> None:
         mode = is_training or isinstance(part, _NormBase)
         if part.training != mode:  # setting an attribute of a module takes microseconds
             part.training = mode
-
-
-@contextmanager
-def _differentiable_twice() -> Iterator[None]:
-    """Choose kernels that have a second derivative: fused attention has none."""
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
