@@ -24,7 +24,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from fewstep.core.allocator import keep_freed_memory
 from fewstep.core.precision import fp32_products
-from fewstep.models.convolution import convolve, gradients
+from fewstep.models.convolution import Space, convolve, gradients
 from fewstep.training.run_folder import command_line, environment, write_json
 from meta_gradient import flop_per_second, turn
 
@@ -96,9 +96,9 @@ def by_kernel(a: Arguments) -> tuple[Passes, Any]:
             for t in (a.x, a.g))  # fmt: skip
     w = a.w.flatten(0, 1).contiguous(memory_format=torch.channels_last)
     passes = (
-        lambda: convolve((x, w), 1, tasks),
-        lambda: gradients(g, x, w, 1, tasks, by_x=True, by_w=False)[0],
-        lambda: gradients(g, x, w, 1, tasks, by_x=False, by_w=True)[1],
+        lambda: convolve((x, w), Space(), tasks),
+        lambda: gradients(g, x, w, Space(), tasks, by_x=True, by_w=False)[0],
+        lambda: gradients(g, x, w, Space(), tasks, by_x=False, by_w=True)[1],
     )
     return passes, shaped
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from fewstep import MetaLearner, TaskBatch, maml
 from fewstep.models import Conv4, kernels
-from fewstep.models.convolution import convolve, gradients
+from fewstep.models.convolution import Space, convolve, gradients
 from fewstep.training.run_folder import command_line, environment, write_json
 
 
@@ -61,8 +61,8 @@ def convolution(_: Options, seed: int, dtype: torch.dtype) -> Tensor:
     x, w, g = (
         torch.randn(s).to(dtype).contiguous(memory_format=torch.channels_last) for s in shapes
     )
-    y = convolve((x, w), 1, 1)
-    results = (y, *gradients(g, x, w, 1, 1, by_x=True, by_w=True))
+    y = convolve((x, w), Space(), 1)
+    results = (y, *gradients(g, x, w, Space(), 1, by_x=True, by_w=True))
     return torch.cat([(r / r.norm()).flatten() for r in results])
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 import fewstep
-from fewstep.core.recurrent import StepByStep
+from fewstep.core.layers import Layers
 from tests.core.reference import Case, Recurrent, plain_meta_gradient, relative_error
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -46,7 +46,7 @@ def derivatives(module: nn.Module, *inputs) -> list[Tensor]:
 
 def assert_same(module: nn.Module, *inputs) -> None:
     expected = derivatives(module, *inputs)
-    with StepByStep():
+    with Layers():
         found = derivatives(module, *inputs)
     for a, b in zip(found, expected, strict=True):
         assert a.shape == b.shape
@@ -95,7 +95,7 @@ def test_relu_cell():
 @every_kind
 def test_packed_sequences_are_left_to_pytorch(kind):
     layer, packed = kind(3, 4), pack_sequence([torch.randn(3, 3), torch.randn(2, 3)])
-    with StepByStep():
+    with Layers():
         found = layer(packed)[0].data
     assert found.equal(layer(packed)[0].data)
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import fewstep
 from fewstep.core.norm import Moments, NormStatistics
 from fewstep.core.query_weights import MultiStepLoss
-from fewstep.models import Conv4, fast_block
+from fewstep.models import Conv4, conv, fast_block
 from fewstep.models.form import Form
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -266,7 +266,7 @@ def test_a_meta_gradient_takes_the_fast_block_throughout(monkeypatch, vectorize,
     fast = everything()
     calls = 4 * ((5 + 1) + (5 + 6) + (5 + 1)) * (1 if vectorize else 2)
     assert len(shapes) == calls
-    monkeypatch.setattr(fast_block, "available", lambda: False)
+    monkeypatch.setattr(conv, "one_vmap_at_most", lambda: False)
     assert_equal(fast, everything(), 1e-9)
     assert len(shapes) == calls
 
@@ -293,7 +293,7 @@ def test_moments_of_data_are_taken_once_for_all_steps(monkeypatch, options):
         assert len(taken) == 1
         taken.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(fast_block, "available", lambda: False)
+            patch.setattr(conv, "one_vmap_at_most", lambda: False)
             layers = fewstep.MetaLearner(learner.module, algorithm, F.cross_entropy)
             slow, _ = layers.meta_gradient(batch)
         assert_equal(list(fast.values()), list(slow.values()), 1e-9)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fewstep
 from fewstep.models import Conv4, kernels
 from fewstep.models.block_functions import Affine, NormaliseAndPool
-from fewstep.models.convolution import convolve, gradients
+from fewstep.models.convolution import Space, convolve, gradients
 from fewstep.models.form import Form
 from fewstep.models.kernels import affine, moments, normalise, pooled, winograd
 from fewstep.models.plain import moments as plain_moments
@@ -299,13 +299,13 @@ def test_what_they_do_not_take(monkeypatch):
         (images(9, 16, 5, 5), images(16, 16, 3, 3), 1),  # 4 tiles for 25 outputs
         (images(9, 16, 8, 8).bfloat16(), images(16, 16, 3, 3).bfloat16(), 1),
     ):
-        y = convolve((x, w), stride, 1)
-        gx, gw = gradients(y, x, w, stride, 1, by_x=True, by_w=True)
+        y = convolve((x, w), Space((stride, stride)), 1)
+        gx, gw = gradients(y, x, w, Space((stride, stride)), 1, by_x=True, by_w=True)
         assert (gx.shape, gw.shape) == (x.shape, w.shape)
         assert not called
     one, w = images(1, 16, 3, 3), images(16, 16, 3, 3)
-    y = convolve((one, w), 1, 1)
-    gradients(y, one, w, 1, 1, by_x=True, by_w=True)
+    y = convolve((one, w), Space(), 1)
+    gradients(y, one, w, Space(), 1, by_x=True, by_w=True)
     names = ["winograd_convolve", "winograd_convolve", "winograd_correlate"]
     assert [name for name, *_ in called] == names
 
@@ -316,7 +316,7 @@ def test_nothing_is_left_to_them_where_there_is_nothing_to_do():
         assert not pooled.fits(x, images(16, 1, 3, 3), POOLED, 1)
         assert not moments.fits(x, 1, 1)
     for x in (images(0, 16, 8, 8), images(3, 16, 8, 1)):
-        assert not winograd.fits(x, images(16, 16, 3, 3), 1, 1)
+        assert not winograd.fits(x, images(16, 16, 3, 3), 1)
         assert not normalise.fits(x, images(1, 16, 1, 1), POOLED)
     assert not affine.fits(images(0, 16, 8, 8), images(1, 16, 1, 1))
 

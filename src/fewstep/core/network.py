@@ -14,10 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 
 from fewstep.core.errors import InputError
+from fewstep.core.layers import Layers
 from fewstep.core.norm import NormaliseBy, Statistics, Use, follow
 from fewstep.core.once import once
 from fewstep.core.precision import Precision, forward_pass, fp32_products
-from fewstep.core.recurrent import StepByStep
 from fewstep.core.tasks import TaskBatch
 
 Tensors = dict[str, Tensor]
@@ -98,8 +98,6 @@ class TaskNetwork:
         self.metric = metric
         self.vectorize = vectorize
         self.precision = precision
-        recurrent = any(isinstance(m, nn.RNNBase | nn.RNNCellBase) for m in module.modules())
-        self._recurrence = StepByStep if recurrent else nullcontext
         self._use: Use = "batch"
         self._is_training = True
 
@@ -136,7 +134,7 @@ class TaskNetwork:
         """Call the module for every task; leave out the first outputs, `without` of them."""
         one_task = partial(self._one_task, without=without)
         versions = [p._version for p in parameters.values()]
-        with self._differentiable_twice(), forward_pass(self.precision, x.device):
+        with _differentiable_twice(), Layers(), forward_pass(self.precision, x.device):
             if self.vectorize:
                 many = torch.vmap(one_task, randomness="different")
                 result = Result(*many(parameters, buffers, x, y))
@@ -231,17 +229,6 @@ class TaskNetwork:
                     module.training = mode
 
     @contextmanager
-    def _differentiable_twice(self) -> Iterator[None]:
-        """Choose kernels with a second derivative: fused attention and recurrence have none."""
-        fastpath = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            with sdpa_kernel(SDPBackend.MATH), self._recurrence():
-                yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fastpath)
-
-    @contextmanager
     def _vmap_explained(self) -> Iterator[None]:
         """Say what cannot be vectorised, and what to do."""
         try:
@@ -289,3 +276,15 @@ def set_mode(module: nn.Module, *, is_training: bool) -> None:
         mode = is_training or isinstance(part, _NormBase)
         if part.training != mode:  # setting an attribute of a module takes microseconds
             part.training = mode
+
+
+@contextmanager
+def _differentiable_twice() -> Iterator[None]:
+    """Choose kernels that have a second derivative: fused attention has none."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)

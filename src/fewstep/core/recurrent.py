@@ -1,4 +1,8 @@
-"""Recurrent layers out of operations that `torch.vmap` and the second derivative know."""
+"""`nn.LSTM`, `nn.GRU`, `nn.RNN` and their cells, one time step at a time.
+
+Out of operations that `torch.vmap` and second derivatives know, on every device. Packed sequences
+are left to PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -9,28 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+
+from fewstep.core.layers import stands_in_for
 
 State = tuple[Tensor, ...]  # h, and c of an LSTM; each (batch, hidden)
 _Step = Callable[[Tensor, State, Tensor, Tensor | None], State]
-
-
-class StepByStep(TorchFunctionMode):
-    """While active, `nn.LSTM`, `nn.GRU`, `nn.RNN` and their cells run one time step at a time.
-
-    The same to rounding as PyTorch's own, which have no batching rule and, where cuDNN does them,
-    no second derivative. Packed sequences are left to PyTorch.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Replace a recurrent layer or cell; call anything else as it is."""
-        if func in _CELLS:
-            return _cell(_CELLS[func], *args, **(kwargs or {}))
-        if func in _LAYERS and not _is_packed(*args):
-            return _layers(_LAYERS[func], *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
 
 
 def _lstm(x: Tensor, state: State, w: Tensor, b: Tensor | None) -> State:
@@ -61,20 +48,6 @@ def _rnn(
 ) -> State:
     """Return (h,) after a step: h = activation(x + W h + b)."""
     return (activation(x + F.linear(state[0], w, b)),)
-
-
-_LAYERS: dict[Any, _Step] = {
-    torch.lstm: _lstm,
-    torch.gru: _gru,
-    torch.rnn_tanh: partial(_rnn, torch.tanh),
-    torch.rnn_relu: partial(_rnn, torch.relu),
-}
-_CELLS: dict[Any, _Step] = {
-    torch.lstm_cell: _lstm,
-    torch.gru_cell: _gru,
-    torch.rnn_tanh_cell: partial(_rnn, torch.tanh),
-    torch.rnn_relu_cell: partial(_rnn, torch.relu),
-}
 
 
 def _is_packed(x: Tensor, second: Any, third: Any, *others: Any) -> bool:
@@ -137,3 +110,17 @@ def _layers(
         y = torch.cat(outputs, dim=-1)
     y = y.transpose(0, 1) if batch_first else y
     return y, *(torch.stack(s) for s in zip(*after, strict=True))
+
+
+def _register(step: _Step, layer: Any, cell: Any) -> None:
+    @stands_in_for(layer)
+    def of_layers(*args: Any) -> Any:
+        return NotImplemented if _is_packed(*args) else _layers(step, *args)
+
+    stands_in_for(cell)(partial(_cell, step))
+
+
+_register(_lstm, torch.lstm, torch.lstm_cell)
+_register(_gru, torch.gru, torch.gru_cell)
+_register(partial(_rnn, torch.tanh), torch.rnn_tanh, torch.rnn_tanh_cell)
+_register(partial(_rnn, torch.relu), torch.rnn_relu, torch.rnn_relu_cell)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fewstep.models.convolution import convolve, gradients
+from fewstep.models.convolution import Space, convolve, gradients
 from fewstep.models.form import Form, channels_last
 from fewstep.models.kernels import affine as compiled_affine
 from fewstep.models.kernels import normalise as compiled_normalise
@@ -37,12 +37,12 @@ class _End(Function):
     @staticmethod
     def backward(ctx: Any, *_: Grad) -> None:
         raise RuntimeError(
-            "ConvBlock has two derivatives under batch norm, and a third was asked for; "
-            "call its conv, norm, activation and pool in turn instead"
+            "batch norm has two derivatives here, and a third was asked for; pass "
+            "vectorize=False, and in place of a ConvBlock its conv, norm, activation and pool"
         )
 
 
-def _last_derivative(
+def last_derivative(
     backward: Callable[..., tuple[Grad, ...]],
 ) -> Callable[..., tuple[Grad, ...]]:
     """Mark a `backward` that has no derivative itself.
@@ -70,8 +70,8 @@ class Convolve(Function):
         signed = torch.empty_like(w, memory_format=torch.channels_last)
         torch.mul(w, sign.view(-1, 1, 1, 1), out=signed)
         ctx.save_for_backward(x, w, sign, signed)
-        ctx.args = stride, groups
-        return convolve((x, signed), stride, groups)
+        ctx.args = Space((stride, stride)), groups
+        return convolve((x, signed), *ctx.args)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Grad, ...]:
@@ -88,7 +88,7 @@ class _ConvolveBackward(Function):
     @staticmethod
     def forward(
         ctx: Any, g: Tensor, x: Tensor, w: Tensor, sign: Tensor, signed: Tensor,
-        args: tuple[int, int], needs_x: bool, needs_w: bool,
+        args: tuple[Space, int], needs_x: bool, needs_w: bool,
     ) -> tuple[Grad, Grad]:  # fmt: skip
         ctx.save_for_backward(g, x, sign, signed)
         ctx.args = args
@@ -97,7 +97,7 @@ class _ConvolveBackward(Function):
         return gx, gw if gw is None else gw.mul_(sign.view(-1, 1, 1, 1))
 
     @staticmethod
-    @_last_derivative
+    @last_derivative
     def backward(ctx: Any, hx: Grad, hw: Grad) -> tuple[Grad, ...]:
         g, x, sign, signed = ctx.saved_tensors
         _, needs_x, needs_w, *_ = ctx.needs_input_grad
@@ -159,7 +159,7 @@ class _NormaliseAndPoolBackward(Function):
         return gy, ggamma, gbeta
 
     @staticmethod
-    @_last_derivative
+    @last_derivative
     def backward(ctx: Any, *h: Tensor) -> tuple[Grad, ...]:
         by, form = ctx.args
         to_gz, to_y, to_gamma = by.second(*h, *ctx.saved_tensors, form=form)
@@ -196,7 +196,7 @@ class _ConvolveAndPoolBackward(Function):
         return by.correlate(x, g, where, form, groups)
 
     @staticmethod
-    @_last_derivative
+    @last_derivative
     def backward(ctx: Any, hw: Tensor, hb: Tensor) -> tuple[Grad, ...]:
         x, where = ctx.saved_tensors
         by, form, groups = ctx.args
@@ -230,7 +230,7 @@ class _AffineBackward(Function):
         return gd, ga, gb
 
     @staticmethod
-    @_last_derivative
+    @last_derivative
     def backward(ctx: Any, *h: Tensor) -> tuple[Grad, ...]:
         by, slope = ctx.args
         to_gz, to_d, to_a = by.second(*h, *ctx.saved_tensors, slope=slope)

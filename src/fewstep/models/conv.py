@@ -11,6 +11,7 @@ from fewstep.core.errors import InputError
 from fewstep.core.norm import NormaliseBy
 from fewstep.models import fast_block
 from fewstep.models.form import Form
+from fewstep.models.of_tasks import one_vmap_at_most
 
 Norm = Literal["batch", "layer", "none"]
 Downsample = Literal["max-pool", "stride"]
@@ -74,7 +75,7 @@ class ConvBlock(nn.Module):
             isinstance(self.norm, nn.BatchNorm2d)
             and self.norm.training
             and self.conv.bias is None
-            and fast_block.available()
+            and one_vmap_at_most()
         ):
             return self._in_one_piece(x, self.norm)
         # Our activations rise monotonically, so they may follow the pool, with less left to do.

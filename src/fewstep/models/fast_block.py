@@ -33,6 +33,7 @@ from fewstep.core.once import once
 from fewstep.models.block_functions import Affine, Convolve, ConvolveAndPool, NormaliseAndPool
 from fewstep.models.form import Form, channels_last
 from fewstep.models.kernels import moments as compiled_moments
+from fewstep.models.of_tasks import joined
 from fewstep.models.plain import moments
 
 _LARGEST_PATCH = 27  # 3 channels; a covariance of more costs as much as the convolution
@@ -43,12 +44,6 @@ class Block(NamedTuple):
 
     z: Tensor
     moments: Moments
-
-
-def available() -> bool:
-    """Whether `block` works here: called plainly, or under one `torch.vmap` and nothing else."""
-    top = _functorch.peek_interpreter_stack()
-    return top is None or (top.level() == 1 and top.key() == _functorch.TransformType.Vmap)
 
 
 def block(
@@ -96,7 +91,7 @@ class _Images(NamedTuple):
 
 
 def _images(x: Tensor, now: int | None, tasks: int, dtype: torch.dtype) -> _Images:
-    return _Images(channels_last(_joined(x, now, 1, tasks).to(dtype)), tasks)
+    return _Images(channels_last(joined(x, now, 1, tasks).to(dtype)), tasks)
 
 
 def _data(x: Tensor, now: int | None, tasks: int, dtype: torch.dtype, form: Form) -> _Images:
@@ -183,7 +178,7 @@ class _Tasks(Function):
         tasks: int = info.batch_size
         now, *of_channels = in_dims[:6]
         weight, gamma, beta, mean, var = (
-            _joined(t, at, 0, tasks)
+            joined(t, at, 0, tasks)
             for t, at in zip((weight, gamma, beta, mean, var), of_channels, strict=True)
         )
         if _are_data(x, weight):
@@ -194,14 +189,3 @@ class _Tasks(Function):
         z, (mean, var) = _block(images, weight, gamma, beta, given, form, product)
         z = z.view(z.shape[0], tasks, -1, *z.shape[2:])
         return (z, mean.view(tasks, -1), var.view(tasks, -1)), (1, 0, 0)
-
-
-def _joined(t: Any, now: int | None, at: int, tasks: int) -> Any:
-    """Return a tensor of many tasks with their dimension, if it has one, joined to another."""
-    if t is None:
-        return None
-    if now is None:
-        t = t.unsqueeze(at).expand(*t.shape[:at], tasks, *t.shape[at:])
-    else:
-        t = t.movedim(now, at)
-    return t.flatten(at, at + 1)

@@ -15,13 +15,12 @@ from fewstep.models.kernels import LANES, call, images_like, operations, take
 _TILE = 4  # height and width of the outputs of a tile
 
 
-def fits(x: Tensor, w: Tensor, stride: int, groups: int) -> bool:
+def fits(x: Tensor, w: Tensor, groups: int) -> bool:
     """Whether the kernel takes these images and filters, and saves half of the multiplications."""
     height, width = x.shape[2:]
     tiles = -(-height // _TILE) * -(-width // _TILE)
     return (
-        stride == 1
-        and w.shape[1] % LANES == w.shape[0] // groups % LANES == 0
+        w.shape[1] % LANES == w.shape[0] // groups % LANES == 0
         and height * width >= 8 * tiles
         and take(x, w)
     )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fewstep.models.convolution import gradients
+from fewstep.models.convolution import Space, gradients
 from fewstep.models.form import Form, channels_last
 from fewstep.models.plain.pool import pick, pool, unpool
 
@@ -33,7 +33,7 @@ def correlate(
     size = [(length - 1) // form.stride + 1 for length in x.shape[2:]]
     gy = unpool(g, where, torch.Size((len(x), out, *size)))
     w = x.new_empty(out, channels, 3, 3)  # for its shape
-    _, gw = gradients(gy, x, w, form.stride, groups, by_x=False, by_w=True)
+    _, gw = gradients(gy, x, w, Space((form.stride,) * 2), groups, by_x=False, by_w=True)
     return gw, g.sum((0, 2, 3))
 
 

@@ -1,0 +1,167 @@
+// Batch norm of y (examples, pixels, channels) and both its derivatives; the equations are those of
+// BatchNorm in `layer_functions`. Every thread takes channels of its own.
+
+#include "common.h"
+
+namespace {
+
+// Mean and variance are of the first `of` images; of 0, they are given.
+struct Images {
+  int64_t n, pixels, channels, of;
+  int64_t count() const { return std::max<int64_t>(of * pixels, 1); }
+};
+
+// Calls at(offset, pixels, counts, j) for runs of pixels of some images and each vector of
+// channels, the jth of a block; `counts`, whether mean and variance are of them. A run's sums come
+// before the sum of all, as many terms in one sum lose digits.
+template <class T, class At>
+INLINE void each_run(const Images &s, int64_t images, int64_t first, int64_t last, At at) {
+  constexpr int64_t most = 64;
+  for (int64_t image = 0; image < images; image++)
+    for (int64_t p = 0; p < s.pixels; p += most)
+      for (int64_t c = first, j = 0; c < last; c += Wide<T>::lanes, j++)
+        at((image * s.pixels + p) * s.channels + c, std::min(most, s.pixels - p), image < s.of, j);
+}
+
+template <class T>
+void forward(const T *y, const T *gamma, const T *beta, T *z, T *mean, T *var, T *r,
+             const Images &s, T eps, int threads) {
+  each_block<T>(s.channels, threads, [&](int64_t first, int64_t last) {
+    Vec<T> mu[kMost] = {}, v[kMost] = {}, a[kMost], shift[kMost];
+    int64_t seen[kMost] = {};
+    // A run's moments join those before it, so that y is read once.
+    each_run<T>(s, s.of, first, last, [&](int64_t at, int64_t pixels, bool, int64_t j) {
+      Vec<T> sum = {}, squares = {};
+      for (int64_t i = 0; i < pixels; i++) sum += load(y + at + i * s.channels);
+      const Vec<T> own = sum / T(pixels);
+      for (int64_t i = 0; i < pixels; i++) {
+        const Vec<T> d = load(y + at + i * s.channels) - own;
+        squares += d * d;
+      }
+      const Vec<T> apart = own - mu[j];
+      const T share = T(pixels) / T(seen[j] + pixels);
+      v[j] += squares + apart * apart * (T(seen[j]) * share);
+      mu[j] += apart * share;
+      seen[j] += pixels;
+    });
+    for (int64_t c = first, j = 0; c < last; c += Wide<T>::lanes, j++) {
+      mu[j] = s.of ? mu[j] : load(mean + c);
+      v[j] = s.of ? v[j] / T(s.count()) : load(var + c);
+      Vec<T> root;
+      for (int l = 0; l < Wide<T>::lanes; l++) root[l] = T(1) / std::sqrt(v[j][l] + eps);
+      store(mean + c, mu[j]);
+      store(var + c, v[j]);
+      store(r + c, root);
+      a[j] = load(gamma + c) * root, shift[j] = load(beta + c);
+    }
+    each_run<T>(s, s.n, first, last, [&](int64_t at, int64_t pixels, bool, int64_t j) {
+      for (int64_t i = at; i < at + pixels * s.channels; i += s.channels)
+        store(z + i, (load(y + i) - mu[j]) * a[j] + shift[j]);
+    });
+  });
+}
+
+template <class T>
+void backward(T *gy, T *ggamma, T *gbeta, const T *g, const T *y, const T *gamma, const T *mean,
+              const T *r, const Images &s, int threads) {
+  each_block<T>(s.channels, threads, [&](int64_t first, int64_t last) {
+    Vec<T> mu[kMost], by_beta[kMost] = {}, by_gamma[kMost] = {}, a[kMost], of_d[kMost], by[kMost];
+    for (int64_t c = first, j = 0; c < last; c += Wide<T>::lanes, j++) mu[j] = load(mean + c);
+    each_run<T>(s, s.n, first, last, [&](int64_t at, int64_t pixels, bool, int64_t j) {
+      Vec<T> sum = {}, with_d = {};
+      for (int64_t i = at; i < at + pixels * s.channels; i += s.channels) {
+        sum += load(g + i);
+        with_d += load(g + i) * (load(y + i) - mu[j]);
+      }
+      by_beta[j] += sum;
+      by_gamma[j] += with_d;
+    });
+    for (int64_t c = first, j = 0; c < last; c += Wide<T>::lanes, j++) {
+      const Vec<T> root = load(r + c);
+      a[j] = load(gamma + c) * root;
+      by_gamma[j] *= root;
+      store(gbeta + c, by_beta[j]);
+      store(ggamma + c, by_gamma[j]);
+      of_d[j] = a[j] * root * by_gamma[j] / T(-s.count());
+      by[j] = a[j] * by_beta[j] / T(-s.count());
+    }
+    each_run<T>(s, s.n, first, last, [&](int64_t at, int64_t pixels, bool counts, int64_t j) {
+      const Vec<T> none = {}, of = counts ? of_d[j] : none, shift = counts ? by[j] : none;
+      for (int64_t i = at; i < at + pixels * s.channels; i += s.channels)
+        store(gy + i, load(g + i) * a[j] + (load(y + i) - mu[j]) * of + shift);
+    });
+  });
+}
+
+// What `second` multiplies by, for a vector of channels.
+template <class T> struct Factors {
+  Vec<T> mu, a, to_d, to_beta, of_d, shift, of_h;
+};
+
+template <class T>
+void second(T *to_g, T *to_y, T *to_gamma, const T *h, const T *hgamma, const T *hbeta,
+            const T *g, const T *y, const T *gamma, const T *mean, const T *r, const T *ggamma,
+            const T *gbeta, const Images &s, int threads) {
+  each_block<T>(s.channels, threads, [&](int64_t first, int64_t last) {
+    // The sums of h and of h d, where they count, and of g h.
+    Vec<T> mu[kMost], sums[kMost][3] = {};
+    for (int64_t c = first, j = 0; c < last; c += Wide<T>::lanes, j++) mu[j] = load(mean + c);
+    each_run<T>(s, s.n, first, last, [&](int64_t at, int64_t pixels, bool counts, int64_t j) {
+      Vec<T> sum[3] = {};
+      for (int64_t i = at; i < at + pixels * s.channels; i += s.channels) {
+        const Vec<T> value = load(h + i);
+        sum[0] += value;
+        sum[1] += value * (load(y + i) - mu[j]);
+        sum[2] += value * load(g + i);
+      }
+      for (int k = counts ? 0 : 2; k < 3; k++) sums[j][k] += sum[k];
+    });
+    Factors<T> factors[kMost];
+    for (int64_t c = first, j = 0; c < last; c += Wide<T>::lanes, j++) {
+      const Vec<T> root = load(r + c), a = load(gamma + c) * root, r_n = root / T(s.count());
+      const Vec<T> by_gamma = load(ggamma + c), by_beta = load(gbeta + c);
+      const Vec<T> h0 = sums[j][0] / T(s.count()), h1 = sums[j][1] * r_n;
+      const Vec<T> to_a = sums[j][2] - by_beta * h0 - by_gamma * h1;
+      const Vec<T> to_ggamma = load(hgamma + c) - a * h1, from = a * by_gamma;
+      store(to_gamma + c, to_a * root);
+      factors[j] = {mu[j], a, to_ggamma * root, load(hbeta + c) - a * h0,
+                    (to_a * a + to_ggamma * by_gamma - from * h1) * root * r_n,
+                    (to_ggamma * by_beta - from * h0) * r_n, from * r_n};
+    }
+    each_run<T>(s, s.n, first, last, [&](int64_t at, int64_t pixels, bool counts, int64_t j) {
+      Factors<T> f = factors[j];
+      if (!counts) f.of_d = f.shift = f.of_h = Vec<T>{};
+      for (int64_t i = at; i < at + pixels * s.channels; i += s.channels) {
+        const Vec<T> d = load(y + i) - f.mu, value = load(h + i);
+        store(to_g + i, f.to_beta + d * f.to_d + value * f.a);
+        store(to_y + i, load(g + i) * f.to_d - d * f.of_d - f.shift - value * f.of_h);
+      }
+    });
+  });
+}
+
+}  // namespace
+
+#define ENTRY(T, name)                                                                             \
+  extern "C" void batch_norm_##name(const T *y, const T *gamma, const T *beta, T *z, T *mean,      \
+                                    T *var, T *r, const int64_t *shape, double eps, int threads) { \
+    const Images s{shape[0], shape[1], shape[2], shape[3]};                                        \
+    forward<T>(y, gamma, beta, z, mean, var, r, s, eps, threads);                                  \
+  }                                                                                                \
+  extern "C" void batch_norm_backward_##name(T *gy, T *ggamma, T *gbeta, const T *g, const T *y,   \
+                                             const T *gamma, const T *mean, const T *r,            \
+                                             const int64_t *shape, int threads) {                  \
+    const Images s{shape[0], shape[1], shape[2], shape[3]};                                        \
+    backward<T>(gy, ggamma, gbeta, g, y, gamma, mean, r, s, threads);                              \
+  }                                                                                                \
+  extern "C" void batch_norm_second_##name(                                                        \
+      T *to_g, T *to_y, T *to_gamma, const T *h, const T *hgamma, const T *hbeta, const T *g,      \
+      const T *y, const T *gamma, const T *mean, const T *r, const T *ggamma, const T *gbeta,      \
+      const int64_t *shape, int threads) {                                                         \
+    const Images s{shape[0], shape[1], shape[2], shape[3]};                                        \
+    second<T>(to_g, to_y, to_gamma, h, hgamma, hbeta, g, y, gamma, mean, r, ggamma, gbeta, s,      \
+              threads);                                                                            \
+  }
+
+ENTRY(float, float)
+ENTRY(double, double)

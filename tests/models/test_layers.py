@@ -1,0 +1,231 @@
+"""Layers of any convolutional module, all tasks at once, against PyTorch's own in a loop."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fewstep
+from fewstep.core.layers import Layers
+from fewstep.models import kernels, layer_functions, layers
+from fewstep.models.kernels import batch_norm as compiled
+from fewstep.models.plain import batch_norm as plain
+from tests.core.reference import Case, plain_meta_gradient, relative_error
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+SIZE, CHANNELS, WAYS = 9, 16, 3
+needs_kernels = pytest.mark.skipif(kernels.library() is None, reason="needs a C++ compiler")
+
+
+class Call(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def conv(*args, **options):
+    return lambda: nn.Conv2d(CHANNELS, 8, *args, **options)
+
+
+LAYERS = {
+    "3x3": conv(3, padding=1),
+    "3x3, 16 filters": lambda: nn.Conv2d(CHANNELS, 16, 3, padding=1, bias=False),
+    "3x3, no padding": lambda: nn.Conv2d(CHANNELS, 16, 3),
+    "3x3, stride": conv(3, stride=2, padding=1),
+    "3x3, dilation": conv(3, dilation=2, padding=(2, 1)),
+    "1x1": conv(1),
+    "5x3": conv((5, 3), stride=(2, 1), padding=(0, 2)),
+    "groups": conv(3, padding=1, groups=4),
+    "same": conv(3, padding="same"),
+    "circular": conv(3, padding=1, padding_mode="circular"),
+    "transposed": lambda: nn.ConvTranspose2d(CHANNELS, 4, 3, stride=2),
+    "batch norm": lambda: nn.BatchNorm2d(CHANNELS),
+    "batch norm, no affine": lambda: nn.BatchNorm2d(CHANNELS, affine=False),
+    "batch norm, not tracked": lambda: nn.BatchNorm2d(CHANNELS, track_running_stats=False),
+    "group norm": lambda: nn.GroupNorm(2, CHANNELS),
+    "instance norm": lambda: nn.InstanceNorm2d(CHANNELS, affine=True),
+    "layer norm": lambda: nn.LayerNorm((CHANNELS, SIZE, SIZE)),
+    "max-pool": lambda: nn.MaxPool2d(2),
+    "max-pool, overlapping": lambda: nn.MaxPool2d(3, stride=2, padding=1),
+    "max-pool, dilated": lambda: nn.MaxPool2d(2, dilation=2),
+    "max-pool, ceil": lambda: nn.MaxPool2d(2, ceil_mode=True),
+    "max-pool, 2x1": lambda: nn.MaxPool2d((2, 1)),
+    "max-pool, where": lambda: Call(lambda x: F.max_pool2d(x, 2, return_indices=True)[0]),
+    "torch.max_pool2d": lambda: Call(lambda x: torch.max_pool2d(x, 2)),
+    "mean": lambda: nn.AdaptiveAvgPool2d(1),
+    "means": lambda: nn.AdaptiveAvgPool2d((2, 3)),
+    "average": lambda: nn.AvgPool2d(2),
+    "upsampled": lambda: nn.Upsample(scale_factor=2, mode="bilinear"),
+    "reflected": lambda: nn.ReflectionPad2d(1),
+    "viewed": lambda: Call(lambda x: x.view(len(x), -1)),
+    "viewed in two": lambda: Call(lambda x: x.flatten(2).view(len(x), -1)),
+    "viewed by a size": lambda: Call(lambda x: x.view(torch.Size((len(x), SIZE, -1)))),
+    "attention": lambda: Call(lambda x: F.scaled_dot_product_attention(*[x.flatten(2)] * 3)),
+}
+
+
+def network(build) -> nn.Module:
+    """Return a network with a layer between a convolution and the head."""
+    torch.manual_seed(0)
+    first = nn.Conv2d(1, CHANNELS, 3, padding=1)
+    body = nn.Sequential(first, build(), nn.Tanh(), nn.Flatten())
+    with torch.no_grad():
+        features = body(torch.randn(2, 1, SIZE, SIZE)).shape[1]
+    return nn.Sequential(*body, nn.Linear(features, WAYS))
+
+
+def case_of(name: str) -> Case:
+    return Case(lambda: network(LAYERS[name]), (1, SIZE, SIZE))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_meta_gradient(name):
+    case, algorithm = case_of(name), fewstep.maml(2, 0.1)
+    module, batch = case.build(), case.batch()
+    expected, *_ = plain_meta_gradient(module, algorithm, case.loss, batch)
+    for replay in (False, True):
+        learner = fewstep.MetaLearner(module, algorithm, case.loss, replay=replay)
+        for _ in range(2):
+            gradient, _ = learner.meta_gradient(batch)
+            assert relative_error(gradient, expected) < 1e-9
+
+
+@pytest.mark.parametrize("use", ["batch", "support", "running"])
+def test_statistics_of_batch_norm(use):
+    algorithm = replace(
+        fewstep.maml_plus_plus(2, 0.1), norm_statistics=fewstep.NormStatistics(use, per_step=True)
+    )
+    case = case_of("batch norm")
+    batch, states = case.batch(), []
+    for vectorize in (True, False):
+        learner = fewstep.MetaLearner(case.build(), algorithm, case.loss, vectorize=vectorize)
+        learner.step(batch)
+        learner.step(batch)
+        states.append(learner.state_tensors() | {"loss": learner.evaluate(batch, 3).loss})
+    for name, expected in states[1].items():
+        torch.testing.assert_close(states[0][name], expected, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("3x3", layer_functions.Convolve),
+        ("max-pool", layer_functions.MaxPool),
+        ("batch norm", layer_functions.BatchNorm),
+    ],
+)
+def test_they_stand_in(name, function, monkeypatch):
+    """Within a meta-gradient: none falls back on PyTorch's in silence."""
+    called = []
+    monkeypatch.setattr(function, "apply", lambda *a: called.append(a) or function_apply(*a))
+    function_apply = super(function, function).apply
+    case = case_of(name)
+    fewstep.MetaLearner(case.build(), fewstep.fomaml(2), case.loss).meta_gradient(case.batch())
+    images = 2 if name == "3x3" else 1
+    assert len(called) == 3 * images  # support twice, query once
+
+
+def test_a_filter_of_no_task_is_left_to_pytorch(monkeypatch):
+    """PyTorch sees the tasks as examples then, which is faster."""
+    monkeypatch.setattr(layers, "_convolve", lambda tasks, *a: pytest.fail("it stands in"))
+    module = Call(lambda x: F.conv2d(x, torch.ones(3, 2, 3, 3)).mean((2, 3)))
+    x = torch.randn(4, 5, 2, 6, 6)
+    with Layers():
+        found = torch.vmap(module)(x)
+    torch.testing.assert_close(found, torch.stack([module(each) for each in x]))
+
+
+def test_outside_of_tasks_they_are_pytorchs_own():
+    module, x = network(LAYERS["batch norm"]), torch.randn(2, 1, SIZE, SIZE)
+    expected = module(x)
+    with Layers():
+        assert module(x).equal(expected)
+        assert x.view(2, -1).data_ptr() == x.data_ptr()
+        with pytest.raises(RuntimeError, match="view size"):
+            x.mT.view(-1)
+
+
+def test_a_convolution_of_any_order():
+    """Its three functions are each other's derivatives, without an end."""
+    space = layer_functions.Space((2, 1), (1, 0), (1, 1))
+    x = torch.randn(2, 4, 5, 4, requires_grad=True)
+    w = torch.randn(4, 2, 3, 3, requires_grad=True)
+
+    def third(convolve) -> list[Tensor]:
+        y = convolve(x, w)
+        for i in range(3):
+            found = torch.autograd.grad(y.sin().sum(), [x, w], create_graph=True)
+            y = found[i % 2]
+        return list(found)
+
+    own = third(lambda x, w: layer_functions.Convolve.apply(x, w, space, 2))
+    for a, b in zip(own, third(lambda x, w: F.conv2d(x, w, None, *space, 2)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_a_pool_twice_over():
+    x = torch.randn(2, 4, 5, 6, requires_grad=True)
+    window = (3, 2), (2, 2), (1, 0)
+
+    def double(y: Tensor) -> Tensor:
+        (gradient,) = torch.autograd.grad(y.square().sum(), [x], create_graph=True)
+        return torch.autograd.grad(gradient.sin().sum(), [x])[0]
+
+    own = double(layer_functions.MaxPool.apply(x, *window))
+    torch.testing.assert_close(own, double(F.max_pool2d(x, *window)), rtol=1e-12, atol=1e-12)
+
+
+def test_a_third_derivative_of_batch_norm_is_refused():
+    y = torch.randn(4, 16, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    of_channels = torch.ones(1, 16, 1, 1).requires_grad_(), torch.zeros(1, 16, 1, 1)
+    z = layer_functions.BatchNorm.apply(y, *of_channels, None, None, 4, 1e-5)[0]
+    (first,) = torch.autograd.grad(z.sin().sum(), [y], create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), [y], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"a third was asked for; pass vectorize=False"):
+        torch.autograd.grad(second.square().sum(), [y])
+
+
+def images(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(4, 16, 3, 5), (3, 48, 9, 9), (2, 544, 2, 1), (1, 16, 1, 2)])
+@pytest.mark.parametrize("counted", [0, 1, None])
+def test_batch_norm_kernels(dtype, shape, counted):
+    """The same as PyTorch's operations: z, moments, first and second derivative."""
+    y, g, h = (images(*shape, dtype=dtype) + 3 * i for i in range(3))
+    of = (1, shape[1], 1, 1)
+    gamma, beta, hgamma, hbeta = (torch.randn(of, dtype=dtype) for _ in range(4))
+    moments = (torch.randn(of, dtype=dtype), torch.rand(of, dtype=dtype)) if counted == 0 else ()
+    examples = shape[0] if counted is None else counted
+    assert compiled.fits(y, gamma)
+    results = []
+    for by in (compiled, plain):
+        z, mean, var, r = by.forward(y, gamma, beta, *(moments or (None, None)), examples, 1e-3)
+        first = by.backward(g, y, gamma, mean, r, examples=examples)
+        saved = g, y, gamma, mean, r, *first[1:]
+        second = by.second(h, hgamma, hbeta, *saved, examples=examples)
+        results.append([z, mean, var, r, *first, *second])
+    for own, expected in zip(*results, strict=True):
+        error = (own - expected).norm() / expected.norm().clamp(min=1e-3)
+        assert error < (1e-4 if dtype == torch.float32 else 1e-11)
+
+
+def test_the_mean_of_many_pixels_loses_no_digits():
+    y = images(64, 16, 32, 32, dtype=torch.float32) + 1000
+    one, none = torch.ones(1, 16, 1, 1, dtype=torch.float32), torch.zeros(1, 16, 1, 1)
+    for by in (compiled, plain) if kernels.library() else (plain,):
+        _, mean, var, _ = by.forward(y, one, none.float(), None, None, 64, 1e-5)
+        exact = torch.var_mean(y.double(), (0, 2, 3), correction=0, keepdim=True)
+        torch.testing.assert_close(mean.double(), exact[1], rtol=1e-6, atol=0)
+        torch.testing.assert_close(var.double(), exact[0], rtol=1e-4, atol=0)
