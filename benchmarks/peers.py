@@ -81,11 +81,13 @@ class Case:
         return net
 
 
-def with_fewstep(case: Case, dtype: torch.dtype, **options: Any) -> Gradient:
-    """Return the meta-gradient by this library."""
+def with_fewstep(
+    case: Case, dtype: torch.dtype, *, of_pytorch: bool = False, **options: Any
+) -> Gradient:
+    """Return the meta-gradient by this library, of its own blocks or of PyTorch's layers."""
     recipe = fewstep.maml if case.order == 2 else fewstep.fomaml
     learner = fewstep.MetaLearner(
-        case.ours(dtype),
+        case.plain(dtype) if of_pytorch else case.ours(dtype),
         recipe(case.num_steps, case.inner_lr),
         case.loss,
         chunk_size=case.chunk_size,
@@ -108,6 +110,11 @@ def with_least_memory(case: Case, dtype: torch.dtype) -> Gradient:
 def with_replay(case: Case, dtype: torch.dtype) -> Gradient:
     """Return it with the operations recorded in the first call."""
     return with_fewstep(case, dtype, replay=True)
+
+
+def with_layers_of_pytorch(case: Case, dtype: torch.dtype) -> Gradient:
+    """Return it recorded, for the network that the peers get."""
+    return with_fewstep(case, dtype, of_pytorch=True, replay=True)
 
 
 def without_compiler(case: Case, dtype: torch.dtype) -> Gradient:
@@ -362,6 +369,7 @@ def _has_tf32(case: Case) -> bool:
 WAYS = {
     "fewstep": Way(with_fewstep),
     "fewstep, replay": Way(with_replay),
+    "fewstep, PyTorch's layers": Way(with_layers_of_pytorch, where=lambda case: case.size > 0),
     "fewstep, no compiler": Way(without_compiler, where=lambda case: case.size > 0),
     "fewstep, checkpoints": Way(with_checkpoints, orders=(2,)),
     "fewstep, least memory": Way(with_least_memory, orders=(2,), where=lambda case: case.size > 0),

@@ -98,6 +98,10 @@ class TaskNetwork:
         self.metric = metric
         self.vectorize = vectorize
         self.precision = precision
+        has_filters = any(p.ndim == 4 for p in module.parameters())
+        is_recurrent = any(isinstance(m, nn.RNNBase | nn.RNNCellBase) for m in module.modules())
+        # Nothing stands in elsewhere, and each call of PyTorch would take a microsecond more.
+        self._layers = Layers if has_filters or is_recurrent else nullcontext
         self._use: Use = "batch"
         self._is_training = True
 
@@ -134,7 +138,7 @@ class TaskNetwork:
         """Call the module for every task; leave out the first outputs, `without` of them."""
         one_task = partial(self._one_task, without=without)
         versions = [p._version for p in parameters.values()]
-        with _differentiable_twice(), Layers(), forward_pass(self.precision, x.device):
+        with _differentiable_twice(), self._layers(), forward_pass(self.precision, x.device):
             if self.vectorize:
                 many = torch.vmap(one_task, randomness="different")
                 result = Result(*many(parameters, buffers, x, y))
