@@ -7,6 +7,7 @@ channels, channels-last, as in `fast_block`, and so do the derivatives of `layer
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,12 +60,18 @@ def _pool(tasks: int, y: Tensor, _: None, *window: Pair) -> Any:
     return MaxPool.apply(y, *window)
 
 
-@stands_in_for(F.adaptive_avg_pool2d)
-def adaptive_avg_pool2d(x: Tensor, output_size: Any) -> Any:
-    """Return the mean over space; PyTorch's own writes strides that `torch.vmap` does not know."""
-    if output_size not in (1, (1, 1), [1, 1]) or not _of_tasks(x):
-        return NotImplemented
-    return x.mean((-2, -1), keepdim=True)
+def _treats_each_channel_alone(layer: Callable[..., Tensor]) -> None:
+    """Let a layer of PyTorch take tasks as so many more channels."""
+
+    @stands_in_for(layer)
+    def of_tasks(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not _of_tasks(x):
+            return NotImplemented
+        return _OfTasks.apply(lambda tasks, x, _: layer(x, *args, **kwargs), x, None)
+
+
+_treats_each_channel_alone(F.avg_pool2d)
+_treats_each_channel_alone(F.adaptive_avg_pool2d)
 
 
 @stands_in_for(F.group_norm)
@@ -146,7 +153,8 @@ class _OfTasks(Function):
     ) -> tuple[Tensor, int]:  # fmt: skip
         tasks: int = info.batch_size
         x = channels_last(joined(x, in_dims[1], 1, tasks))
-        return _apart(layer(tasks, x, joined(weight, in_dims[2], 0, tasks), *args), tasks), 1
+        y = layer(tasks, x, joined(weight, in_dims[2], 0, tasks), *args)
+        return _apart(channels_last(y), tasks), 1
 
 
 class _Normalise(Function):

@@ -73,8 +73,8 @@ def library() -> ctypes.CDLL | None:
 
 def _warn(reason: str) -> None:
     warnings.warn(
-        f"{reason}, so Conv4 takes PyTorch's operations, up to twice as slow; install g++, name a "
-        "compiler in $CXX, or leave $CXX empty to go on without this notice",
+        f"{reason}, so convolutional networks take PyTorch's operations, up to twice as slow; "
+        "install g++, name a compiler in $CXX, or leave $CXX empty to go on without this notice",
         stacklevel=2,
     )
 
