@@ -153,6 +153,28 @@ def test_outside_of_tasks_they_are_pytorchs_own():
             x.mT.view(-1)
 
 
+def test_their_arguments_have_pytorchs_names():
+    x, w = torch.randn(3, 2, 4, 6, 6), torch.randn(3, 4, 4, 3, 3)
+
+    def functions(x: Tensor, w: Tensor) -> Tensor:
+        y = torch.conv2d(input=x, weight=w, bias=w[:, 0, 0, 0], stride=1, padding=1, dilation=1)
+        y = F.max_pool2d(input=y, kernel_size=(2, 1), stride=None, padding=0, dilation=1)
+        y = F.avg_pool2d(input=y, kernel_size=2, stride=1)
+        y = F.group_norm(input=y, num_groups=2, eps=1e-3)
+        one, none = w[0, :, 0, 0].exp(), w[0, :, 1, 0] * 0
+        y = F.batch_norm(
+            input=y, running_mean=none.clone(), running_var=one.clone(), weight=one, bias=none, training=True,
+            momentum=0.1, eps=1e-3,
+        )  # fmt: skip
+        return F.adaptive_avg_pool2d(input=y, output_size=1)
+
+    with Layers():
+        found = torch.vmap(functions)(x, w)
+    torch.testing.assert_close(
+        found, torch.stack([functions(*each) for each in zip(x, w, strict=True)])
+    )
+
+
 def test_a_convolution_of_any_order():
     """Its three functions are each other's derivatives, without an end."""
     space = layer_functions.Space((2, 1), (1, 0), (1, 1))

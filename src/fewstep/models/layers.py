@@ -3,6 +3,7 @@
 They stand in for PyTorch's while a module is called for many tasks. Under `torch.vmap` PyTorch
 moves the tasks between examples and channels from one layer to the next; here they stay beside the
 channels, channels-last, as in `fast_block`, and so do the derivatives of `layer_functions`.
+Arguments have PyTorch's names.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ from fewstep.models.of_tasks import joined, one_vmap_at_most
 
 @stands_in_for(torch.conv2d)
 def conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int | Pair = 1,
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int | Pair = 1,
     padding: int | Pair | str = 0, dilation: int | Pair = 1, groups: int = 1,
 ) -> Any:  # fmt: skip
-    """Return conv(x, weight) + bias of a task."""
+    """Return conv(input, weight) + bias of a task."""
     if isinstance(padding, str) or not (
-        _of_tasks(x, weight) and _functorch.is_batchedtensor(weight)
+        _of_tasks(input, weight) and _functorch.is_batchedtensor(weight)
     ):
         return NotImplemented
     space = Space(_pair(stride), _pair(padding), _pair(dilation))
-    y = _OfTasks.apply(_convolve, x, weight, space, groups)
+    y = _OfTasks.apply(_convolve, input, weight, space, groups)
     return y if bias is None else y + bias.view(-1, 1, 1)
 
 
@@ -45,15 +46,16 @@ def _convolve(tasks: int, x: Tensor, weight: Tensor, space: Space, groups: int) 
 
 @stands_in_for(F.max_pool2d, torch.max_pool2d)
 def max_pool2d(
-    y: Tensor, kernel_size: int | Pair, stride: int | Pair | None = None, padding: int | Pair = 0,
-    dilation: int | Pair = 1, ceil_mode: bool = False, return_indices: bool = False,
+    input: Tensor, kernel_size: int | Pair, stride: int | Pair | None = None,
+    padding: int | Pair = 0, dilation: int | Pair = 1, ceil_mode: bool = False,
+    return_indices: bool = False,
 ) -> Any:  # fmt: skip
     """Return the maxima of windows."""
-    if _pair(dilation) != (1, 1) or ceil_mode or return_indices or not _of_tasks(y):
+    if _pair(dilation) != (1, 1) or ceil_mode or return_indices or not _of_tasks(input):
         return NotImplemented
     kernel = _pair(kernel_size)
     window = kernel, _pair(stride) if stride else kernel, _pair(padding)
-    return _OfTasks.apply(_pool, y, None, *window)
+    return _OfTasks.apply(_pool, input, None, *window)
 
 
 def _pool(tasks: int, y: Tensor, _: None, *window: Pair) -> Any:
@@ -64,10 +66,10 @@ def _treats_each_channel_alone(layer: Callable[..., Tensor]) -> None:
     """Let a layer of PyTorch take tasks as so many more channels."""
 
     @stands_in_for(layer)
-    def of_tasks(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not _of_tasks(x):
+    def of_tasks(input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not _of_tasks(input):
             return NotImplemented
-        return _OfTasks.apply(lambda tasks, x, _: layer(x, *args, **kwargs), x, None)
+        return _OfTasks.apply(lambda tasks, x, _: layer(x, *args, **kwargs), input, None)
 
 
 _treats_each_channel_alone(F.avg_pool2d)
@@ -75,11 +77,11 @@ _treats_each_channel_alone(F.adaptive_avg_pool2d)
 
 
 @stands_in_for(F.group_norm)
-def group_norm(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+def group_norm(input: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Normalise groups of channels; PyTorch's own asks for strides that `torch.vmap` hides."""
-    if not _of_tasks(x):
+    if not _of_tasks(input):
         return NotImplemented
-    return F.group_norm(x.contiguous(), *args, **kwargs)
+    return F.group_norm(input.contiguous(), *args, **kwargs)
 
 
 @stands_in_for(Tensor.view)
@@ -92,7 +94,7 @@ def view(t: Tensor, *shape: Any, **kwargs: Any) -> Any:
 
 @stands_in_for(F.batch_norm)
 def batch_norm(
-    y: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
+    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
     weight: Tensor | None = None, bias: Tensor | None = None, training: bool = False,
     momentum: float = 0.1, eps: float = 1e-5,
 ) -> Any:  # fmt: skip
@@ -103,16 +105,16 @@ def batch_norm(
         or weight is None
         or bias is None
         or (running_mean is None or running_var is None)
-        or not _of_tasks(y, weight, bias)
+        or not _of_tasks(input, weight, bias)
     ):
         return NotImplemented
     given = by.given(running_mean, running_var)
-    z, *found = _Normalise.apply(y, weight, bias, *(given or (None, None)), by.examples, eps)
+    z, *found = _Normalise.apply(input, weight, bias, *(given or (None, None)), by.examples, eps)
     if by.update is not None:
         if given is not None:
-            var, mean = torch.var_mean(y.detach(), (0, 2, 3), correction=0)
+            var, mean = torch.var_mean(input.detach(), (0, 2, 3), correction=0)
             found = [mean, var]
-        count = y.numel() // y.shape[1]
+        count = input.numel() // input.shape[1]
         by.update(running_mean, running_var, Moments(*found), count, momentum)
     return z
 
