@@ -163,8 +163,8 @@ def test_their_arguments_have_pytorchs_names():
         y = F.group_norm(input=y, num_groups=2, eps=1e-3)
         one, none = w[0, :, 0, 0].exp(), w[0, :, 1, 0] * 0
         y = F.batch_norm(
-            input=y, running_mean=none.clone(), running_var=one.clone(), weight=one, bias=none, training=True,
-            momentum=0.1, eps=1e-3,
+            input=y, running_mean=none.clone(), running_var=one.clone(), weight=one, bias=none,
+            training=True, momentum=0.1, eps=1e-3,
         )  # fmt: skip
         return F.adaptive_avg_pool2d(input=y, output_size=1)
 
