@@ -26,14 +26,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C import _functorch
-from torch.autograd import Function
 
 from fewstep.core.norm import Moments
 from fewstep.core.once import once
 from fewstep.models.block_functions import Affine, Convolve, ConvolveAndPool, NormaliseAndPool
 from fewstep.models.form import Form, channels_last
 from fewstep.models.kernels import moments as compiled_moments
-from fewstep.models.of_tasks import joined
+from fewstep.models.of_tasks import Entrance, joined
 from fewstep.models.plain import moments
 
 _LARGEST_PATCH = 27  # 3 channels; a covariance of more costs as much as the convolution
@@ -159,16 +158,8 @@ def _by_patches(
     return Block(z, Moments(*(t.detach() for t in found)))
 
 
-class _Tasks(Function):
+class _Tasks(Entrance):
     """The entrance from `torch.vmap`: moves tasks into the channels."""
-
-    @staticmethod
-    def forward(*_: Any) -> None:
-        raise AssertionError("only torch.vmap calls this")
-
-    @staticmethod
-    def setup_context(*_: Any) -> None:
-        raise AssertionError("only torch.vmap calls this")
 
     @staticmethod
     def vmap(

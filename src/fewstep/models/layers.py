@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _functorch
-from torch.autograd import Function
 from torch.nn import functional as F
 
 from fewstep.core.layers import stands_in_for
@@ -22,7 +21,7 @@ from fewstep.core.norm import Moments, NormaliseBy
 from fewstep.models.convolution import Space
 from fewstep.models.form import channels_last
 from fewstep.models.layer_functions import BatchNorm, Convolve, MaxPool, Pair
-from fewstep.models.of_tasks import joined, one_vmap_at_most
+from fewstep.models.of_tasks import Entrance, joined, one_vmap_at_most
 
 
 @stands_in_for(torch.conv2d)
@@ -137,16 +136,8 @@ def _pair(value: int | Pair) -> Pair:
     return value[0], value[-1]
 
 
-class _OfTasks(Function):
+class _OfTasks(Entrance):
     """The entrance from `torch.vmap` of a layer with a weight or none."""
-
-    @staticmethod
-    def forward(*_: Any) -> None:
-        raise AssertionError("only torch.vmap calls this")
-
-    @staticmethod
-    def setup_context(*_: Any) -> None:
-        raise AssertionError("only torch.vmap calls this")
 
     @staticmethod
     def vmap(
@@ -159,16 +150,8 @@ class _OfTasks(Function):
         return _apart(channels_last(y), tasks), 1
 
 
-class _Normalise(Function):
+class _Normalise(Entrance):
     """The entrance from `torch.vmap` of batch norm."""
-
-    @staticmethod
-    def forward(*_: Any) -> None:
-        raise AssertionError("only torch.vmap calls this")
-
-    @staticmethod
-    def setup_context(*_: Any) -> None:
-        raise AssertionError("only torch.vmap calls this")
 
     @staticmethod
     def vmap(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch._C import _functorch
+from torch.autograd import Function
 
 
 def one_vmap_at_most() -> bool:
@@ -22,3 +23,17 @@ def joined(t: Any, now: int | None, at: int, tasks: int) -> Any:
     else:
         t = t.movedim(now, at)
     return t.flatten(at, at + 1)
+
+
+class Entrance(Function):
+    """A function that only `torch.vmap` calls: subclasses say by `vmap` what of all tasks."""
+
+    @staticmethod
+    def forward(*_: Any) -> None:
+        """Only to be there."""
+        raise AssertionError("only torch.vmap calls this")
+
+    @staticmethod
+    def setup_context(*_: Any) -> None:
+        """Only to be there."""
+        raise AssertionError("only torch.vmap calls this")

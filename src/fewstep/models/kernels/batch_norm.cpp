@@ -1,7 +1,7 @@
 // Batch norm of y (examples, pixels, channels) and both its derivatives; the equations are those of
 // BatchNorm in `layer_functions`. Every thread takes channels of its own.
 
-#include "common.h"
+#include "norm.h"
 
 namespace {
 
@@ -65,7 +65,7 @@ template <class T>
 void backward(T *gy, T *ggamma, T *gbeta, const T *g, const T *y, const T *gamma, const T *mean,
               const T *r, const Images &s, int threads) {
   each_block<T>(s.channels, threads, [&](int64_t first, int64_t last) {
-    Vec<T> mu[kMost], by_beta[kMost] = {}, by_gamma[kMost] = {}, a[kMost], of_d[kMost], by[kMost];
+    Vec<T> mu[kMost], by_beta[kMost] = {}, by_gamma[kMost] = {};
     for (int64_t c = first, j = 0; c < last; c += Wide<T>::lanes, j++) mu[j] = load(mean + c);
     each_run<T>(s, s.n, first, last, [&](int64_t at, int64_t pixels, bool, int64_t j) {
       Vec<T> sum = {}, with_d = {};
@@ -76,27 +76,17 @@ void backward(T *gy, T *ggamma, T *gbeta, const T *g, const T *y, const T *gamma
       by_beta[j] += sum;
       by_gamma[j] += with_d;
     });
-    for (int64_t c = first, j = 0; c < last; c += Wide<T>::lanes, j++) {
-      const Vec<T> root = load(r + c);
-      a[j] = load(gamma + c) * root;
-      by_gamma[j] *= root;
-      store(gbeta + c, by_beta[j]);
-      store(ggamma + c, by_gamma[j]);
-      of_d[j] = a[j] * root * by_gamma[j] / T(-s.count());
-      by[j] = a[j] * by_beta[j] / T(-s.count());
-    }
+    Terms<T> terms[kMost];
+    for (int64_t c = first, j = 0; c < last; c += Wide<T>::lanes, j++)
+      terms[j] = terms_of(by_beta[j], by_gamma[j], c, ggamma, gbeta, gamma, r, s.count());
     each_run<T>(s, s.n, first, last, [&](int64_t at, int64_t pixels, bool counts, int64_t j) {
-      const Vec<T> none = {}, of = counts ? of_d[j] : none, shift = counts ? by[j] : none;
+      const Terms<T> t = terms[j];
+      const Vec<T> none = {}, of = counts ? t.of_d : none, shift = counts ? t.shift : none;
       for (int64_t i = at; i < at + pixels * s.channels; i += s.channels)
-        store(gy + i, load(g + i) * a[j] + (load(y + i) - mu[j]) * of + shift);
+        store(gy + i, load(g + i) * t.a + (load(y + i) - mu[j]) * of + shift);
     });
   });
 }
-
-// What `second` multiplies by, for a vector of channels.
-template <class T> struct Factors {
-  Vec<T> mu, a, to_d, to_beta, of_d, shift, of_h;
-};
 
 template <class T>
 void second(T *to_g, T *to_y, T *to_gamma, const T *h, const T *hgamma, const T *hbeta,
@@ -117,22 +107,14 @@ void second(T *to_g, T *to_y, T *to_gamma, const T *h, const T *hgamma, const T 
       for (int k = counts ? 0 : 2; k < 3; k++) sums[j][k] += sum[k];
     });
     Factors<T> factors[kMost];
-    for (int64_t c = first, j = 0; c < last; c += Wide<T>::lanes, j++) {
-      const Vec<T> root = load(r + c), a = load(gamma + c) * root, r_n = root / T(s.count());
-      const Vec<T> by_gamma = load(ggamma + c), by_beta = load(gbeta + c);
-      const Vec<T> h0 = sums[j][0] / T(s.count()), h1 = sums[j][1] * r_n;
-      const Vec<T> to_a = sums[j][2] - by_beta * h0 - by_gamma * h1;
-      const Vec<T> to_ggamma = load(hgamma + c) - a * h1, from = a * by_gamma;
-      store(to_gamma + c, to_a * root);
-      factors[j] = {mu[j], a, to_ggamma * root, load(hbeta + c) - a * h0,
-                    (to_a * a + to_ggamma * by_gamma - from * h1) * root * r_n,
-                    (to_ggamma * by_beta - from * h0) * r_n, from * r_n};
-    }
+    for (int64_t c = first, j = 0; c < last; c += Wide<T>::lanes, j++)
+      factors[j] = factors_of(sums[j], c, to_gamma, hgamma, hbeta, gamma, r, ggamma, gbeta,
+                              s.count());
     each_run<T>(s, s.n, first, last, [&](int64_t at, int64_t pixels, bool counts, int64_t j) {
       Factors<T> f = factors[j];
       if (!counts) f.of_d = f.shift = f.of_h = Vec<T>{};
       for (int64_t i = at; i < at + pixels * s.channels; i += s.channels) {
-        const Vec<T> d = load(y + i) - f.mu, value = load(h + i);
+        const Vec<T> d = load(y + i) - mu[j], value = load(h + i);
         store(to_g + i, f.to_beta + d * f.to_d + value * f.a);
         store(to_y + i, load(g + i) * f.to_d - d * f.of_d - f.shift - value * f.of_h);
       }

@@ -2,7 +2,7 @@
 // and both derivatives; the equations are those of NormaliseAndPool in `block_functions`. A
 // maximum's place in its square is 0 to 3, row by row. Every thread takes channels of its own.
 
-#include "common.h"
+#include "norm.h"
 
 namespace {
 
@@ -117,7 +117,7 @@ void backward(T *gy, T *ggamma, T *gbeta, const T *gz, const T *d, const T *gamm
               int threads) {
   const int64_t step[4] = {0, s.channels, s.width * s.channels, (s.width + 1) * s.channels};
   each_block<T>(s.channels, threads, [&](int64_t first, int64_t last) {
-    Vec<T> by_beta[kMost] = {}, by_gamma[kMost] = {}, a[kMost], of_d[kMost], shift[kMost];
+    Vec<T> by_beta[kMost] = {}, by_gamma[kMost] = {};
     each_row<T>(s, s.n, first, last, [&](const Row &row, int64_t c, int64_t j) {
       Vec<T> sum = {}, with_p = {};
       for (int64_t i = 0; i < row.squares; i++) {
@@ -129,23 +129,17 @@ void backward(T *gy, T *ggamma, T *gbeta, const T *gz, const T *d, const T *gamm
       by_beta[j] += sum;
       by_gamma[j] += with_p;
     });
-    for (int64_t c = first, j = 0; c < last; c += Wide<T>::lanes, j++) {
-      const Vec<T> root = load(r + c);
-      a[j] = load(gamma + c) * root;
-      by_gamma[j] *= root;
-      store(gbeta + c, by_beta[j]);
-      store(ggamma + c, by_gamma[j]);
-      of_d[j] = a[j] * root * by_gamma[j] / T(-s.count());
-      shift[j] = a[j] * by_beta[j] / T(-s.count());
-    }
+    Terms<T> terms[kMost];
+    for (int64_t c = first, j = 0; c < last; c += Wide<T>::lanes, j++)
+      terms[j] = terms_of(by_beta[j], by_gamma[j], c, ggamma, gbeta, gamma, r, s.count());
     each_row<T>(s, s.n, first, last, [&](const Row &row, int64_t c, int64_t j) {
-      const Vec<T> none = {}, scale = a[j];
-      const Vec<T> of = row.counts ? of_d[j] : none, by = row.counts ? shift[j] : none;
+      const Terms<T> t = terms[j];
+      const Vec<T> none = {}, of = row.counts ? t.of_d : none, by = row.counts ? t.shift : none;
       row.each(
           c,
           [&](int64_t at, int64_t pooled) {
             const auto place = Place<T>::read(where + pooled);
-            const Vec<T> peak = through(load(gz + pooled), load(z + pooled), slope) * scale;
+            const Vec<T> peak = through(load(gz + pooled), load(z + pooled), slope) * t.a;
             for (int k = 0; k < 4; k++) {
               const Vec<T> value = load(d + at + step[k]) * of + by;
               store(gy + at + step[k], place == k ? value + peak : value);
@@ -163,11 +157,6 @@ INLINE Vec<T> picked(const T *corner, const int64_t step[4], typename Place<T>::
   for (int k = 1; k < 4; k++) u = place == k ? load(corner + step[k]) : u;
   return u;
 }
-
-// What `second` multiplies by, for a vector of channels.
-template <class T> struct Factors {
-  Vec<T> a, to_p, to_gbeta, of_d, shift, of_hy;
-};
 
 template <class T>
 void second(T *to_gz, T *to_y, T *to_gamma, const T *hy, const T *hgamma, const T *hbeta,
@@ -196,31 +185,23 @@ void second(T *to_gz, T *to_y, T *to_gamma, const T *hy, const T *hgamma, const 
       for (int i = row.counts ? 0 : 2; i < 3; i++) sums[j][i] += sum[i];
     });
     Factors<T> factors[kMost];
-    for (int64_t c = first, j = 0; c < last; c += Wide<T>::lanes, j++) {
-      const Vec<T> root = load(r + c), a = load(gamma + c) * root, r_n = root / T(s.count());
-      const Vec<T> by_gamma = load(ggamma + c), by_beta = load(gbeta + c);
-      const Vec<T> h0 = sums[j][0] / T(s.count()), h1 = sums[j][1] * r_n;
-      const Vec<T> to_a = sums[j][2] - by_beta * h0 - by_gamma * h1;
-      const Vec<T> to_ggamma = load(hgamma + c) - a * h1, from = a * by_gamma;
-      store(to_gamma + c, to_a * root);
-      factors[j] = {a, to_ggamma * root, load(hbeta + c) - a * h0,
-                    (to_a * a + to_ggamma * by_gamma - from * h1) * root * r_n,
-                    (to_ggamma * by_beta - from * h0) * r_n, from * r_n};
-    }
+    for (int64_t c = first, j = 0; c < last; c += Wide<T>::lanes, j++)
+      factors[j] = factors_of(sums[j], c, to_gamma, hgamma, hbeta, gamma, r, ggamma, gbeta,
+                              s.count());
     each_row<T>(s, s.n, first, last, [&](const Row &row, int64_t c, int64_t j) {
       Factors<T> f = factors[j];
-      if (!row.counts) f.of_d = f.shift = f.of_hy = Vec<T>{};
+      if (!row.counts) f.of_d = f.shift = f.of_h = Vec<T>{};
       const auto flat = [&](int64_t at) {
-        return -load(d + at) * f.of_d - f.shift - load(hy + at) * f.of_hy;
+        return -load(d + at) * f.of_d - f.shift - load(hy + at) * f.of_h;
       };
       row.each(
           c,
           [&](int64_t at, int64_t i) {
             const auto place = Place<T>::read(where + i);
             const Vec<T> value =
-                f.to_gbeta + load(p + i) * f.to_p + picked(hy + at, step, place) * f.a;
+                f.to_beta + load(p + i) * f.to_d + picked(hy + at, step, place) * f.a;
             store(to_gz + i, through(value, load(z + i), slope));
-            const Vec<T> peak = through(load(gz + i), load(z + i), slope) * f.to_p;
+            const Vec<T> peak = through(load(gz + i), load(z + i), slope) * f.to_d;
             for (int k = 0; k < 4; k++) {
               const Vec<T> rest = flat(at + step[k]);
               store(to_y + at + step[k], place == k ? rest + peak : rest);
