@@ -153,6 +153,13 @@ def test_outside_of_tasks_they_are_pytorchs_own():
             x.mT.view(-1)
 
 
+def test_one_value_has_no_variance():
+    module = nn.Sequential(nn.Conv2d(1, 16, 1), nn.BatchNorm2d(16), nn.Flatten())
+    one = fewstep.TaskBatch(*[torch.ones(2, 1, 1, 1, 1), torch.zeros(2, 1).long()] * 2)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        fewstep.MetaLearner(module, fewstep.maml(1), F.cross_entropy).meta_gradient(one)
+
+
 def test_their_arguments_have_pytorchs_names():
     x, w = torch.randn(3, 2, 4, 6, 6), torch.randn(3, 4, 4, 3, 3)
 

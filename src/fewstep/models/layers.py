@@ -105,6 +105,7 @@ def batch_norm(
         or bias is None
         or (running_mean is None or running_var is None)
         or not _of_tasks(input, weight, bias)
+        or (count := input.numel() // input.shape[1]) == 1  # which PyTorch refuses
     ):
         return NotImplemented
     given = by.given(running_mean, running_var)
@@ -113,7 +114,6 @@ def batch_norm(
         if given is not None:
             var, mean = torch.var_mean(input.detach(), (0, 2, 3), correction=0)
             found = [mean, var]
-        count = input.numel() // input.shape[1]
         by.update(running_mean, running_var, Moments(*found), count, momentum)
     return z
 
