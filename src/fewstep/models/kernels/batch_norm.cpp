@@ -47,12 +47,8 @@ void forward(const T *y, const T *gamma, const T *beta, T *z, T *mean, T *var, T
     for (int64_t c = first, j = 0; c < last; c += Wide<T>::lanes, j++) {
       mu[j] = s.of ? mu[j] : load(mean + c);
       v[j] = s.of ? v[j] / T(s.count()) : load(var + c);
-      Vec<T> root;
-      for (int l = 0; l < Wide<T>::lanes; l++) root[l] = T(1) / std::sqrt(v[j][l] + eps);
-      store(mean + c, mu[j]);
-      store(var + c, v[j]);
-      store(r + c, root);
-      a[j] = load(gamma + c) * root, shift[j] = load(beta + c);
+      a[j] = load(gamma + c) * settle(mu[j], v[j], c, mean, var, r, eps);
+      shift[j] = load(beta + c);
     }
     each_run<T>(s, s.n, first, last, [&](int64_t at, int64_t pixels, bool, int64_t j) {
       for (int64_t i = at; i < at + pixels * s.channels; i += s.channels)

@@ -1,10 +1,22 @@
-// What the derivatives of batch norm, with a pool and without, have in common.
+// What batch norm and its derivatives, with a pool and without, have in common.
 
 #pragma once
 
 #include "common.h"
 
 namespace {
+
+// Stores the moments of the vector of channels that begins with c, and returns what it stores as r:
+// 1 / sqrt(var + eps).
+template <class T>
+INLINE Vec<T> settle(Vec<T> mu, Vec<T> v, int64_t c, T *mean, T *var, T *r, T eps) {
+  Vec<T> root;
+  for (int l = 0; l < Wide<T>::lanes; l++) root[l] = T(1) / std::sqrt(v[l] + eps);
+  store(mean + c, mu);
+  store(var + c, v);
+  store(r + c, root);
+  return root;
+}
 
 // What the first derivative multiplies by, for a vector of channels.
 template <class T> struct Terms {

@@ -96,12 +96,8 @@ void forward(T *y, const T *gamma, const T *beta, T *z, T *mean, T *var, T *r, T
     });
     for (int64_t c = first, j = 0; c < last; c += Wide<T>::lanes, j++) {
       v[j] = s.of ? v[j] / T(s.count()) : load(var + c);
-      Vec<T> root;
-      for (int l = 0; l < Wide<T>::lanes; l++) root[l] = T(1) / std::sqrt(v[j][l] + eps);
-      store(mean + c, mu[j]);
-      store(var + c, v[j]);
-      store(r + c, root);
-      a[j] = load(gamma + c) * root, shift[j] = load(beta + c);
+      a[j] = load(gamma + c) * settle(mu[j], v[j], c, mean, var, r, eps);
+      shift[j] = load(beta + c);
     }
     for (int64_t i = 0; i < s.n * s.down() * s.across(); i++)
       for (int64_t c = first, j = 0; c < last; c += Wide<T>::lanes, j++) {
