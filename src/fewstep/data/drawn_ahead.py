@@ -20,15 +20,22 @@ class DrawnAhead:
 
     def __init__(self, episodes: Episodes) -> None:
         self._episodes = episodes
-        self._start = 0
-        self._drawn: TaskBatch | None = None
+        self._size: float | None = None
+        self._drawn: dict[tuple[int, int], TaskBatch] = {}
 
     def batch(self, start: int, count: int) -> TaskBatch:
         """Return episodes start, ..., start + count - 1."""
-        if self._drawn is None:
-            self._start, self._drawn = start, self._episodes.batch(start, count)
-        if not self._start <= start <= start + count <= self._start + len(self._drawn):
-            size = sum(t.nbytes for t in self._drawn.tensors()) / len(self._drawn)
-            ahead = max(count, min(_BATCHES * count, int(_BYTES / size)))
-            self._start, self._drawn = start, self._episodes.batch(start, ahead)
-        return self._drawn.batch(start - self._start, count)
+        found = self._drawn.get((start, count))
+        if found is None:
+            drawn = self._episodes.batch(start, self._batches(count) * count)
+            self._size = sum(t.nbytes for t in drawn.tensors()) / len(drawn)
+            batches = enumerate(drawn.split(count))
+            self._drawn = {(start + i * count, count): batch for i, batch in batches}
+            found = self._drawn[start, count]
+        return found
+
+    def _batches(self, count: int) -> int:
+        """Return how many to draw at once: one before the size of an episode is known."""
+        if self._size is None:
+            return 1
+        return max(1, min(_BATCHES, int(_BYTES / (self._size * count))))
