@@ -34,7 +34,7 @@ class MetaLearner:
 
     phi are the module's own parameters, updated in place, and what the algorithm adds: learned
     rates ("inner_lr.*") and, in place of the module's own, parameters with a row for each step.
-    Every loss is a mean over examples, tasks count alike, and the meta-loss is a mean over tasks.
+    Tasks count alike: the meta-loss is their mean, or their sum where the algorithm says so.
 
     Args:
         module: Any `nn.Module`; its frozen parameters stay as they are.
@@ -250,7 +250,7 @@ class MetaLearner:
         Returns:
             (tasks, steps + 1, examples, ...).
 
-        Arguments and errors as in `evaluate`.
+        Arguments and errors as in `evaluate`, but that one task will do.
         """
         use = self._norm_statistics(statistics).use
         found = self._test(episodes, self.ranks.span(num_tasks), num_steps, use, outputs_of)

@@ -29,7 +29,7 @@ class Metrics:
 
     @property
     def loss(self) -> Tensor:
-        """The meta-loss, a scalar."""
+        """The mean over the tasks of their terms of the meta-loss, a scalar."""
         return self.task_loss.mean()
 
     @property

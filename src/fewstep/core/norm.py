@@ -29,7 +29,8 @@ class NormStatistics:
         use: Where mean and var come from. "batch": the examples at hand, so that the query
             examples of a task see each other (transductive; what published MAML numbers used).
             "support": the support set, under the same parameters, for support and query alike.
-            "running": running statistics from earlier iterations.
+            "running": running statistics, as they stand before the call at hand; training moves
+            them with each call.
         per_step: Keep running statistics for each point of the trajectory: row k, of
             num_steps + 1, belongs to theta[k].
 
@@ -38,7 +39,7 @@ class NormStatistics:
 
     Deviation: the authors' code collects a row for each step and never uses it; its row k mixes
         the support set under theta[k] with the query set under theta[k+1]. Here "running" uses
-        them, as the paper says, as they stand before the batch at hand.
+        them, as the paper says.
 
     Reference: Antoniou, Edwards and Storkey, How to train your MAML, ICLR 2019, arXiv:1810.09502;
         "support": Bronskill et al., TaskNorm, ICML 2020, arXiv:2003.03284 (MetaBN).

@@ -141,8 +141,8 @@ class LayerStepRates:
     Raises:
         InputError: `inner_lr` is not finite.
 
-    Deviation: the authors' code allocates a last row that no step uses, and in later versions
-        ignores the initial value that its settings ask for; here neither.
+    Deviation: the authors' code allocates a last row that no step uses, and most of its versions
+        start at 0.1 whatever their settings ask for; here neither.
 
     Reference: Antoniou, Edwards and Storkey, How to train your MAML, ICLR 2019, arXiv:1810.09502.
     """

@@ -51,8 +51,8 @@ class Omniglot:
     Raises:
         InputError: the files are missing or damaged, or are not Omniglot.
 
-    Deviation: the classes of the splits "finn" and "maml++" are numbers from the papers, but drawn
-        by us, once for all runs; their code shuffles the order in which it happens to list files.
+    Deviation: the classes of the splits "finn" and "maml++" are as many as in the papers' code, but
+        drawn by us, once for all runs; it shuffles the order in which it happens to list files.
 
     Reference: Lake, Salakhutdinov and Tenenbaum, Science 2015; split "vinyals": Vinyals et al.,
         Matching networks, NeurIPS 2016, in the lists published with Prototypical networks.

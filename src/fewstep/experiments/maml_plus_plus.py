@@ -66,10 +66,10 @@ TESTS = (
 class MamlPlusPlusAblation:
     """The ablation table and the validation curves of MAML++.
 
-    The default is the authors' schedule: 100 epochs of 500 iterations of 8 tasks, or 2 for
+    The default is the authors' length: 100 epochs of 500 iterations of 8 tasks, or 2 for
     mini-ImageNet. Fewer iterations shorten the epochs, so that every schedule keeps its shape.
     The inner rate starts at 0.1, or 0.01 for mini-ImageNet, as in the authors' settings, which
-    their later code ignores.
+    their code ignores. MAML++ has all six parts; those settings leave out DA, and CA on mini-ImageNet.
     """
 
     dataset: Literal["omniglot", "mini-imagenet", "glyphs"] = "omniglot"
