@@ -43,3 +43,4 @@ def test_every_public_name_is_documented_and_exported():
     for name in fewstep.__all__:
         thing = getattr(fewstep, name)
         assert thing.__doc__, name
+        assert not thing.__doc__.startswith(f"{name}("), f"{name} has a dataclass's own docstring"

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -84,10 +85,14 @@ def test_an_outcome(setting, tmp_path):
         assert last[name] != outcome[name]
         assert last[f"{name}_hypergradient"] != 0
     assert outcome["test"]["num_tasks"] == config.test_tasks
-    above = max(outcome["losses"]) + 1
+    losses = outcome["losses"]
+    windows = {i: statistics.mean(losses[i - 3 : i]) for i in range(3, 13)}
+    least = min(windows, key=windows.__getitem__)
+    above = windows[least] * (1 + 1e-6)
+    assert next(i for i in range(3, 13) if losses[i - 1] < above) != least  # the last loss alone
     reached = train(tmp_path / "b.json", config, threshold=above, window=3)
-    assert reached["reached"] == 3
-    assert reached["losses"] == outcome["losses"][:3]
+    assert reached["reached"] == least
+    assert reached["losses"] == losses[:least]
     bursting = replace(config, algorithm=replace(config.algorithm, outer_lr=1e30))
     broken = train(tmp_path / "c.json", bursting)
     assert broken["broken"] is not None
@@ -103,6 +108,12 @@ def test_the_courses(setting, tmp_path):
     curves = json.loads((convergence.out / "summary.json").read_text())["curves"]
     assert "tuned: MAML" in curves
     assert len(curves) == 2 + 3 + 3
+    for alpha, beta, name in ((*convergence.tuned, "tuned"), (*convergence.untuned, "untuned")):
+        path = convergence.out / "curves" / f"{alpha:g}-{beta:g}-None-None.json"
+        course = json.loads(path.read_text())
+        found = next(c for k, c in curves.items() if k.startswith(name) and k.endswith(": MAML"))
+        assert found["training_loss"] == pytest.approx(statistics.mean(course["losses"]))
+        assert found["validation_loss"] == course["validation"][-1][1]
     with Image.open(convergence.out / "convergence.png") as picture:
         assert picture.size > (400, 400)
 
@@ -132,12 +143,18 @@ def test_the_comparison(setting, tmp_path):
     assert outcome("random-search")["inner_lr"] == better["inner_lr"]
     assert len(outcome("random-search")["losses"]) == 4
     assert "| Alpha MAML, guarded |" in (comparison.out / "table.md").read_text()
+    # Every method is another one; those with a whole course differ in it.
+    names = ("maml", "meta-sgd", "lslr", "alpha-maml", "alpha-maml-guarded", "alpha-maml-sign")
+    courses = [tuple(outcome(name)["losses"]) for name in names]
+    assert len(set(courses)) == len(names)
+    assert len({course[0] for course in courses}) == 1
 
 
 def test_draws_and_intervals():
     assert draw((0.001, 10), 3, 1) == draw((0.001, 10), 3, 1) != draw((0.001, 10), 3, 2)
     assert interval([0.5, 0.7]) == "60.0 ± 127.1"
     assert interval([0.5] * 30) == "50.0 ± 0.0"
+    assert interval([0.0, 1.0] * 15) == "50.0 ± 18.9"
 
 
 @pytest.mark.parametrize("text", ["0.1", "a,b", "1,2,3"])

@@ -129,7 +129,7 @@ def test_the_parts_of_the_rows(ablation):
     ("dataset", "tasks", "filters", "queries", "multi_step_epochs", "clip_value", "inner_lr"),
     [("omniglot", 8, 64, 1, 10, None, 0.1), ("mini-imagenet", 2, 48, 15, 15, 10.0, 0.01)],
 )
-def test_the_schedule_is_the_authors(
+def test_the_length_is_the_authors(
     dataset, tasks, filters, queries, multi_step_epochs, clip_value, inner_lr
 ):
     config = MamlPlusPlusAblation(dataset=dataset)._config("MAML++", 0)
@@ -139,6 +139,8 @@ def test_the_schedule_is_the_authors(
     assert config.algorithm.multi_step_epochs == multi_step_epochs
     assert config.algorithm.clip_value == clip_value
     assert config.algorithm.inner_lr == inner_lr
+    assert config.algorithm.first_order_epochs == 50  # DA and CA are parts of MAML++; see the page
+    assert (config.algorithm.outer_schedule, config.algorithm.final_outer_lr) == ("cosine", 1e-5)
     own = MamlPlusPlusAblation(dataset=dataset, tasks=3, filters=16)._config("MAML", 0)
     assert (own.tasks, own.model.filters) == (3, 16)
     assert own.algorithm.multi_step_epochs == 0

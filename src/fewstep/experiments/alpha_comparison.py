@@ -42,8 +42,8 @@ class AlphaComparison:
     """Test accuracy of several remedies for unknown learning rates, at one budget of iterations.
 
     Each seed draws an initial alpha and beta, log-uniformly within bounds, that all methods start
-    from; random search spends half of the budget on trials, of that start and of other draws, and half on
-    training with the best.
+    from; random search spends half of the budget on trials, of that start and of other draws, and
+    half on training with the best.
     """
 
     setting: Setting = field(default_factory=Setting)

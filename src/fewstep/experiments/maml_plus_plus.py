@@ -69,7 +69,8 @@ class MamlPlusPlusAblation:
     The default is the authors' length: 100 epochs of 500 iterations of 8 tasks, or 2 for
     mini-ImageNet. Fewer iterations shorten the epochs, so that every schedule keeps its shape.
     The inner rate starts at 0.1, or 0.01 for mini-ImageNet, as in the authors' settings, which
-    their code ignores. MAML++ has all six parts; those settings leave out DA, and CA on mini-ImageNet.
+    their code ignores. MAML++ has all six parts; those settings leave out DA, and on
+    mini-ImageNet CA.
     """
 
     dataset: Literal["omniglot", "mini-imagenet", "glyphs"] = "omniglot"
