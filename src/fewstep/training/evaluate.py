@@ -71,6 +71,8 @@ def evaluate_run(
             )
     if run is None:
         return scores
+    # Nothing where a run was copied without its metrics.
+    trained_for = sum(m.get("seconds", 0) for m in run.metrics())
     summary: dict[str, Any] = {
         "split": split,
         "checkpoint": checkpoint,
@@ -79,7 +81,7 @@ def evaluate_run(
         "episodes": to_dict(experiment.config.episodes),
         **scores.as_dict(),
         "evaluation_seconds": round(time.perf_counter() - started, 2),
-        "training_seconds": round(sum(m.get("seconds", 0) for m in run.metrics()), 1),
+        "training_seconds": round(trained_for, 1) if trained_for else None,
         "environment": environment(command_line(), experiment.device),
     }
     write_json(evaluation_file(run, split, checkpoint, num_steps, changes), summary)
