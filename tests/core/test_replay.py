@@ -327,3 +327,74 @@ def test_on_a_gpu_a_recording_is_a_graph_and_trains_alike():
             assert all(isinstance(each.run, _CudaGraph) for each in found)
     for name, expected in states[1].items():
         torch.testing.assert_close(states[0][name], expected, rtol=1e-9, atol=1e-12)
+
+
+def mse_into_a_new_tensor(outputs: Tensor, y: Tensor) -> Tensor:
+    total = torch.tensor(0.0)
+    total += F.mse_loss(outputs, y)
+    return total
+
+
+def mse_by_halved_weights(outputs: Tensor, y: Tensor) -> Tensor:
+    weights = torch.tensor([1.0, 3.0])
+    weights /= 2
+    return ((outputs - y).square() * weights).mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "vectorize"),
+    [(mse_into_a_new_tensor, False), (mse_by_halved_weights, False), (mse_by_halved_weights, True)],
+)
+def test_tensors_made_of_numbers_are_new_each_time(loss, vectorize):
+    module, x, y = nn.Linear(3, 2), torch.randn(2, 3, 4, 3), torch.randn(2, 3, 4, 2)
+    batch = fewstep.TaskBatch(x[0], y[0], x[1], y[1])
+    found = []
+    for replay in (False, True):
+        learner = MetaLearner(
+            module, fewstep.maml(2, 0.1), loss, replay=replay, vectorize=vectorize
+        )
+        for _ in range(3):
+            gradients, metrics = learner.meta_gradient(batch)
+            found.append([*gradients.values(), metrics.loss])
+    for each in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(each, found[0], strict=True))
+
+
+def masked(outputs: Tensor, y: Tensor) -> Tensor:
+    return (outputs - y).square()[y > 0].mean()
+
+
+def selected(outputs: Tensor, y: Tensor) -> Tensor:
+    return (outputs - y).square().masked_select(y > 0).mean()
+
+
+def by_numpy(outputs: Tensor, y: Tensor) -> Tensor:
+    return (outputs.mean() - float(y.numpy().mean())).square()
+
+
+def by_list(outputs: Tensor, y: Tensor) -> Tensor:
+    return (outputs.mean() - sum(map(sum, y.tolist()))).square()
+
+
+@pytest.mark.parametrize("loss", [masked, selected, by_numpy, by_list])
+def test_what_depends_on_values_is_refused(loss):
+    module, x, y = nn.Linear(3, 2), torch.randn(2, 3, 4, 3), torch.randn(2, 3, 4, 2)
+    batch = fewstep.TaskBatch(x[0], y[0], x[1], y[1])
+    learner = MetaLearner(module, fewstep.maml(1, 0.1), loss, vectorize=False)
+    learner.step(batch)
+    learner = MetaLearner(module, fewstep.maml(1, 0.1), loss, vectorize=False, replay=True)
+    with pytest.raises(InputError, match="pass replay=False"):
+        learner.step(batch)
+
+
+def test_indexing_by_numbers_is_recorded():
+    def first(outputs: Tensor, y: Tensor) -> Tensor:
+        return (outputs - y).square()[torch.tensor([0, 2])].mean()
+
+    module, x, y = nn.Linear(3, 2), torch.randn(2, 3, 4, 3), torch.randn(2, 3, 4, 2)
+    batch = fewstep.TaskBatch(x[0], y[0], x[1], y[1])
+    losses = [
+        MetaLearner(module, fewstep.maml(1, 0.1), first, replay=replay).meta_gradient(batch)[1].loss
+        for replay in (False, True)
+    ]
+    assert losses[0] == losses[1]

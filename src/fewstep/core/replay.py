@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -19,6 +20,11 @@ _SAME = (
     torch.ops.aten.detach.default,
     torch.ops.aten.alias.default,
 )  # another name, below autograd
+_READS = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
+_DECIDES = (
+    "the module, its loss or its metric decides by a tensor's value, which a recording cannot; "
+    "pass replay=False"
+)
 _LINES = 500  # lines of a compiled function; compiling takes memory with its length
 
 
@@ -38,6 +44,10 @@ class Replay:
     def __init__(self, *, compiled: bool = False) -> None:
         self._compiled = compiled
         self._recordings: dict[Hashable, _Kept] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the recordings behind: a copy makes its own."""
+        return {"_compiled": self._compiled, "_recordings": {}}
 
     def __call__(
         self,
@@ -65,7 +75,7 @@ class Replay:
         if len(self._recordings) == _MOST:
             del self._recordings[next(iter(self._recordings))]
         recorder = _Recorder(tensors, may_draw and not self._compiled)
-        with recorder:
+        with recorder, _NothingRead(recorder):
             outputs = function(*tensors)
         recording = recorder.end(outputs)
         outputs = tree_map(Tensor.detach, outputs)
@@ -219,6 +229,15 @@ class _Recorder(TorchDispatchMode):
                 "segment nor compile; leave out checkpoint_every and compile, or replay=True"
             )
         kwargs = kwargs or {}
+        if torch.Tag.dynamic_output_shape in func.tags and not _takes_numbers(func, args):
+            raise InputError(
+                f"{func} makes a shape of a tensor's values, which a recording cannot; pass "
+                "replay=False"
+            )
+        if func is torch.ops.aten.lift_fresh.default and args[0] not in self._places:
+            # torch.tensor(...) gives a new one each time, which may be changed in place.
+            args = (args[0].clone(),)
+            func = torch.ops.aten.clone.default
         outputs = func(*args, **kwargs)
         if func in _SAME:
             self._places[outputs] = self._place(args[0])
@@ -234,15 +253,16 @@ class _Recorder(TorchDispatchMode):
         self._lines.append(call)
         return outputs
 
+    def has_made(self, t: Tensor) -> bool:
+        """Whether a tensor is an argument or comes of one."""
+        return t in self._places and self._places[t][0] == "v"
+
     def _target(self, output: Any) -> str:
         """Return what to assign an output to: nothing if it was written in place or is None."""
         if output is None or (isinstance(output, Tensor) and output in self._places):
             return ""
         if not isinstance(output, Tensor):
-            raise InputError(
-                "the module, its loss or its metric decides by a tensor's value, which a "
-                "recording cannot; pass replay=False"
-            )
+            raise InputError(_DECIDES)
         return self._new_slot(output)
 
     def _new_slot(self, t: Tensor) -> str:
@@ -293,6 +313,29 @@ class _Recorder(TorchDispatchMode):
         ]
         slots = len(self._last_used)
         return _Recording(self._lines, parts, slots, self._constants, places, form)
+
+
+def _takes_numbers(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether this is indexing by numbers, which has one shape whatever they are."""
+    if func is not torch.ops.aten.index.Tensor:
+        return False
+    return all(i is None or i.dtype not in (torch.bool, torch.uint8) for i in args[1])
+
+
+class _NothingRead(TorchFunctionMode):
+    """Refuses what takes values out of recorded tensors past the dispatcher."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call the function unless it does."""
+        if func in _READS and self._recorder.has_made(args[0]):
+            raise InputError(_DECIDES)
+        return func(*args, **(kwargs or {}))
 
 
 def _define(parameters: str, lines: Iterable[str]) -> Callable[..., Any]:
