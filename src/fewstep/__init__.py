@@ -1,6 +1,7 @@
 """Gradient-based meta-learning: models that learn a new task in a few gradient steps."""
 
-import fewstep.core.recurrent  # its layers stand in for PyTorch's, as do the next
+import fewstep.core.embedding  # its layers stand in for PyTorch's, as do the next two
+import fewstep.core.recurrent
 import fewstep.models.layers  # noqa: F401
 from fewstep.core.adapted import AdaptedParameters
 from fewstep.core.algorithm import Algorithm, alpha_maml, auto, fomaml, maml, maml_plus_plus

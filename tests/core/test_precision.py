@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fewstep import MetaLearner, TaskBatch, maml
+from fewstep import MetaLearner, NormStatistics, TaskBatch, maml
 from fewstep.core.precision import Precision
 from fewstep.core.replay import Replay
 from fewstep.models import Conv4, ConvBlock
@@ -199,3 +200,24 @@ def test_tf32_is_close_but_not_float32() -> None:
     exact, rounded = (gradient(module, batch, p) for p in ("float32", "tf32"))
     error = float((rounded - exact).norm() / exact.norm())
     assert 1e-5 < error < 0.02
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.parametrize("use", ["batch", "support", "running"])
+def test_batch_norms_of_rounded_images(vectorize, affine, dims, use):
+    conv, norm = ((nn.Conv1d, nn.BatchNorm1d), (nn.Conv2d, nn.BatchNorm2d))[dims - 1]
+    torch.manual_seed(0)
+    module = nn.Sequential(conv(2, 8, 3), norm(8, affine=affine), nn.Flatten(), nn.LazyLinear(3))
+    batch = tasks(2, *[6] * dims)
+    module(batch.x_support[0])
+    algorithm = replace(maml(1, 0.01), norm_statistics=NormStatistics(use))
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        learner = MetaLearner(
+            module, algorithm, F.cross_entropy, precision=precision, vectorize=vectorize
+        )
+        found[precision] = learner.meta_gradient(batch)[0]
+    of_conv = [gradients["0.weight"] for gradients in found.values()]
+    assert 0 < (of_conv[0] - of_conv[1]).norm() < 0.05 * of_conv[0].norm()

@@ -68,6 +68,10 @@ LAYERS = {
     "viewed": lambda: Call(lambda x: x.view(len(x), -1)),
     "viewed in two": lambda: Call(lambda x: x.flatten(2).view(len(x), -1)),
     "viewed by a size": lambda: Call(lambda x: x.view(torch.Size((len(x), SIZE, -1)))),
+    "viewed by size=": lambda: Call(lambda x: x.view(size=(len(x), SIZE, -1))),
+    "viewed as another": lambda: Call(
+        lambda x: x.view_as(torch.empty(len(x), SIZE, x[0, :, 0].numel()))
+    ),
     "attention": lambda: Call(lambda x: F.scaled_dot_product_attention(*[x.flatten(2)] * 3)),
 }
 

@@ -18,9 +18,11 @@ from fewstep.core.layers import Layers
 from fewstep.core.norm import NormaliseBy, Statistics, Use, follow
 from fewstep.core.once import once
 from fewstep.core.precision import Precision, forward_pass, fp32_products
+from fewstep.core.process_wide import ProcessWide
 from fewstep.core.tasks import TaskBatch
 
 Tensors = dict[str, Tensor]
+_OF_VMAP = ("vmap", "atching rule", "functorch")  # in messages of PyTorch
 _OneTask = tuple[Tensor, Tensor, Tensor, Tensors]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -99,9 +101,12 @@ class TaskNetwork:
         self.vectorize = vectorize
         self.precision = precision
         has_filters = any(p.ndim == 4 for p in module.parameters())
-        is_recurrent = any(isinstance(m, nn.RNNBase | nn.RNNCellBase) for m in module.modules())
+        stood_in_for = nn.RNNBase | nn.RNNCellBase | nn.Embedding
+        has_them = any(isinstance(m, stood_in_for) for m in module.modules())
         # Nothing stands in elsewhere, and each call of PyTorch would take a microsecond more.
-        self._layers = Layers if has_filters or is_recurrent else nullcontext
+        needed = has_filters or has_them or precision == "bfloat16"
+        self._layers = Layers if needed else nullcontext
+        self._under_two_names = _under_two_names(module)
         self._use: Use = "batch"
         self._is_training = True
 
@@ -123,7 +128,7 @@ class TaskNetwork:
                 return self._call(parameters, buffers, batch.x_query, batch.y_query)
         x = once(_both, batch.x_support, batch.x_query)
         shots = batch.x_support.shape[1]
-        with NormaliseBy(Statistics(examples=shots)):
+        with NormaliseBy(Statistics(examples=shots, of=x.shape[1])):
             return self._call(parameters, buffers, x, batch.y_query, without=shots)
 
     def _normalise(self) -> AbstractContextManager[object]:
@@ -138,7 +143,7 @@ class TaskNetwork:
         """Call the module for every task; leave out the first outputs, `without` of them."""
         one_task = partial(self._one_task, without=without)
         versions = [p._version for p in parameters.values()]
-        with _differentiable_twice(), self._layers(), forward_pass(self.precision, x.device):
+        with _DIFFERENTIABLE_TWICE, self._layers(), forward_pass(self.precision, x.device):
             if self.vectorize:
                 many = torch.vmap(one_task, randomness="different")
                 result = Result(*many(parameters, buffers, x, y))
@@ -155,7 +160,7 @@ class TaskNetwork:
     def score(self, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return loss and metric, each (tasks, steps), of outputs (tasks, steps, examples, ...)."""
         pairs = [
-            [(self.loss(o, targets), self.metric_for(targets)(o, targets)) for o in of_task]
+            [(self.loss(o, targets), self._measure(o, targets)) for o in of_task]
             for of_task, targets in zip(outputs, y, strict=True)
         ]
         stacked = torch.stack([torch.stack([torch.stack(p) for p in row]) for row in pairs])
@@ -191,8 +196,15 @@ class TaskNetwork:
     def _one_task(
         self, parameters: Tensors, buffers: Tensors, x: Tensor, y: Tensor, *, without: int
     ) -> _OneTask:
-        buffers = {name: b.clone() for name, b in buffers.items()}  # modules update them in place
-        outputs = functional_call(self.module, (parameters, buffers), (x,))
+        # Modules change their buffers in place, or assign new ones, which come back in `tensors`.
+        tensors = parameters | {name: b.clone() for name, b in buffers.items()}
+        own = [(m, dict(m._parameters), dict(m._buffers)) for m in self._under_two_names]
+        try:
+            outputs = functional_call(self.module, tensors, (x,))
+        finally:  # which else takes the second name's tensors for the module's own
+            for part, its_parameters, its_buffers in own:
+                part._parameters.update(its_parameters)
+                part._buffers.update(its_buffers)
         if not isinstance(outputs, Tensor):
             raise InputError(
                 f"{type(self.module).__name__} returned a {type(outputs).__name__}; it must return "
@@ -210,17 +222,37 @@ class TaskNetwork:
             )
         return (
             loss,
-            self.metric_for(y)(outputs.detach(), y),
+            self._measure(outputs.detach(), y),
             outputs.detach(),
-            {n: b.detach() for n, b in buffers.items()},
+            {n: tensors[n].detach() for n in buffers},
         )
+
+    def _measure(self, outputs: Tensor, y: Tensor) -> Tensor:
+        found: object = self.metric_for(y)(outputs, y)
+        if not isinstance(found, Tensor) or found.ndim != 0:
+            shape = (
+                f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            )
+            raise InputError(
+                f"the metric returned {shape} for one task; it must return a scalar tensor, for "
+                "instance the mean over the examples"
+            )
+        return found.to(outputs.dtype)
 
     @contextmanager
     def mode(self, *, is_training: bool, use: Use) -> Iterator[None]:
         """Set the module's mode and what batch normalisation normalises by, for a while.
 
         In evaluation dropout is off, and running statistics stay as they are.
+
+        Raises:
+            InputError: `torch.inference_mode` is on, in which the inner loop cannot differentiate.
         """
+        if torch.is_inference_mode_enabled():
+            raise InputError(
+                "adapting takes gradients, which torch.inference_mode() forbids; leave it out, as "
+                "evaluate, predict and adapt keep no graph themselves"
+            )
         before = [(m, m.training) for m in self.module.modules()]
         set_mode(self.module, is_training=is_training)
         self._is_training, self._use = is_training, use
@@ -239,7 +271,7 @@ class TaskNetwork:
             yield
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-            if not self.vectorize or ("vmap" not in reason and "atching rule" not in reason):
+            if not self.vectorize or not any(word in reason for word in _OF_VMAP):
                 raise
             raise InputError(
                 f"{type(self.module).__name__} cannot be vectorised over tasks ({reason}); "
@@ -249,6 +281,15 @@ class TaskNetwork:
 
 def _both(x_support: Tensor, x_query: Tensor) -> Tensor:
     return torch.cat([x_support, x_query], dim=1)
+
+
+def _under_two_names(module: nn.Module) -> list[nn.Module]:
+    """Return the parts that are registered twice."""
+    met: set[nn.Module] = set()
+    again: list[nn.Module] = []
+    for _, part in module.named_modules(remove_duplicate=False):
+        (again.append if part in met else met.add)(part)
+    return again
 
 
 def _check(module: nn.Module) -> None:
@@ -292,3 +333,6 @@ def _differentiable_twice() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+_DIFFERENTIABLE_TWICE = ProcessWide(_differentiable_twice)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -179,14 +180,30 @@ class Statistics:
 
     Args:
         examples: Its moments are those of so many examples, the first; None takes all.
+        of: How many examples there are, to find layers that get other rows (time steps or patches
+            folded into the batch).
         running: It normalises by the running statistics in place of its moments.
         update: Changes running mean and variance, given the moments, of how many elements they
             are, and the momentum; None leaves them as they are.
     """
 
     examples: int | None = None
+    of: int | None = None
     running: bool = False
     update: Update | None = None
+
+    def first(self, rows: int) -> int | None:
+        """Return of how many of these rows the moments are, the first; None: of all.
+
+        Raises:
+            InputError: a row is no example, so that the first could be any.
+        """
+        if self.examples is not None and self.of not in (None, rows):
+            raise InputError(
+                f"statistics='support' cannot tell the support set in the {rows} rows that a batch "
+                f"norm gets for {self.of} examples; choose 'batch' or 'running'"
+            )
+        return self.examples
 
     @property
     def needs_moments(self) -> bool:
@@ -221,24 +238,28 @@ def take_over(
 
 
 OF_BATCH = Statistics(update=follow)
+_innermost: ContextVar[Statistics] = ContextVar("innermost", default=OF_BATCH)
 
 
 class NormaliseBy(TorchFunctionMode):
     """While active, every batch normalisation in training mode goes by other statistics."""
 
-    innermost: ClassVar[Statistics] = OF_BATCH
-
     def __init__(self, statistics: Statistics) -> None:
         super().__init__()
         self._statistics = statistics
 
+    @staticmethod
+    def innermost() -> Statistics:
+        """Return what normalisation goes by here, in this thread."""
+        return _innermost.get()
+
     def __enter__(self) -> NormaliseBy:
-        self._outer, NormaliseBy.innermost = NormaliseBy.innermost, self._statistics
+        self._token = _innermost.set(self._statistics)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        NormaliseBy.innermost = self._outer
+        _innermost.reset(self._token)
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
@@ -262,7 +283,7 @@ class NormaliseBy(TorchFunctionMode):
         if not training:
             return F.batch_norm(y, running_mean, running_var, weight, bias, False, momentum, eps)
         by = self._statistics
-        mean, var = by.given(running_mean, running_var) or _moments(y[: by.examples])
+        mean, var = by.given(running_mean, running_var) or _moments(y[: by.first(len(y))])
         if by.update is not None:
             if running_mean is None or running_var is None:
                 raise InputError(

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from fewstep.core.process_wide import ProcessWide
+
 Precision = Literal["float32", "tf32", "bfloat16"]
 
 
 @contextmanager
-def fp32_products(precision: Precision) -> Iterator[None]:
-    """Choose what a GPU rounds the factors of float32 products to, for a while.
-
-    PyTorch's own choice is TF32 (10 bits) in convolutions and float32 (23 bits) in matrix products.
-    """
+def _fp32_products(precision: Precision) -> Iterator[None]:
     conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     backends = (torch.backends.cuda.matmul, conv)
     before = [backend.fp32_precision for backend in backends]
@@ -30,6 +29,19 @@ def fp32_products(precision: Precision) -> Iterator[None]:
     finally:
         for backend, value in zip(backends, before, strict=True):
             backend.fp32_precision = value
+
+
+_FP32_PRODUCTS: dict[Precision, ProcessWide] = {
+    each: ProcessWide(partial(_fp32_products, each)) for each in get_args(Precision)
+}
+
+
+def fp32_products(precision: Precision) -> ProcessWide:
+    """Choose what a GPU rounds the factors of float32 products to, for a while.
+
+    PyTorch's own choice is TF32 (10 bits) in convolutions and float32 (23 bits) in matrix products.
+    """
+    return _FP32_PRODUCTS[precision]
 
 
 @contextmanager

@@ -86,13 +86,13 @@ class ConvBlock(nn.Module):
         assert norm.running_mean is not None
         assert norm.running_var is not None
         assert norm.num_batches_tracked is not None
-        by = NormaliseBy.innermost
+        by = NormaliseBy.innermost()
         form = Form(
             stride=self.conv.stride[0],
             pool=isinstance(self.pool, nn.MaxPool2d),
             slope=self.slope,
             eps=norm.eps,
-            examples=by.examples,
+            examples=by.first(len(x)),
             needs_moments=by.needs_moments,
         )
         given = by.given(norm.running_mean, norm.running_var)

@@ -86,9 +86,16 @@ def group_norm(input: Tensor, *args: Any, **kwargs: Any) -> Any:
 @stands_in_for(Tensor.view)
 def view(t: Tensor, *shape: Any, **kwargs: Any) -> Any:
     """Return another shape of a tensor that would have been contiguous but for these layers."""
-    if kwargs or isinstance(shape[0], torch.dtype) or not _functorch.is_batchedtensor(t):
+    shape = shape or (kwargs.get("size"),)
+    if "dtype" in kwargs or isinstance(shape[0], torch.dtype) or not _functorch.is_batchedtensor(t):
         return NotImplemented
     return t.reshape(*shape)
+
+
+@stands_in_for(Tensor.view_as)
+def view_as(t: Tensor, other: Tensor) -> Any:
+    """Return the shape of another tensor, likewise."""
+    return view(t, other.shape)
 
 
 @stands_in_for(F.batch_norm)
@@ -98,7 +105,13 @@ def batch_norm(
     momentum: float = 0.1, eps: float = 1e-5,
 ) -> Any:  # fmt: skip
     """Normalise a task's images by what `NormaliseBy` says."""
-    by = NormaliseBy.innermost
+    like = running_mean if weight is None else weight
+    if like is not None and input.dtype != like.dtype:  # rounded; PyTorch's own has no rule
+        exact = F.batch_norm(
+            input.to(like.dtype), running_mean, running_var, weight, bias, training, momentum, eps
+        )
+        return exact.to(input.dtype)
+    by = NormaliseBy.innermost()
     if (
         not training
         or weight is None
@@ -109,7 +122,9 @@ def batch_norm(
     ):
         return NotImplemented
     given = by.given(running_mean, running_var)
-    z, *found = _Normalise.apply(input, weight, bias, *(given or (None, None)), by.examples, eps)
+    z, *found = _Normalise.apply(
+        input, weight, bias, *(given or (None, None)), by.first(len(input)), eps
+    )
     if by.update is not None:
         if given is not None:
             var, mean = torch.var_mean(input.detach(), (0, 2, 3), correction=0)

@@ -1,0 +1,74 @@
+"""Learners in several threads go by their own statistics and leave the process as it was."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from threading import Barrier
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fewstep import MetaLearner, NormStatistics, TaskBatch, maml
+from fewstep.core.norm import OF_BATCH, NormaliseBy, Statistics
+from fewstep.core.process_wide import ProcessWide
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def flags() -> tuple[bool, ...]:
+    return (
+        torch.backends.mha.get_fastpath_enabled(),
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.mem_efficient_sdp_enabled(),
+    )
+
+
+def test_two_learners_in_two_threads():
+    x, y = torch.randn(2, 3, 4, 3), torch.randn(2, 3, 4, 2)
+    batch, before = TaskBatch(x[0], y[0], x[1], y[1]), flags()
+    learners = []
+    for use in ("support", "running"):
+        module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+        algorithm = replace(maml(2, 0.1), norm_statistics=NormStatistics(use))
+        learners.append(MetaLearner(module, algorithm, F.mse_loss))
+    expected = [learner.predict(batch, 3) for learner in learners]
+    together = Barrier(2)
+
+    def predict(learner: MetaLearner) -> list[torch.Tensor]:
+        together.wait()
+        return [learner.predict(batch, 3) for _ in range(10)]
+
+    with ThreadPoolExecutor(2) as pool:
+        for found, wanted in zip(pool.map(predict, learners), expected, strict=True):
+            assert all(torch.equal(each, wanted) for each in found)
+    assert NormaliseBy.innermost() is OF_BATCH
+    assert flags() == before
+
+
+def test_statistics_are_a_thread_s_own():
+    with NormaliseBy(Statistics(running=True)), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(NormaliseBy.innermost).result() is OF_BATCH
+
+
+def test_a_setting_of_the_process_is_left_by_the_last():
+    course = []
+
+    class Setting:
+        def __enter__(self) -> None:
+            course.append("set")
+
+        def __exit__(self, *error: object) -> None:
+            course.append("unset")
+
+    setting = ProcessWide(Setting)
+    with ThreadPoolExecutor(1) as pool:
+        setting.__enter__()
+        pool.submit(setting.__enter__).result()
+        setting.__exit__()
+        assert course == ["set"]
+        pool.submit(setting.__exit__).result()
+    assert course == ["set", "unset"]
+    with setting:
+        assert course == ["set", "unset", "set"]
+    assert course[3:] == ["unset"]
