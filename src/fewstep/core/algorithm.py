@@ -114,6 +114,11 @@ class Algorithm:
             raise InputError(f"num_steps={num_steps} must be 0 or more inner steps")
         parts = (self.inner_rate, self.norm_affine, self.norm_statistics)
         per_step = [type(part).__name__ for part in parts if part.per_step]
+        if num_steps > self.num_steps == 0 and self.inner_rate.per_step:
+            raise InputError(
+                f"num_steps={num_steps} needs the rate of a step, and {per_step[0]} learned none; "
+                "take 0, or train with a step or more"
+            )
         if num_steps > self.num_steps and per_step and self.extra_steps == "refuse":
             raise InputError(
                 f"num_steps={num_steps} is more than the {self.num_steps} that "

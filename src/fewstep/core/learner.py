@@ -9,6 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
 from fewstep.core.algorithm import Algorithm
 from fewstep.core.errors import InputError
@@ -101,10 +103,14 @@ class MetaLearner:
         self._network = TaskNetwork(module, loss, metric, vectorize=vectorize, precision=precision)
         self._meta = MetaParameters(module, algorithm)
         self.parameters = self._meta.parameters
-        self.buffers = self._meta.buffers
         self.optimiser = algorithm.outer(list(self._meta.by_outer.values()))
         self._outer_lrs = [group["lr"] for group in self.optimiser.param_groups]
         self._loop = InnerLoop(self._network, self._meta, algorithm)
+
+    @property
+    def buffers(self) -> Tensors:
+        """The module's buffers, those of each step stacked, by name."""
+        return self._meta.buffers
 
     @property
     def epoch(self) -> float:
@@ -135,6 +141,7 @@ class MetaLearner:
         Raises:
             FloatingPointError: a loss or a gradient is not finite; phi is left as it was.
         """
+        self._meta.check_frozen()
         gradients, metrics, buffers = self._differentiate(batch)
         if check_finite:
             metrics.check_finite()
@@ -198,7 +205,8 @@ class MetaLearner:
                 with NormaliseBy(Statistics(update=take_over)):
                     module(x_support)
         if use != "batch":
-            module.eval()
+            for part in module.modules():
+                part.training = part.training and not isinstance(part, _BatchNorm)
         return module
 
     def evaluate(
@@ -368,7 +376,7 @@ class MetaLearner:
 
 def _left_behind(module: nn.Module) -> dict[int, None]:
     """Return what a forward pass left in attributes, by id: no copy of the module may have it."""
-    values = [each for part in module.modules() for each in vars(part).values()]
+    values = [each for part in module.modules() for each in tree_leaves(vars(part))]
     return {
         id(t): None
         for t in values

@@ -58,9 +58,12 @@ def meta_gradient(
         _differentiate, loop, counting, share=share, order=order, segment=segment
     )
     if replay is not None:
-        key = (counting, share, order, segment)
+        key = (counting, share, order, segment, *map(id, loop.meta.buffers.values()))
         differentiate = partial(replay, differentiate, key=key, may_draw=segment is None)
-    with loop.network.mode(is_training=True, use=algorithm.norm_statistics.use):
+    with (
+        loop.network.mode(is_training=True, use=algorithm.norm_statistics.use),
+        torch.enable_grad(),
+    ):
         own: list[Tensor] = []  # this process's sum: one copy, of however many chunks
         of_tasks = []
         for chunk in ranks.share(batch).split(chunk_size):
@@ -68,7 +71,9 @@ def meta_gradient(
             own = list(map(torch.add, own, gradients.values())) or list(gradients.values())
             of_tasks.append(each)
     total = dict(zip(gradients, ranks.sum(own), strict=True))
-    (by_task, metric, support, query), buffers = _join(of_tasks, len(batch), ranks)
+    (by_task, metric, support, query), buffers = _join(
+        of_tasks, loop.meta.buffers, len(batch), ranks
+    )
     name, norm = loop.network.metric_name(batch.y_query), get_total_norm(total.values())
     return total, Metrics(name, by_task, metric, support, query, norm), buffers
 
@@ -172,20 +177,28 @@ def _grad(loss: Tensor, *groups: Tensors) -> list[Tensors]:
     return [{name: next(found) for name in group} for group in groups]
 
 
-def _join(chunks: list[_OfTasks], tasks: int, ranks: Ranks) -> tuple[list[Tensor], Tensors]:
-    """Put together what the tasks of all processes gave."""
+def _join(
+    chunks: list[_OfTasks], start: Tensors, tasks: int, ranks: Ranks
+) -> tuple[list[Tensor], Tensors]:
+    """Put together what the tasks of all processes gave, from the buffers at the start."""
     columns = [_cat(column) for column in zip(*(c.metrics for c in chunks), strict=True)]
-    return ranks.join(columns, tasks), _mean_over_tasks([c.buffers for c in chunks], tasks, ranks)
+    return ranks.join(columns, tasks), _mean_over_tasks(
+        [c.buffers for c in chunks], start, tasks, ranks
+    )
 
 
 def _cat(tensors: tuple[Tensor, ...]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def _mean_over_tasks(parts: list[Tensors], tasks: int, ranks: Ranks) -> Tensors:
-    """Return the buffers' mean over all tasks; counts are those of any task."""
+def _mean_over_tasks(parts: list[Tensors], start: Tensors, tasks: int, ranks: Ranks) -> Tensors:
+    """Return the buffers' mean over all tasks; counts are those of any task.
+
+    Means of what changed, so that what no task changes stays as it is to the bit.
+    """
     own = {name: _cat(tuple(p[name] for p in parts)) for name in parts[0]}
-    floating = [name for name, b in own.items() if b.is_floating_point()]
-    sums = ranks.sum([own[name].sum(0) for name in floating])
-    means = {name: total / tasks for name, total in zip(floating, sums, strict=True)}
+    averaged = [name for name, b in own.items() if b.is_floating_point() or b.is_complex()]
+    changes = [torch.where(own[n] == start[n], 0, own[n] - start[n]) for n in averaged]
+    sums = ranks.sum([change.sum(0) for change in changes])
+    means = {n: start[n] + total / tasks for n, total in zip(averaged, sums, strict=True)}
     return {name: means[name] if name in means else b[0] for name, b in own.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -28,14 +30,13 @@ class MetaParameters:
         rates: The table of learned inner rates.
         parameters: All that has a meta-gradient: phi, and the rates as "inner_lr.*".
         by_outer: Those of them that the outer optimiser updates.
-        buffers: The module's buffers.
         rows: Which of all these have a row for each step.
         adapted: Names of the parameters that the inner loop changes.
         harvested: Those whose gradients a cheap hypergradient is made of.
         hypergradients: -d meta-loss / d rate of the last update, where that updates the rates.
 
     Raises:
-        InputError: nothing to train, or to adapt, or a name is taken.
+        InputError: nothing to train, or to adapt, a name is taken, or a buffer is expanded.
     """
 
     def __init__(self, module: nn.Module, algorithm: Algorithm) -> None:
@@ -54,9 +55,22 @@ class MetaParameters:
         buffer_rows = algorithm.norm_statistics.rows(module, algorithm.num_steps)
         self.rows = StepRows(frozenset(parameter_rows), frozenset(buffer_rows))
         self.phi = {n: _with_rows(p, parameter_rows.get(n)) for n, p in trained.items()}
-        self.buffers: Tensors = {
-            n: _with_rows(b, buffer_rows.get(n)) for n, b in module.named_buffers()
-        }
+        for name, buffer in module.named_buffers():
+            if any(
+                size > 1 and step == 0
+                for size, step in zip(buffer.shape, buffer.stride(), strict=True)
+            ):
+                raise InputError(
+                    f"buffer `{name}` of {kind} is expanded, so it cannot be written to; register "
+                    "its .clone()"
+                )
+        self._stacked: Tensors = {
+            n: _with_rows(b, rows)
+            for n, b in module.named_buffers() if (rows := buffer_rows.get(n)) is not None
+        }  # fmt: skip
+        # Others are looked up, as `module.double()` puts new ones in their place.
+        self._places = {n: _place(module, n) for n, _ in module.named_buffers()}
+        self._flags = {n: (p, p.requires_grad) for n, p in named.items()}
         self._frozen: Tensors = {n: p for n, p in named.items() if not p.requires_grad}
 
         outer_only = algorithm.norm_affine.outer_only(module)
@@ -77,6 +91,27 @@ class MetaParameters:
         self.hypergradients: Tensors = (
             {} if update is None else {n: torch.zeros_like(t) for n, t in table.items()}
         )
+
+    @property
+    def buffers(self) -> Tensors:
+        """The module's buffers, by their names."""
+        return {
+            n: self._stacked[n] if n in self._stacked else its_buffers[leaf]
+            for n, (its_buffers, leaf) in self._places.items()
+        }
+
+    def check_frozen(self) -> None:
+        """Check that the same parameters are trained as from the start.
+
+        Raises:
+            InputError: `requires_grad_` came in between.
+        """
+        for name, (parameter, was) in self._flags.items():
+            if parameter.requires_grad != was:
+                raise InputError(
+                    f"`{name}` was {'frozen' if was else 'unfrozen'} after the learner was made, "
+                    "which chose then what to train; make a new MetaLearner"
+                )
 
     def theta(self, tasks: int) -> Tensors:
         """Return the start of the inner loop, the same for every task: each (tasks, *shape)."""
@@ -109,6 +144,12 @@ class MetaParameters:
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
+
+
+def _place(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """Return the registry that holds a buffer, and its name there."""
+    path, _, leaf = name.rpartition(".")
+    return module.get_submodule(path)._buffers, leaf
 
 
 def _with_rows(tensor: Tensor, rows: int | None) -> Tensor:

@@ -39,7 +39,7 @@ def segments_backwards(
     num_steps = loop.algorithm.num_steps
     starts = range(0, max(num_steps, 1), length or max(num_steps, 1))
     several = len(starts) > 1
-    first = _Start(loop.start(len(tasks)), _RandomState.now(several, tasks))
+    first = _Start(loop.start(len(tasks)), _RandomState.now(several, loop, tasks))
     after = None
     for start, stop in zip(
         _starts_backwards(loop, tasks, starts, counting, first),
@@ -50,7 +50,7 @@ def segments_backwards(
         if several and tasks.x_support.is_cpu:
             return_freed_memory()  # a fifth less at the peak
         yield Segment(start.point, stop, _between(counting, start.point.step, stop))
-        after = after or _RandomState.now(several, tasks)
+        after = after or _RandomState.now(several, loop, tasks)
     if after is not None:
         after.restore()
 
@@ -105,7 +105,7 @@ def _walk(
             start=start.point,
         ):
             reached = Point(point.step, point.theta, point.buffers, None, {}, None)
-    return _Start(reached, _RandomState.now(True, tasks))
+    return _Start(reached, _RandomState.now(True, loop, tasks))
 
 
 def _between(counting: tuple[int, ...], start: int, stop: int) -> list[int]:
@@ -119,16 +119,24 @@ class _RandomState:
 
     cpu: Tensor | None = None
     cuda: Tensor | None = None
+    own: tuple[tuple[torch.Generator, Tensor], ...] = ()  # that the module keeps
 
     @classmethod
-    def now(cls, needed: bool, tasks: TaskBatch) -> _RandomState:
+    def now(cls, needed: bool, loop: InnerLoop, tasks: TaskBatch) -> _RandomState:
         if not needed:
             return cls()
         is_cuda = tasks.x_support.is_cuda
-        return cls(torch.get_rng_state(), torch.cuda.get_rng_state() if is_cuda else None)
+        kept = [v for part in loop.network.module.modules() for v in vars(part).values()]
+        return cls(
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state() if is_cuda else None,
+            tuple((g, g.get_state()) for g in kept if isinstance(g, torch.Generator)),
+        )
 
     def restore(self) -> None:
         if self.cpu is not None:
             torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda)
+        for generator, state in self.own:
+            generator.set_state(state)

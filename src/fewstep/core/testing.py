@@ -52,7 +52,8 @@ def test(
         )
         return read([p.query for p in points if p.query is not None])
 
-    call = adapt if replay is None else partial(replay, adapt, key=(read, num_steps, use))
+    key = (read, num_steps, use, *map(id, loop.meta.buffers.values()))
+    call = adapt if replay is None else partial(replay, adapt, key=key)
     found = []
     with torch.no_grad(), loop.network.mode(is_training=False, use=use):
         for start in range(numbers.start, numbers.stop, chunk_size):

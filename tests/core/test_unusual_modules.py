@@ -1,0 +1,284 @@
+"""Modules with habits of their own: what they hold, share, assign and freeze is respected."""
+
+import copy
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fewstep
+from fewstep import InputError, MetaLearner, NormStatistics, TaskBatch, maml
+from tests.core.reference import plain_meta_gradient, relative_error
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+IN, HIDDEN, OUT = 3, 4, 2
+HOW = [{}, {"vectorize": False}, {"replay": True}]
+every_way = pytest.mark.parametrize("options", HOW, ids=str)
+
+
+def batch_of(tasks: int = 3, shape: tuple[int, ...] = (IN,)) -> TaskBatch:
+    x, y = torch.randn(2, tasks, 5, *shape), torch.randn(2, tasks, 5, OUT)
+    return TaskBatch(x[0], y[0], x[1], y[1])
+
+
+def learner_of(module: nn.Module, **options) -> MetaLearner:
+    return MetaLearner(module, maml(2, 0.1), F.mse_loss, **options)
+
+
+class With(nn.Module):
+    """A linear layer, a buffer, and a function of both to be called beside it."""
+
+    def __init__(self, function, buffer: Tensor) -> None:
+        super().__init__()
+        self.layer = nn.Linear(IN, OUT)
+        self.register_buffer("buffer", buffer)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.function(self, x)
+        return self.layer(x)
+
+
+def twice(part: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(IN, HIDDEN), part, nn.Tanh(), part, nn.Linear(HIDDEN, OUT))
+
+
+@every_way
+@pytest.mark.parametrize(
+    "part", [lambda: nn.Linear(HIDDEN, HIDDEN), lambda: nn.BatchNorm1d(HIDDEN)]
+)
+def test_a_part_under_two_names(part, options):
+    module, batch = twice(part()), batch_of()
+    learner, before = learner_of(module, **options), list(module.parameters())
+    expected, *_ = plain_meta_gradient(copy.deepcopy(module), maml(2, 0.1), F.mse_loss, batch)
+    for _ in range(2):
+        gradient, _ = learner.meta_gradient(batch)
+        assert relative_error(gradient, expected) < 1e-9
+    assert all(a is b and a.is_leaf for a, b in zip(before, module.parameters(), strict=True))
+    learner.step(batch)
+    adapted = learner.adapt(batch.x_support[0], batch.y_support[0])
+    found = learner.predict(batch, 1)[0, -1]
+    torch.testing.assert_close(adapted(batch.x_query[0]), found, rtol=1e-12, atol=1e-12)
+
+
+def add(module: nn.Module, x: Tensor) -> None:
+    module.buffer.add_(x.mean(0).detach())
+
+
+def assign(module: nn.Module, x: Tensor) -> None:
+    module.buffer = module.buffer + x.mean(0).detach()
+
+
+@every_way
+def test_assigned_buffers_are_kept_like_those_changed_in_place(options):
+    batch, found = batch_of(), []
+    for change in (add, assign):
+        module = With(change, torch.zeros(IN))
+        learner_of(module, **options).step(batch)
+        found.append(module.buffer)
+    total = 2 * batch.x_support.mean((0, 1)) + batch.x_query.mean((0, 1))
+    for buffer in found:
+        torch.testing.assert_close(buffer, total)
+
+
+@pytest.mark.parametrize("value", [torch.finfo(torch.float64).min, 0.1, 1 / 3, float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_constant_buffers_stay_to_the_bit(value, dtype):
+    constant = torch.full((3,), value).to(dtype)
+    module = With(lambda module, x: None, constant.clone())
+    learner = learner_of(module)
+    for _ in range(3):
+        learner.step(batch_of(tasks=7))
+    assert torch.equal(module.buffer, constant)
+
+
+def add_mean(module: nn.Module, x: Tensor) -> None:
+    module.buffer.add_(x.mean().detach())
+
+
+def test_complex_buffers_are_averaged_too():
+    module = With(
+        lambda m, x: m.buffer.add_(x.mean().detach()), torch.zeros((), dtype=torch.cdouble)
+    )
+    batch = batch_of()
+    learner_of(module).step(batch)
+    total = 2 * batch.x_support.mean() + batch.x_query.mean()
+    torch.testing.assert_close(module.buffer.real, total)
+
+
+def test_an_expanded_buffer_is_refused():
+    with pytest.raises(InputError, match=r"`buffer` of With is expanded.*\.clone\(\)"):
+        learner_of(With(add, torch.ones(1).expand(3)))
+
+
+@pytest.mark.parametrize("replay", [False, True])
+def test_another_type_after_the_learner_was_made(replay):
+    module = With(add, torch.zeros(IN)).float()
+    learner = learner_of(module, replay=replay)
+    batch = batch_of()
+    learner.meta_gradient(TaskBatch(*(t.float() for t in batch.tensors())))
+    before = module.double().buffer.clone()
+    learner.step(batch)
+    learner.evaluate(batch, 3)
+    total = 2 * batch.x_support.mean((0, 1)) + batch.x_query.mean((0, 1))
+    torch.testing.assert_close(module.buffer, before + total)
+    assert learner.buffers["buffer"] is module.buffer
+
+
+@pytest.mark.parametrize("was", [True, False])
+def test_freezing_afterwards_is_refused(was):
+    module = nn.Sequential(nn.Linear(IN, HIDDEN), nn.Linear(HIDDEN, OUT))
+    module[0].weight.requires_grad_(was)
+    learner = learner_of(module)
+    learner.step(batch_of())
+    module[0].weight.requires_grad_(not was)
+    with pytest.raises(InputError, match=r"`0\.weight` was (un)?frozen after"):
+        learner.step(batch_of())
+
+
+class Padded(nn.Module):
+    def __init__(self, padding_idx: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(6, HIDDEN, padding_idx=padding_idx)
+        self.head = nn.Linear(HIDDEN, OUT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.table(x).mean(1))
+
+
+@every_way
+@pytest.mark.parametrize("padding_idx", [0, 2, -1])
+def test_the_padding_of_an_embedding_is_left_alone(padding_idx, options):
+    module, y = Padded(padding_idx), torch.randn(2, 3, 5, OUT)
+    x = torch.randint(0, 6, (2, 3, 5, 7))
+    batch = TaskBatch(x[0], y[0], x[1], y[1])
+    expected, *_ = plain_meta_gradient(module, maml(2, 0.5), F.mse_loss, batch)
+    learner = MetaLearner(module, maml(2, 0.5), F.mse_loss, **options)
+    for _ in range(2):
+        gradient, _ = learner.meta_gradient(batch)
+        assert relative_error(gradient, expected) < 1e-9
+        assert not gradient["table.weight"][padding_idx].any()
+
+
+class Kept(nn.Module):
+    """Keeps activations, as hooks that look at features do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(IN, OUT)
+        self.seen = {"all": [], "last": None}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        self.seen["all"].append((y,))
+        self.seen["last"] = y
+        return y
+
+
+def test_kept_activations_are_left_behind():
+    learner, batch = learner_of(Kept()), batch_of()
+    learner.step(batch)
+    adapted = learner.adapt(batch.x_support[0], batch.y_support[0])
+    found = learner.predict(batch, 1)[0, -1]
+    torch.testing.assert_close(adapted(batch.x_query[0]), found)
+
+
+class OwnNoise(nn.Module):
+    """Draws from a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(IN, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, OUT))
+        self.generator = torch.Generator().manual_seed(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x * torch.rand(x.shape, generator=self.generator))
+
+
+def test_checkpoints_draw_again_what_a_generator_of_the_module_drew():
+    torch.manual_seed(0)
+    module, batch, found = OwnNoise(), batch_of(), []
+    for checkpoint_every in (None, 1):
+        module.generator.manual_seed(3)
+        learner = MetaLearner(
+            module, maml(3, 0.1), F.mse_loss, vectorize=False, checkpoint_every=checkpoint_every
+        )
+        found.append(learner.meta_gradient(batch)[0])
+    assert relative_error(found[1], found[0]) < 1e-12
+
+
+class OverTime(nn.Module):
+    """Folds time into the batch, before or behind the examples."""
+
+    def __init__(self, time_first: bool) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(IN, OUT), nn.BatchNorm1d(OUT)
+        self.time_first = time_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1) if self.time_first else x
+        y = self.norm(self.layer(x).flatten(0, 1)).unflatten(0, x.shape[:2])
+        return y.mean(0 if self.time_first else 1)
+
+
+@pytest.mark.parametrize("time_first", [True, False])
+def test_no_support_statistics_where_rows_are_no_examples(time_first):
+    algorithm = replace(maml(1, 0.1), norm_statistics=NormStatistics("support"))
+    learner = MetaLearner(OverTime(time_first), algorithm, F.mse_loss)
+    with pytest.raises(InputError, match="cannot tell the support set in the 40 rows"):
+        learner.step(batch_of(shape=(4, IN)))
+
+
+@pytest.mark.parametrize("use", ["batch", "support", "running"])
+def test_an_adapted_instance_norm_is_that_of_training(use):
+    algorithm = replace(maml(2, 0.1), norm_statistics=NormStatistics(use))
+    module = nn.Sequential(
+        nn.InstanceNorm1d(2, affine=True, track_running_stats=True), nn.Flatten(), nn.Linear(8, OUT)
+    )
+    learner, batch = MetaLearner(module, algorithm, F.mse_loss), batch_of(shape=(2, 4))
+    learner.step(batch)
+    adapted = learner.adapt(batch.x_support[0], batch.y_support[0])
+    found = learner.predict(batch, 1)[0, -1]
+    torch.testing.assert_close(adapted(batch.x_query[0]), found)
+
+
+def test_inference_mode_is_refused_and_no_grad_is_not():
+    module, batch = nn.Linear(IN, OUT), batch_of()
+    with torch.inference_mode(), pytest.raises(InputError, match=r"inference_mode.*leave it out"):
+        learner_of(module).evaluate(batch, 3)
+    with torch.no_grad():
+        learner_of(module).step(batch)
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_what_a_metric_may_return(vectorize):
+    module, batch = nn.Linear(IN, OUT), batch_of()
+
+    def measured(metric) -> float:
+        learner = learner_of(module, metric=metric, vectorize=vectorize)
+        return float(learner.meta_gradient(batch)[1].metric)
+
+    assert measured(lambda out, y: (out == out).sum()) == 5 * OUT
+    assert measured(lambda out, y: (out == out).all()) == 1
+    with pytest.raises(InputError, match="metric returned float for one task"):
+        measured(lambda out, y: 0.5)
+    with pytest.raises(InputError, match=r"metric returned shape \(5,\) for one task"):
+        measured(lambda out, y: (out - y).square().mean(1))
+
+
+def test_steps_beyond_none_have_no_rate():
+    algorithm = fewstep.Algorithm(0, fewstep.LayerStepRates(0.1), extra_steps="repeat")
+    learner = MetaLearner(nn.Linear(IN, OUT), algorithm, F.mse_loss)
+    with pytest.raises(InputError, match="num_steps=2 needs the rate of a step"):
+        learner.evaluate(batch_of(), 3, num_steps=2)
+
+
+def test_a_learner_can_be_pickled_after_a_replay():
+    learner, batch = learner_of(nn.Linear(IN, OUT), replay=True), batch_of()
+    learner.step(batch)
+    copied = pickle.loads(pickle.dumps(learner))
+    assert learner.step(batch).loss == copied.step(batch).loss
