@@ -140,6 +140,7 @@ class MetaLearner:
 
         Raises:
             FloatingPointError: a loss or a gradient is not finite; phi is left as it was.
+            InputError: a parameter was frozen, or unfrozen, since the learner was made.
         """
         self._meta.check_frozen()
         gradients, metrics, buffers = self._differentiate(batch)
@@ -219,8 +220,8 @@ class MetaLearner:
     ) -> Scores:
         """Adapt to the first `num_tasks` tasks and score each after every step.
 
-        Keeps no graph from one step to the next; leaves parameters, buffers, optimiser and random
-        state as they were.
+        Keeps no graph from one step to the next; leaves parameters, buffers and optimiser as they
+        were, and the random state unless the module draws in evaluation mode.
 
         Args:
             episodes: Gives task i through `batch(start, count)`; a `TaskBatch` will do.
