@@ -10,13 +10,15 @@ from fewstep.training.load import load_learner
 from fewstep.training.run_folder import RunFolder
 
 RUNS = sorted((Path(__file__).parents[2] / "results").glob("*/run"))
+OF_CHARACTERS = [path for path in RUNS if RunFolder.open(path).settings()["dataset"] == "omniglot"]
 
 
 def test_there_are_some():
-    assert RUNS
+    assert OF_CHARACTERS
+    assert set(RUNS) > set(OF_CHARACTERS)
 
 
-@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", OF_CHARACTERS, ids=lambda path: path.parent.name)
 def test_a_trained_model_learns_drawn_characters(path):
     ways = RunFolder.open(path).settings()["episodes"]["ways"]
     store = Glyphs().splits()["test"]
