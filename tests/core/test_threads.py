@@ -48,6 +48,7 @@ def test_two_learners_in_two_threads():
 
 def test_statistics_are_a_thread_s_own():
     with NormaliseBy(Statistics(running=True)), ThreadPoolExecutor(1) as pool:
+        assert NormaliseBy.innermost() == Statistics(running=True)
         assert pool.submit(NormaliseBy.innermost).result() is OF_BATCH
 
 

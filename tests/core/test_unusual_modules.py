@@ -129,6 +129,27 @@ def test_another_type_after_the_learner_was_made(replay):
     assert learner.buffers["buffer"] is module.buffer
 
 
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(IN, OUT)
+        self.register_buffer("scale", torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.scale
+
+
+def test_a_recording_does_not_outlive_a_buffer_that_is_replaced():
+    module, batch = Scaled(), batch_of()
+    learners = [learner_of(module, replay=replay) for replay in (True, False)]
+    for value in (1.0, 2.0):
+        module.scale = torch.tensor(value)
+        gradients = [learner.meta_gradient(batch)[0] for learner in learners]
+        outputs = [learner.predict(batch, 3) for learner in learners]
+        assert all(torch.equal(gradients[0][n], gradients[1][n]) for n in gradients[0])
+        assert torch.equal(*outputs)
+
+
 @pytest.mark.parametrize("was", [True, False])
 def test_freezing_afterwards_is_refused(was):
     module = nn.Sequential(nn.Linear(IN, HIDDEN), nn.Linear(HIDDEN, OUT))
@@ -143,11 +164,12 @@ def test_freezing_afterwards_is_refused(was):
 class Padded(nn.Module):
     def __init__(self, padding_idx: int) -> None:
         super().__init__()
-        self.table = nn.Embedding(6, HIDDEN, padding_idx=padding_idx)
+        self.table = nn.Embedding(6, HIDDEN)
+        self.padding_idx = padding_idx
         self.head = nn.Linear(HIDDEN, OUT)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.table(x).mean(1))
+        return self.head(F.embedding(x, self.table.weight, self.padding_idx).mean(1))
 
 
 @every_way
