@@ -515,10 +515,12 @@ def test_an_ensemble_takes_the_mean_of_the_outputs():
         states.append(learner.state_tensors())
         predictions.append(learner.predict(batch, 5))
     one = learner.evaluate_ensemble(states[2:], batch, 5)
-    torch.testing.assert_close(one.metric, learner.evaluate(batch, 5).metric)
-    torch.testing.assert_close(one.loss, learner.evaluate(batch, 5).loss)
+    alone = learner.evaluate(batch, 5, every_step=False)
+    torch.testing.assert_close(one.metric, alone.metric)
+    torch.testing.assert_close(one.loss, alone.loss)
+    assert one.after == alone.after == (2,)
     scores = learner.evaluate_ensemble(states, batch, 5)
-    mean = sum(predictions) / 3
+    mean = sum(predictions)[:, -1:] / 3
     expected = (mean.argmax(-1) == batch.y_query[:, None]).double().mean(-1)
     torch.testing.assert_close(scores.metric, expected)
     for name, tensor in learner.state_tensors().items():

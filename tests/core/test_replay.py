@@ -65,11 +65,14 @@ def test_testing(name, use):
         for _ in range(2):
             scores = learner.evaluate(batch, 5, statistics=use)
             few = learner.evaluate(batch, 5, num_steps=1, statistics=use)
+            last = learner.evaluate(batch, 5, statistics=use, every_step=False)
+            assert torch.equal(last.loss, scores.loss[:, -1:])
+            assert torch.equal(last.metric, scores.metric[:, -1:])
             outputs = learner.predict(batch, 5, statistics=use)
             both = learner.evaluate_ensemble(
                 [before, learner.state_tensors()], batch, 5, statistics=use
             )
-            of_replay += [scores.loss, scores.metric, few.loss, outputs, both.loss]
+            of_replay += [scores.loss, scores.metric, few.loss, outputs, last.loss, both.loss]
             learner.step(batch)  # parameters are read anew
         found.append(of_replay)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

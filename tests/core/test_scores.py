@@ -1,5 +1,6 @@
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ TASKS = [[0.0, 0.25], [0.5, 1.0], [0.25, 0.5], [0.25, 0.75]]
 
 def scores(metric_name: str = "accuracy") -> Scores:
     metric = torch.tensor(TASKS)
-    return Scores(metric_name, metric, 2 * metric, "batch (transductive)")
+    return Scores(metric_name, metric, 2 * metric, "batch (transductive)", after=(0, 1))
 
 
 def test_mean_and_interval_of_every_step():
@@ -41,6 +42,7 @@ def test_dict_holds_plain_values():
         "ci95": pytest.approx(1.96 * math.sqrt(0.3125 / 3) / 2),
         "num_tasks": 4,
         "num_steps": 1,
+        "after": [0, 1],
         "curve": [0.25, 0.625],
         "curve_ci95": pytest.approx([1.96 * math.sqrt(v / 3) / 2 for v in (0.125, 0.3125)]),
         "loss_curve": [0.5, 1.25],
@@ -69,6 +71,26 @@ def test_learner_names_what_it_measured(model, metric, name, statistics):
     measured = learner.evaluate(batch, 3)
     assert (measured.metric_name, measured.statistics) == (name, statistics)
     assert learner.meta_gradient(batch)[1].metric_name == name
+
+
+def test_the_last_step_alone_calls_on_the_query_sets_once():
+    case, queries = MODELS["mlp"], 0
+    tasks = case.batch(tasks=3)
+    batch = replace(tasks, x_query=tasks.x_query[:, :4], y_query=tasks.y_query[:, :4])
+
+    def count(module, inputs):
+        nonlocal queries
+        queries += inputs[0].shape[-2] == 4
+
+    module = case.build()
+    module.register_forward_pre_hook(count)
+    learner = MetaLearner(module, maml(2, 0.1), case.loss)
+    every = learner.evaluate(batch, 3)
+    assert (queries, every.after, every.num_steps) == (3, (0, 1, 2), 2)
+    last = learner.evaluate(batch, 3, every_step=False)
+    assert (queries, last.after, last.num_steps) == (4, (2,), 2)
+    assert torch.equal(last.metric, every.metric[:, 2:])
+    assert (last.mean, last.ci95) == (every.mean, every.ci95)
 
 
 def test_metric_is_taken_on_the_query_set():

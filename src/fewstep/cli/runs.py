@@ -107,7 +107,8 @@ class Evaluate:
     split: Split = "test"
     """Classes to draw the tasks from."""
     checkpoint: Checkpoint = "best"
-    """The best in validation, the last, or the mean of the outputs of all the best kept."""
+    """The best in validation, the last, or the mean of the outputs of all the best kept, which is
+    scored after the last step alone."""
     tasks: int = 600
     """How many tasks."""
     steps: int | None = None
@@ -244,7 +245,7 @@ def _table(scores: Scores) -> Table:
     table.add_column("inner steps", justify="right")
     table.add_column(scores.metric_name, justify="right")
     in_percent = scores.metric_name == "accuracy"
-    for step, (mean, ci) in enumerate(zip(scores.curve, scores.curve_ci95, strict=True)):
+    for step, mean, ci in zip(scores.after, scores.curve, scores.curve_ci95, strict=True):
         value = f"{100 * mean:.2f}% ± {100 * ci:.2f}" if in_percent else f"{mean:.4f} ± {ci:.4f}"
         table.add_row(str(step), value)
     return table

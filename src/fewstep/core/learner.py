@@ -217,8 +217,9 @@ class MetaLearner:
         *,
         num_steps: int | None = None,
         statistics: Use | None = None,
+        every_step: bool = True,
     ) -> Scores:
-        """Adapt to the first `num_tasks` tasks and score each after every step.
+        """Adapt to the first `num_tasks` tasks and score each on the way.
 
         Keeps no graph from one step to the next; leaves parameters, buffers and optimiser as they
         were, and the random state unless the module draws in evaluation mode.
@@ -228,6 +229,8 @@ class MetaLearner:
             num_tasks: How many tasks.
             num_steps: Inner steps; None takes the algorithm's.
             statistics: What batch normalisation normalises by; None takes the algorithm's.
+            every_step: Score before the first step and after each; else after the last alone,
+                several times sooner where query sets are large.
 
         Raises:
             InputError: `num_tasks` is below 2, which gives no interval, or `num_steps` is more
@@ -237,13 +240,16 @@ class MetaLearner:
             raise InputError(f"num_tasks={num_tasks} must be at least 2 to give an interval")
         norm = self._norm_statistics(statistics)
         own = self.ranks.span(num_tasks)
-        found = self._test(episodes, own, num_steps, norm.use, losses_and_metrics)
+        steps = self._steps(num_steps)
+        after = range(0 if every_step else steps, steps + 1)
+        found = self._test(episodes, own, after, norm.use, losses_and_metrics)
         loss, metric = self.ranks.join([found], num_tasks)[0].cpu().unbind(1)
         return Scores(
             metric_name=self._network.metric_name(episodes.batch(0, 1).y_query),
             metric=metric,
             loss=loss,
             statistics=norm.describe(self.module),
+            after=tuple(after),
         )
 
     def predict(
@@ -262,7 +268,8 @@ class MetaLearner:
         Arguments and errors as in `evaluate`, but that one task will do.
         """
         use = self._norm_statistics(statistics).use
-        found = self._test(episodes, self.ranks.span(num_tasks), num_steps, use, outputs_of)
+        after = range(self._steps(num_steps) + 1)
+        found = self._test(episodes, self.ranks.span(num_tasks), after, use, outputs_of)
         return self.ranks.join([found], num_tasks)[0]
 
     def evaluate_ensemble(
@@ -274,7 +281,7 @@ class MetaLearner:
         num_steps: int | None = None,
         statistics: Use | None = None,
     ) -> Scores:
-        """Score the mean of the outputs (logits) that several trained states give for each task.
+        """Score the mean of the outputs (logits) that several trained states end with.
 
         Args:
             states: Each as `state_tensors` gave it; the learner's own state is left as it is.
@@ -294,6 +301,7 @@ class MetaLearner:
         norm = self._norm_statistics(statistics)
         before = self.state_tensors()
         own = self.ranks.span(num_tasks)
+        after = (self._steps(num_steps),)
         losses, metrics = [], []
         try:
             for start in range(own.start, own.stop, self.chunk_size):
@@ -302,7 +310,7 @@ class MetaLearner:
                 for state in states:
                     self.load_state_tensors(state)
                     everything = slice(0, len(chunk))
-                    outputs.append(self._test(chunk, everything, num_steps, norm.use, outputs_of))
+                    outputs.append(self._test(chunk, everything, after, norm.use, outputs_of))
                 loss, metric = self._network.score(torch.stack(outputs).mean(0), chunk.y_query)
                 losses.append(loss)
                 metrics.append(metric)
@@ -314,6 +322,7 @@ class MetaLearner:
             metric=metric.cpu(),
             loss=loss.cpu(),
             statistics=norm.describe(self.module),
+            after=after,
         )
 
     def state_tensors(self) -> Tensors:
@@ -345,13 +354,13 @@ class MetaLearner:
         return norm if use is None else replace(norm, use=use)
 
     def _test(
-        self, episodes: Episodes, numbers: slice, num_steps: int | None, use: Use, read: Read
+        self, episodes: Episodes, numbers: slice, after: Sequence[int], use: Use, read: Read
     ) -> Tensor:
         return test(
             self._loop,
             episodes,
             numbers,
-            self._steps(num_steps),
+            after,
             use=use,
             read=read,
             chunk_size=self.chunk_size,

@@ -9,21 +9,23 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Scores:
-    """How well tasks were solved after each number of inner steps.
+    """How well tasks were solved after some numbers of inner steps.
 
     The 95% interval is mean ± 1.96 s / sqrt(tasks), s the standard deviation over the tasks.
 
     Args:
         metric_name: "accuracy", "loss" or the name of the metric given to the learner.
-        metric: Metric of every task after 0, 1, ... steps, (tasks, steps + 1).
-        loss: Query loss of every task after 0, 1, ... steps, (tasks, steps + 1).
+        metric: Metric of every task, (tasks, len(after)).
+        loss: Query loss of every task, (tasks, len(after)).
         statistics: What normalisation layers normalised by.
+        after: The numbers of steps, the last of which is the final score's.
     """
 
     metric_name: str
     metric: Tensor
     loss: Tensor
     statistics: str
+    after: tuple[int, ...]
 
     @property
     def num_tasks(self) -> int:
@@ -33,11 +35,11 @@ class Scores:
     @property
     def num_steps(self) -> int:
         """Inner steps before the final score."""
-        return self.metric.shape[1] - 1
+        return self.after[-1]
 
     @property
     def mean(self) -> float:
-        """Mean metric after the last step."""
+        """Mean of the final score."""
         return self.curve[-1]
 
     @property
@@ -47,7 +49,7 @@ class Scores:
 
     @property
     def curve(self) -> list[float]:
-        """Mean metric after 0, 1, ... steps."""
+        """Mean metric after each number of steps in `after`."""
         return [float(mean) for mean in self.metric.double().mean(0)]
 
     @property
@@ -68,6 +70,7 @@ class Scores:
             "ci95": self.ci95,
             "num_tasks": self.num_tasks,
             "num_steps": self.num_steps,
+            "after": list(self.after),
             "curve": self.curve,
             "curve_ci95": self.curve_ci95,
             "loss_curve": self.loss.double().mean(0).tolist(),

@@ -1,8 +1,8 @@
-"""Testing: adaptation to many tasks, and what their query sets give after every step."""
+"""Testing: adaptation to many tasks, and what their query sets give on the way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -22,7 +22,7 @@ def test(
     loop: InnerLoop,
     episodes: Episodes,
     numbers: slice,
-    num_steps: int,
+    query_after: Sequence[int],
     *,
     use: Use,
     read: Read,
@@ -35,9 +35,9 @@ def test(
         loop: What adapts.
         episodes: Gives task i.
         numbers: Which tasks.
-        num_steps: Inner steps.
+        query_after: After how many inner steps to call on the query sets; the last ends it.
         use: What batch normalisation normalises by.
-        read: Makes (tasks, ...) of the query results after 0, 1, ... steps.
+        read: Makes (tasks, ...) of what the query sets gave.
         chunk_size: Tasks that go through the module at once.
         replay: Recordings of the same; None computes it anew.
 
@@ -48,11 +48,11 @@ def test(
     @one_batch()
     def adapt(*tensors: Tensor) -> Tensor:
         points = loop.trajectory(
-            TaskBatch(*tensors), num_steps, derivative_order=1, query_after=range(num_steps + 1)
+            TaskBatch(*tensors), query_after[-1], derivative_order=1, query_after=query_after
         )
         return read([p.query for p in points if p.query is not None])
 
-    key = (read, num_steps, use, *map(id, loop.meta.buffers.values()))
+    key = (read, tuple(query_after), use, *map(id, loop.meta.buffers.values()))
     call = adapt if replay is None else partial(replay, adapt, key=key)
     found = []
     with torch.no_grad(), loop.network.mode(is_training=False, use=use):
@@ -63,10 +63,10 @@ def test(
 
 
 def losses_and_metrics(queries: list[Result]) -> Tensor:
-    """Return them all, (tasks, 2, steps + 1)."""
+    """Return them all, (tasks, 2, calls)."""
     return torch.stack([torch.stack([q.loss, q.metric], dim=1) for q in queries], dim=2)
 
 
 def outputs_of(queries: list[Result]) -> Tensor:
-    """Return the outputs, (tasks, steps + 1, examples, ...)."""
+    """Return the outputs, (tasks, calls, examples, ...)."""
     return torch.stack([query.outputs for query in queries], dim=1)

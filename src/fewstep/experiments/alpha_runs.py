@@ -124,7 +124,8 @@ def train(
             reached = iteration
             break
         if val_every and (iteration % val_every == 0 or iteration == 1):
-            scores = learner.evaluate(problem.episodes["val"], config.val_tasks)
+            episodes = problem.episodes["val"]
+            scores = learner.evaluate(episodes, config.val_tasks, every_step=False)
             validation.append((iteration, float(scores.loss[:, -1].mean())))
     test = None
     if is_tested:

@@ -126,7 +126,10 @@ class Trainer:
         episodes = self.experiment.problem.episodes["val"]
         with display.validation(episodes, learner.ranks.count(config.val_tasks)) as counted:
             scores = learner.evaluate(
-                counted, config.val_tasks, num_steps=config.algorithm.eval_steps
+                counted,
+                config.val_tasks,
+                num_steps=config.algorithm.eval_steps,
+                every_step=False,
             )
         name = scores.metric_name
         log.write(
