@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 import fewstep
 from fewstep import DerivativeAnnealing, FixedOrder, InputError, MetaLearner, MultiStepLoss
-from fewstep.core.replay import Replay, _CudaGraph, _Recorder
+from fewstep.core.recorder import Recorder
+from fewstep.core.replay import Replay, _CudaGraph
 from tests.core.reference import MODELS, Case, numbers
 from tests.core.test_checkpointing import ALGORITHMS
 
@@ -103,12 +104,12 @@ def test_schedules_go_on():
 def test_it_records_once_for_each_phase_and_shape(monkeypatch):
     recorded = []
 
-    class Counted(_Recorder):
+    class Counted(Recorder):
         def __enter__(self):
             recorded.append(self)
             return super().__enter__()
 
-    monkeypatch.setattr("fewstep.core.replay._Recorder", Counted)
+    monkeypatch.setattr("fewstep.core.replay.Recorder", Counted)
     case = MODELS["mlp"]
     train(case, fewstep.maml(2, 0.1), replay=True, iterations=4)
     assert len(recorded) == 1
@@ -223,7 +224,7 @@ def test_the_oldest_recordings_are_forgotten():
 
 
 def test_a_replay_lets_go_of_what_it_has_used():
-    recorder = _Recorder((x := torch.ones(2),), may_draw=True)
+    recorder = Recorder((x := torch.ones(2),), may_draw=True)
     with recorder:
         y = ((x * 2).exp() + 1).sqrt()
     recording = recorder.end({"y": y})

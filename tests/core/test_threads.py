@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fewstep import MetaLearner, NormStatistics, TaskBatch, maml
-from fewstep.core.norm import OF_BATCH, NormaliseBy, Statistics
+from fewstep.core.normalise import OF_BATCH, NormaliseBy, Statistics
 from fewstep.core.process_wide import ProcessWide
 
 pytestmark = pytest.mark.usefixtures("float64")

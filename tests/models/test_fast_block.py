@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fewstep
-from fewstep.core.norm import Moments, NormStatistics
+from fewstep.core.norm import NormStatistics
+from fewstep.core.normalise import Moments
 from fewstep.core.query_weights import MultiStepLoss
 from fewstep.models import Conv4, conv, fast_block
 from fewstep.models.form import Form

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch._C import _functorch
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
 
+from fewstep.core.adapted_copy import adapted_copy
 from fewstep.core.algorithm import Algorithm
 from fewstep.core.errors import InputError
 from fewstep.core.hypergradient import Hypergradient
@@ -19,9 +16,8 @@ from fewstep.core.inner import InnerLoop
 from fewstep.core.meta_gradient import meta_gradient
 from fewstep.core.meta_parameters import RATE, MetaParameters
 from fewstep.core.metrics import Metrics
-from fewstep.core.network import Loss, TaskNetwork, Tensors, set_mode
-from fewstep.core.norm import NormaliseBy, NormStatistics, Statistics, Use, take_over
-from fewstep.core.once import one_batch
+from fewstep.core.network import Loss, TaskNetwork, Tensors
+from fewstep.core.norm import NormStatistics, Use
 from fewstep.core.outer import NoClipping
 from fewstep.core.precision import Precision
 from fewstep.core.ranks import ALONE, Ranks
@@ -189,26 +185,7 @@ class MetaLearner:
             y_support: Targets, (examples, ...).
             num_steps: Inner steps; None takes the algorithm's.
         """
-        batch = TaskBatch(x_support[None], y_support[None], x_support[None], y_support[None])
-        module = copy.deepcopy(self.module, _left_behind(self.module))
-        steps = self._steps(num_steps)
-        use = self.algorithm.norm_statistics.use
-        with torch.no_grad(), self._network.mode(is_training=False, use=use), one_batch():
-            *_, last = self._loop.trajectory(batch, steps, derivative_order=1)
-            theta = self._meta.rows.pick_parameters(last.theta, steps, is_query=True)
-            buffers = self._meta.rows.pick_buffers(last.buffers, steps)
-            for name, parameter in module.named_parameters():
-                parameter.copy_(theta[name][0])
-            for name, buffer in module.named_buffers():
-                buffer.copy_(buffers[name][0])
-            set_mode(module, is_training=False)
-            if use == "support":
-                with NormaliseBy(Statistics(update=take_over)):
-                    module(x_support)
-        if use != "batch":
-            for part in module.modules():
-                part.training = part.training and not isinstance(part, _BatchNorm)
-        return module
+        return adapted_copy(self._loop, x_support, y_support, self._steps(num_steps))
 
     def evaluate(
         self,
@@ -382,16 +359,6 @@ class MetaLearner:
         steps = self.algorithm.num_steps if num_steps is None else num_steps
         self.algorithm.check_steps(steps)
         return steps
-
-
-def _left_behind(module: nn.Module) -> dict[int, None]:
-    """Return what a forward pass left in attributes, by id: no copy of the module may have it."""
-    values = [each for part in module.modules() for each in tree_leaves(vars(part))]
-    return {
-        id(t): None
-        for t in values
-        if isinstance(t, Tensor) and (_functorch.is_batchedtensor(t) or not t.is_leaf)
-    }
 
 
 def _below(state: Tensors, prefix: str) -> Tensors:

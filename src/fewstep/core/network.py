@@ -10,15 +10,19 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _NormBase
 
 from fewstep.core.errors import InputError
 from fewstep.core.layers import Layers
-from fewstep.core.norm import NormaliseBy, Statistics, Use, follow
+from fewstep.core.modules import (
+    DIFFERENTIABLE_TWICE,
+    check_module,
+    set_mode,
+    under_two_names,
+)
+from fewstep.core.norm import Use
+from fewstep.core.normalise import NormaliseBy, Statistics, follow
 from fewstep.core.once import once
 from fewstep.core.precision import Precision, forward_pass, fp32_products
-from fewstep.core.process_wide import ProcessWide
 from fewstep.core.tasks import TaskBatch
 
 Tensors = dict[str, Tensor]
@@ -94,7 +98,7 @@ class TaskNetwork:
         vectorize: bool,
         precision: Precision,
     ) -> None:
-        _check(module)
+        check_module(module)
         self.module = module
         self.loss = loss
         self.metric = metric
@@ -106,7 +110,7 @@ class TaskNetwork:
         # Nothing stands in elsewhere, and each call of PyTorch would take a microsecond more.
         needed = has_filters or has_them or precision == "bfloat16"
         self._layers = Layers if needed else nullcontext
-        self._under_two_names = _under_two_names(module)
+        self._under_two_names = under_two_names(module)
         self._use: Use = "batch"
         self._is_training = True
 
@@ -143,7 +147,7 @@ class TaskNetwork:
         """Call the module for every task; leave out the first outputs, `without` of them."""
         one_task = partial(self._one_task, without=without)
         versions = [p._version for p in parameters.values()]
-        with _DIFFERENTIABLE_TWICE, self._layers(), forward_pass(self.precision, x.device):
+        with DIFFERENTIABLE_TWICE, self._layers(), forward_pass(self.precision, x.device):
             if self.vectorize:
                 many = torch.vmap(one_task, randomness="different")
                 result = Result(*many(parameters, buffers, x, y))
@@ -281,58 +285,3 @@ class TaskNetwork:
 
 def _both(x_support: Tensor, x_query: Tensor) -> Tensor:
     return torch.cat([x_support, x_query], dim=1)
-
-
-def _under_two_names(module: nn.Module) -> list[nn.Module]:
-    """Return the parts that are registered twice."""
-    met: set[nn.Module] = set()
-    again: list[nn.Module] = []
-    for _, part in module.named_modules(remove_duplicate=False):
-        (again.append if part in met else met.add)(part)
-    return again
-
-
-def _check(module: nn.Module) -> None:
-    """Refuse what cannot be called with parameters of others."""
-    kind = type(module).__name__
-    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
-        raise InputError(
-            f"{kind} is scripted, so its parameters cannot be exchanged; pass it as it was before "
-            "torch.jit"
-        )
-    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise InputError(
-            f"{kind} divides batches of examples, and tasks are to be divided; pass its .module, "
-            "and ranks=Ranks.of_torchrun() for several GPUs"
-        )
-    for name, parameter in module.named_parameters():
-        if nn.parameter.is_lazy(parameter):
-            raise InputError(f"`{name}` of {kind} has no shape yet; call {kind} on inputs before")
-        if parameter.is_complex():
-            raise InputError(
-                f"`{name}` of {kind} is complex; keep it as torch.view_as_real(...) and "
-                "call torch.view_as_complex on that in forward"
-            )
-
-
-def set_mode(module: nn.Module, *, is_training: bool) -> None:
-    """Set training or evaluation mode, batch normalisation as in training in both."""
-    for part in module.modules():
-        mode = is_training or isinstance(part, _NormBase)
-        if part.training != mode:  # setting an attribute of a module takes microseconds
-            part.training = mode
-
-
-@contextmanager
-def _differentiable_twice() -> Iterator[None]:
-    """Choose kernels that have a second derivative: fused attention has none."""
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-
-
-_DIFFERENTIABLE_TWICE = ProcessWide(_differentiable_twice)

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from fewstep.core.errors import InputError
-from fewstep.core.norm import NormaliseBy
+from fewstep.core.normalise import NormaliseBy
 from fewstep.models import fast_block
 from fewstep.models.form import Form
 from fewstep.models.of_tasks import one_vmap_at_most

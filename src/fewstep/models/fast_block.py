@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
-from fewstep.core.norm import Moments
+from fewstep.core.normalise import Moments
 from fewstep.core.once import once
 from fewstep.models.block_functions import Affine, Convolve, ConvolveAndPool, NormaliseAndPool
 from fewstep.models.form import Form, channels_last

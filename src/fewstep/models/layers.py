@@ -17,7 +17,7 @@ from torch._C import _functorch
 from torch.nn import functional as F
 
 from fewstep.core.layers import stands_in_for
-from fewstep.core.norm import Moments, NormaliseBy
+from fewstep.core.normalise import Moments, NormaliseBy
 from fewstep.models.convolution import Space
 from fewstep.models.form import channels_last
 from fewstep.models.layer_functions import BatchNorm, Convolve, MaxPool, Pair
