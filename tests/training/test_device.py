@@ -10,12 +10,12 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fewstep import MetaLearner
+from fewstep import MetaLearner, TaskBatch, maml
 from fewstep.data.drawn_ahead import DrawnAhead
 from fewstep.data.episodes import ClassificationEpisodes, Rotations
 from fewstep.data.sinusoid import SinusoidEpisodes
@@ -23,6 +23,7 @@ from fewstep.data.store import ClassStore
 from fewstep.models import Conv4, sinusoid_mlp
 from fewstep.training.config import Recipe
 from fewstep.training.presets import preset
+from tests.core.reference import WAYS, batch_norm_cnn
 
 MODES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -89,6 +90,37 @@ def test_classification(recipe: Recipe, mode: str) -> None:
     assert learner.predict(episodes, 4).is_meta
     adapted = learner.adapt(batch.x_support[0], batch.y_support[0])
     assert all(p.is_meta for p in adapted.parameters())
+
+
+class OfWords(nn.Module):
+    """An embedding and a recurrent layer, both of which something stands in for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 4, padding_idx=0)
+        self.rnn = nn.LSTM(4, 4, batch_first=True)
+        self.head = nn.Linear(4, WAYS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(self.embedding(x))[0][:, -1])
+
+
+@pytest.mark.parametrize(("kind", "replay"), [("images", False), ("images", True), ("words", True)])
+def test_any_module(kind: str, replay: bool) -> None:
+    if kind == "images":
+        x = torch.randn(2, 3, 6, 1, 6, 6, device="meta")
+        module = batch_norm_cnn()
+    else:
+        x = torch.zeros(2, 3, 6, 5, dtype=torch.long, device="meta")
+        module = OfWords()
+    y = torch.zeros(2, 3, 6, dtype=torch.long, device="meta")
+    batch = TaskBatch(x[0], y[0], x[1], y[1])
+    learner = MetaLearner(module.to("meta"), maml(2), F.cross_entropy, replay=replay)
+    for _ in range(2):
+        learner.step(batch, check_finite=False)
+        with OnDevice():
+            learner.meta_gradient(batch)
+    assert learner.predict(batch, 3).is_meta
 
 
 @pytest.mark.parametrize("rotations", get_args(Rotations))
