@@ -6,7 +6,10 @@ import sys
 import pytest
 import torch
 
-from fewstep.training.run_folder import RunFolder, command_line
+from fewstep.training import run_folder
+from fewstep.training.build import Experiment
+from fewstep.training.presets import preset
+from fewstep.training.run_folder import RunFolder, command_line, environment
 
 RANKS = [None, 0.3, 0.7, None, 0.5, 0.7, 0.6, 0.2]
 
@@ -58,3 +61,16 @@ def test_the_start_counts_until_a_score_does(run):
 def test_the_command_can_be_typed_again(arguments, command, monkeypatch):
     monkeypatch.setattr(sys, "argv", arguments)
     assert command_line() == command
+
+
+def test_scores_name_the_commit_that_the_run_started_from(monkeypatch):
+    """Not the one that is checked out when they are written."""
+    checked_out = "first"
+    monkeypatch.setattr(run_folder, "_git", lambda *_, folder: checked_out)
+    run_folder.commit.cache_clear()
+    try:
+        Experiment.build(preset("sinusoid", recipe="maml"))
+        checked_out = "second"
+        assert environment("fewstep train", "cpu")["commit"] == "first with changes"
+    finally:
+        run_folder.commit.cache_clear()

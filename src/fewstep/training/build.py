@@ -23,6 +23,7 @@ from fewstep.training.config import (
     SinusoidData,
     Split,
 )
+from fewstep.training.run_folder import commit
 
 EVAL_SEED = 0  # validation and test tasks are the same for every run, so that runs compare
 
@@ -134,6 +135,7 @@ def build_learner(
     config: RunConfig, problem: Problem, device: str, ranks: Ranks = ALONE
 ) -> MetaLearner:
     """Build the model, its initial parameters drawn from the seed, and its learner."""
+    commit()  # of the code at work; another may be checked out when scores are written
     torch.manual_seed(config.seed)  # on the CPU, so that every device starts alike
     module = config.model.build(problem.input_shape, problem.outputs).to(device)
     return MetaLearner(

@@ -12,6 +12,7 @@ import sys
 import tomllib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +221,7 @@ def environment(command: str, device: str) -> dict[str, Any]:
     """Describe what a result depends on besides its settings."""
     return {
         "command": command,
-        "commit": _commit(),
+        "commit": commit(),
         "fewstep": fewstep.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -247,15 +248,19 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _commit() -> str:
-    """Return the commit of the source tree, marked when it has uncommitted changes."""
+@cache
+def commit() -> str:
+    """Return the commit of the source tree, marked when it has uncommitted changes.
+
+    Asked again it is what it was at first, as the tree may move on while the process runs.
+    """
     folder = Path(__file__).parent
     try:
-        commit = _git("rev-parse", "HEAD", folder=folder)
+        found = _git("rev-parse", "HEAD", folder=folder)
         changed = _git("status", "--porcelain", "--untracked-files=no", folder=folder)
     except (OSError, subprocess.CalledProcessError):
         return "not from a repository"
-    return commit + (" with changes" if changed else "")
+    return found + (" with changes" if changed else "")
 
 
 def _git(*arguments: str, folder: Path) -> str:
