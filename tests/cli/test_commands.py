@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
+from fewstep import Scores
 from fewstep.cli.main import COMMANDS, main
+from fewstep.cli.runs import _table
 from fewstep.data.folder import ImageFolder
 from fewstep.training.build import Experiment
 from fewstep.training.config import SOURCES
@@ -405,3 +408,11 @@ def test_a_loaded_learner_scores_as_the_run_did(empty_folder):
     scores = learner.evaluate(experiment.problem.episodes["test"], 3, num_steps=10)
     assert scores.as_dict()["loss_curve"] == pytest.approx(saved["loss_curve"])
     assert int(load_learner(run.path, checkpoint="last", device="cpu").iteration) == 4
+
+
+def test_the_table_of_an_ensemble_names_the_step_it_scored(capsys):
+    metric = torch.tensor([[0.25], [0.75]])
+    console = Console(width=80)
+    console.print(_table(Scores("accuracy", metric, metric, "batch (transductive)", after=(3,))))
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "50.00%" in line]
+    assert row.split("│")[1].strip() == "3"
