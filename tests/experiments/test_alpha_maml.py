@@ -182,6 +182,12 @@ def test_jobs_need_workers_or_ray(monkeypatch):
         dict(each(_double, {}, workers=1, ray=True, console=QUIET))
 
 
+def test_jobs_are_not_done_by_every_process_of_torchrun(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(InputError, match=r"torchrun started 3 processes.*leave torchrun out"):
+        dict(each(_double, {"a": (1,)}, workers=1, ray=False, console=QUIET))
+
+
 ENDLESS = """
 import sys, time
 from pathlib import Path

@@ -99,6 +99,54 @@ def test_processes_share_the_tests(tmp_path):
     assert found["curve"] == pytest.approx(wanted["curve"], rel=1e-5)
 
 
+def test_processes_share_the_runs_of_a_table(tmp_path):
+    def ablation(folder):
+        return [
+            *("reproduce", "maml++-ablation", "--dataset", "glyphs", "--ways", "2", "--seeds", "1"),
+            *("--variants", "MAML", "MAML++", "--iterations", "4", "--tasks", "2", "--filters"),
+            *("4", "--val-every", "2", "--val-tasks", "4", "--test-tasks", "5", "--device", "cpu"),
+            *("--out", str(tmp_path / folder)),
+        ]
+
+    printed = of_two(*ablation("two"))
+    assert printed.count("done: ") == 2
+    assert printed.count("wrote table.md") == 1
+    assert main(ablation("one")) == 0
+    for run in ("maml-seed0", "maml++-seed0"):
+        (tensors, losses), (wanted, wanted_losses) = (
+            content(tmp_path / folder / run) for folder in ("two", "one")
+        )
+        assert losses == pytest.approx(wanted_losses, rel=1e-3)
+        assert tensors.keys() == wanted.keys()
+        for file in (tmp_path / "one" / run).glob("evaluation-*.json"):
+            found = json.loads((tmp_path / "two" / run / file.name).read_text())
+            assert found["mean"] == pytest.approx(json.loads(file.read_text())["mean"])
+            assert found["environment"]["processes"] == 2
+    # Nothing is left to do, neither training nor tests: it is read by all.
+    files = {f: f.stat().st_mtime_ns for f in (tmp_path / "two").glob("*/*.json")}
+    assert of_two(*ablation("two")).count("done: ") == 2
+    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "two").glob("*/*.json")} == files
+    (tmp_path / "two" / "maml-seed0" / "evaluation-test-ensemble-5-steps.json").unlink()
+    of_two(*ablation("two"))  # one test is missing
+    changed = [f.name for f, at in files.items() if f.stat().st_mtime_ns != at]
+    assert changed == ["evaluation-test-ensemble-5-steps.json"]
+
+
+FIRST_IS_LATE = """
+import os, sys, time
+from fewstep.cli.main import main
+time.sleep(1 if os.environ["RANK"] == "0" else 0)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_the_first_process_says_what_is_wrong_though_another_failed_before(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(FIRST_IS_LATE)
+    done = two(str(script), "train", "--iterations", "0")
+    assert done.stderr.count("iterations=0 must be at least 1") == 1
+
+
 READS_IN_ONE_PROCESS_ONLY = """
 import os, sys
 from fewstep.cli.main import main

@@ -17,6 +17,7 @@ from fewstep.data.prepared import verify_prepared
 from fewstep.report.episode_picture import picture_episodes
 from fewstep.training.build import classification_episodes
 from fewstep.training.config import SOURCES, ClassificationOptions, Images, SinusoidData, Split
+from fewstep.training.display import say
 from fewstep.training.parse import value_of
 from fewstep.training.presets import preset
 
@@ -41,9 +42,8 @@ class DataList:
         for name in SOURCES:
             table.add_row(name, _DESCRIPTIONS[name], f"fewstep train --dataset {name}")
         console.print(table)
-        console.print(f"prepared arrays: {cache_folder()}  ($FEWSTEP_CACHE moves them)",
-                      highlight=False, soft_wrap=True)  # fmt: skip
-        console.print("raw data: --root, or $FEWSTEP_DATA/<data set>", highlight=False)
+        say(console, f"prepared arrays: {cache_folder()}  ($FEWSTEP_CACHE moves them)")
+        say(console, "raw data: --root, or $FEWSTEP_DATA/<data set>")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class DataPrepare:
             shape = "x".join(map(str, store.image_shape))
             table.add_row(split, f"{len(store):,}", f"{images:,}", shape)
         console.print(table)
-        console.print(f"next: fewstep data show --dataset {self.dataset}", highlight=False)
+        say(console, f"next: fewstep data show --dataset {self.dataset}")
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,9 @@ class DataVerify:
         """Print a line for each array."""
         names = verify_prepared(cache_folder())
         for name in names:
-            console.print(f"{name}: as prepared", highlight=False)
+            say(console, f"{name}: as prepared")
         if not names:
-            console.print("nothing is prepared yet; next: fewstep data prepare", highlight=False)
+            say(console, "nothing is prepared yet; next: fewstep data prepare")
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,8 @@ class DataShow:
         stores = self.data.splits()
         episodes = classification_episodes(self.episodes, stores, self.split, 0, "cpu")
         picture_episodes(episodes, self.count, self.out)
-        console.print(f"wrote {self.out}", highlight=False, soft_wrap=True)
-        console.print(f"next: fewstep train --dataset {self.dataset}", highlight=False)
+        say(console, f"wrote {self.out}")
+        say(console, f"next: fewstep train --dataset {self.dataset}")
 
 
 def _dataset(arguments: Sequence[str]) -> tuple[ImageDataset, Images]:

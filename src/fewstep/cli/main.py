@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -104,6 +106,9 @@ _usual_format = warnings.formatwarning
 def _complain(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun, the first one speaks
         print(text, file=sys.stderr)
+        return
+    with suppress(KeyboardInterrupt):  # torchrun ends it as soon as another fails
+        time.sleep(3)
 
 
 def _help(console: Console) -> None:

@@ -21,8 +21,9 @@ from fewstep.report.curves import plot_runs
 from fewstep.report.sinusoid_fits import plot_sinusoid_fits
 from fewstep.training.build import Experiment, resolve_device
 from fewstep.training.config import EpisodeOptions, RegressionOptions, RunConfig, Split, to_dict
+from fewstep.training.display import say
 from fewstep.training.evaluate import Checkpoint, evaluate_run
-from fewstep.training.files import locked
+from fewstep.training.files import locked, make_folder
 from fewstep.training.parse import load_config, run_config
 from fewstep.training.run_folder import RunFolder, command_line
 from fewstep.training.trainer import Trainer
@@ -52,12 +53,7 @@ class Train:
             _train_and_test(experiment, None, Console(quiet=True))
             return
         path = self.out or _free_folder(config)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"cannot make the folder {path}: {error.strerror}; choose another with --out"
-            ) from error
+        make_folder(path)
         with locked(path):
             run = RunFolder.create(path, to_dict(config), command_line(), config.device)
             _train(experiment, run, console)
@@ -147,7 +143,7 @@ class Evaluate:
         ranks.part()
         if ranks.is_first:
             console.print(_table(scores))
-            _say(console, f"{self.split}: {scores}")
+            say(console, f"{self.split}: {scores}")
 
     def _episodes(self, episodes: EpisodeOptions) -> tuple[EpisodeOptions, list[str]]:
         """Return the run's episodes with what was asked for, and a word for each change."""
@@ -182,28 +178,28 @@ class Plot:
         runs = [RunFolder.open(path) for path in self.run_folders]
         path = self.out or self.run_folders[0] / "curves.png"
         plot_runs(runs, path)
-        _say(console, f"wrote {path}")
+        say(console, f"wrote {path}")
 
 
 def _train(experiment: Experiment, run: RunFolder, console: Console) -> None:
     config = experiment.config
-    _say(console, f"run folder: {run.path}  ({config.recipe} on {config.dataset}, {config.device})")
+    say(console, f"run folder: {run.path}  ({config.recipe} on {config.dataset}, {config.device})")
     learner = experiment.learner
     if config.memory_budget is not None:
         chosen = f"chunk_size={learner.chunk_size}, checkpoint_every={learner.checkpoint_every}"
-        _say(console, f"memory budget of {config.memory_budget:g} MiB: {chosen}")
+        say(console, f"memory budget of {config.memory_budget:g} MiB: {chosen}")
     if not _train_and_test(experiment, run, console):
-        _say(console, f"next: fewstep resume {run.path}")
+        say(console, f"next: fewstep resume {run.path}")
         return
     plot_runs([run], run.path / "curves.png")
     if config.dataset == "sinusoid":
         plot_sinusoid_fits(learner, run.path / "fits.png")
-        _say(console, f"fits: {run.path / 'fits.png'}")
-    _say(console, f"learning curves: {run.path / 'curves.png'}")
-    _say(console, f"next: fewstep evaluate {run.path} --split val   (score again, other settings)")
-    _say(console, f"      fewstep resume {run.path} --iterations {2 * config.iterations}")
+        say(console, f"fits: {run.path / 'fits.png'}")
+    say(console, f"learning curves: {run.path / 'curves.png'}")
+    say(console, f"next: fewstep evaluate {run.path} --split val   (score again, other settings)")
+    say(console, f"      fewstep resume {run.path} --iterations {2 * config.iterations}")
     if config.dataset != "sinusoid":
-        _say(console, f"      fewstep predict {run.path} --support FOLDER --query FOLDER   (yours)")
+        say(console, f"      fewstep predict {run.path} --support FOLDER --query FOLDER   (yours)")
 
 
 def _train_and_test(experiment: Experiment, run: RunFolder | None, console: Console) -> bool:
@@ -223,11 +219,11 @@ def _train_and_test(experiment: Experiment, run: RunFolder | None, console: Cons
         )
         scores = test(checkpoint="best")
         console.print(_table(scores))
-        _say(console, f"test: {scores}")
+        say(console, f"test: {scores}")
         if config.keep_best > 1:
-            _say(console, f"test, ensemble of {len(state.best)}: {test(checkpoint='ensemble')}")
+            say(console, f"test, ensemble of {len(state.best)}: {test(checkpoint='ensemble')}")
     else:
-        _say(console, f"stopped after iteration {state.iteration}; the checkpoint is written")
+        say(console, f"stopped after iteration {state.iteration}; the checkpoint is written")
     ranks.part()
     experiment.learner.ranks = ALONE
     return is_done
@@ -249,7 +245,3 @@ def _table(scores: Scores) -> Table:
         value = f"{100 * mean:.2f}% ± {100 * ci:.2f}" if in_percent else f"{mean:.4f} ± {ci:.4f}"
         table.add_row(str(step), value)
     return table
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -17,6 +17,7 @@ from fewstep.experiments.alpha_runs import Setting, train
 from fewstep.experiments.pool import each
 from fewstep.training.build import resolve_device
 from fewstep.training.config import RunConfig
+from fewstep.training.display import say
 from fewstep.training.files import write_atomically
 from fewstep.training.run_folder import command_line, environment, write_json
 
@@ -91,8 +92,8 @@ class AlphaComparison:
         write_json(self.out / "comparison.json", summary)
         table = self._markdown(accuracies)
         write_atomically(self.out / "table.md", table.encode())
-        console.print(table, highlight=False, markup=False, soft_wrap=True)
-        console.print(f"wrote table.md and comparison.json in {self.out}", highlight=False)
+        say(console, table)
+        say(console, f"wrote table.md and comparison.json in {self.out}")
 
     def config(self, method: str, alpha: float, beta: float, seed: int) -> RunConfig:
         """Return the settings of a method from given initial rates."""

@@ -15,6 +15,7 @@ from fewstep.experiments.alpha_runs import Setting, train
 from fewstep.experiments.pool import each
 from fewstep.report.figure import new_figure, save_figure
 from fewstep.training.build import resolve_device
+from fewstep.training.display import say
 from fewstep.training.run_folder import command_line, environment, write_json
 
 
@@ -87,7 +88,7 @@ class AlphaConvergence:
             },
         )
         plot_convergence(outcomes, self.out / "convergence.png")
-        console.print(f"wrote summary.json and convergence.png in {self.out}", highlight=False)
+        say(console, f"wrote summary.json and convergence.png in {self.out}")
 
 
 def _summary(outcome: Mapping[str, Any]) -> dict[str, Any]:

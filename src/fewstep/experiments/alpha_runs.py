@@ -17,6 +17,7 @@ from fewstep.training.config import (
     Conv4Options,
     RunConfig,
 )
+from fewstep.training.files import make_folder
 from fewstep.training.presets import preset
 from fewstep.training.run_folder import write_json
 
@@ -142,6 +143,6 @@ def train(
         "validation": validation,
         "test": test,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_json(path, outcome)
     return outcome

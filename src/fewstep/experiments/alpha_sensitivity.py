@@ -16,6 +16,7 @@ from fewstep.experiments.alpha_runs import Setting, train
 from fewstep.experiments.pool import each
 from fewstep.report.figure import new_figure, save_figure
 from fewstep.training.build import resolve_device
+from fewstep.training.display import say
 from fewstep.training.files import write_atomically
 from fewstep.training.run_folder import command_line, environment, write_json
 
@@ -96,8 +97,8 @@ class AlphaSensitivity:
         table = _markdown(shares, self)
         write_atomically(self.out / "table.md", table.encode())
         plot_grids(grids, self.inner_lrs, self.outer_lrs, self.iterations, self.out / "grid.png")
-        console.print(table, highlight=False, markup=False, soft_wrap=True)
-        console.print(f"wrote table.md, grid.json and grid.png in {self.out}", highlight=False)
+        say(console, table)
+        say(console, f"wrote table.md, grid.json and grid.png in {self.out}")
 
 
 Grid = Sequence[Sequence[int | None]]

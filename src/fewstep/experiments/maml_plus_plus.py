@@ -12,6 +12,7 @@ from rich.console import Console
 
 from fewstep.core.errors import InputError, check_name
 from fewstep.core.precision import Precision
+from fewstep.core.ranks import Ranks
 from fewstep.data.omniglot import Omniglot
 from fewstep.experiments.sweep import Test, complete_all
 from fewstep.report.figure import new_figure, save_figure
@@ -22,6 +23,7 @@ from fewstep.training.config import (
     Conv4Options,
     RunConfig,
 )
+from fewstep.training.display import say
 from fewstep.training.files import write_atomically
 from fewstep.training.presets import preset
 from fewstep.training.run_folder import RunFolder, command_line, environment, write_json
@@ -113,6 +115,9 @@ class MamlPlusPlusAblation:
         if self.seeds < 1:
             raise InputError(f"seeds={self.seeds} must be at least 1")
         device = resolve_device(self.device)
+        ranks = Ranks.of_torchrun(device)
+        if not ranks.is_first:
+            console = Console(quiet=True)
         plan = {
             self.out / f"{variant.lower()}-seed{seed}": replace(
                 self._config(variant, seed), device=device
@@ -120,12 +125,12 @@ class MamlPlusPlusAblation:
             for seed in range(self.seeds)
             for variant in self.variants
         }
-        found = complete_all(plan, TESTS, console, workers=self.workers, ray=self.ray)
+        found = complete_all(plan, TESTS, console, workers=self.workers, ray=self.ray, ranks=ranks)
+        ranks.part()
         if len(found) < len(plan):
-            console.print(
-                f"{len(found)} of {len(plan)} runs are done; the same command goes on",
-                highlight=False,
-            )
+            say(console, f"{len(found)} of {len(plan)} runs are done; the same command goes on")
+            return
+        if not ranks.is_first:
             return
         rows = {v: self._row(v, found) for v in self.variants}
         summary = {
@@ -137,8 +142,8 @@ class MamlPlusPlusAblation:
         write_json(self.out / "table.json", summary)
         write_atomically(self.out / "table.md", self._markdown(rows).encode())
         plot_validation({v: self._folders(v) for v in self.variants}, self.out / "curves.png")
-        console.print(self._markdown(rows), highlight=False, markup=False, soft_wrap=True)
-        console.print(f"wrote table.md, table.json and curves.png in {self.out}", highlight=False)
+        say(console, self._markdown(rows))
+        say(console, f"wrote table.md, table.json and curves.png in {self.out}")
 
     def _folders(self, variant: str) -> list[RunFolder]:
         names = [f"{variant.lower()}-seed{seed}" for seed in range(self.seeds)]

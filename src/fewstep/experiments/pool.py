@@ -42,10 +42,16 @@ def each(
         console: Where the bar is shown.
 
     Raises:
-        InputError: `workers` is below 1, or Ray is not installed.
+        InputError: `workers` is below 1, Ray is not installed, or torchrun started several
+            processes, which would all do all jobs.
     """
     if workers < 1:
         raise InputError(f"workers={workers} must be at least 1 process")
+    if (started := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise InputError(
+            f"torchrun started {started} processes, but each of these {len(jobs)} runs is for one; "
+            "leave torchrun out and give --workers"
+        )
     if ray:
         results = _on_ray(function, jobs)
     elif workers == 1:

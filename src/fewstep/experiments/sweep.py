@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from typing import Any
 from rich.console import Console
 
 from fewstep.core.errors import InputError
+from fewstep.core.ranks import ALONE, Ranks
 from fewstep.experiments.pool import each
 from fewstep.training.build import Experiment
 from fewstep.training.config import RunConfig, to_dict
+from fewstep.training.display import say
 from fewstep.training.evaluate import Checkpoint, evaluate_run, evaluation_file, is_scored
-from fewstep.training.files import locked
+from fewstep.training.files import locked, make_folder
 from fewstep.training.run_folder import RunFolder, command_line
 from fewstep.training.trainer import Trainer
 
@@ -39,7 +42,11 @@ class Test:
 
 
 def complete(
-    path: Path, config: RunConfig, tests: tuple[Test, ...], console: Console | None = None
+    path: Path,
+    config: RunConfig,
+    tests: tuple[Test, ...],
+    console: Console | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[dict[str, Any]] | None:
     """Train a run to its end from wherever it stands, and test it.
 
@@ -48,6 +55,7 @@ def complete(
         config: Its settings.
         tests: What to test; those done before, on the same checkpoint, are read.
         console: Where to print; None for nowhere.
+        ranks: The processes that share it, of which the first keeps the folder.
 
     Returns:
         What each test wrote, or None if training was interrupted.
@@ -55,25 +63,20 @@ def complete(
     Raises:
         InputError: the folder holds a run with other settings, or what training raises.
     """
-    path.mkdir(parents=True, exist_ok=True)
     console = console or Console(quiet=True)
-    with locked(path):
-        if (path / "config.toml").exists():
-            run = RunFolder.open(path)
-            _check_same(path, run.settings(), config)
-        else:
-            run = RunFolder.create(path, to_dict(config), command_line(), config.device)
-        steps = config.algorithm.eval_steps
-        files = [evaluation_file(run, "test", t.checkpoint, steps, t.changes) for t in tests]
+    steps = config.algorithm.eval_steps
+    with _opened(path, config) if ranks.is_first else nullcontext() as run:
 
         def missing() -> list[Test]:
-            pairs = zip(tests, files, strict=True)
-            return [t for t, file in pairs if not is_scored(run, t.checkpoint, file)]
+            if run is None:
+                return ranks.of_first([])
+            return ranks.of_first(
+                [t for t in tests if not is_scored(run, t.checkpoint, _file(run, t, steps))]
+            )
 
-        state = run.state()
-        done = state is not None and state.iteration == config.iterations
-        if not done or missing():
-            experiment = Experiment.build(config)
+        state = ranks.of_first(None if run is None else run.state())
+        if state is None or state.iteration < config.iterations or missing():
+            experiment = Experiment.build(config, ranks)
             if Trainer(experiment, run, console).train().iteration < config.iterations:
                 return None
             for test in missing():
@@ -82,7 +85,26 @@ def complete(
                     num_tasks=config.test_tasks, num_steps=steps,
                     statistics=test.statistics, changes=test.changes,
                 )  # fmt: skip
-        return [json.loads(file.read_text()) for file in files]
+        return ranks.of_first(
+            [] if run is None else [json.loads(_file(run, t, steps).read_text()) for t in tests]
+        )
+
+
+@contextmanager
+def _opened(path: Path, config: RunConfig) -> Iterator[RunFolder]:
+    """Hold the folder of a run that may be new, or have been begun with the same settings."""
+    make_folder(path)
+    with locked(path):
+        if (path / "config.toml").exists():
+            run = RunFolder.open(path)
+            _check_same(path, run.settings(), config)
+        else:
+            run = RunFolder.create(path, to_dict(config), command_line(), config.device)
+        yield run
+
+
+def _file(run: RunFolder, test: Test, steps: int) -> Path:
+    return evaluation_file(run, "test", test.checkpoint, steps, test.changes)
 
 
 def complete_all(
@@ -92,6 +114,7 @@ def complete_all(
     *,
     workers: int,
     ray: bool = False,
+    ranks: Ranks = ALONE,
 ) -> dict[Path, list[dict[str, Any]]]:
     """Complete many runs.
 
@@ -101,21 +124,23 @@ def complete_all(
         console: Where to print.
         workers: How many at once.
         ray: Send them to a Ray cluster.
+        ranks: The processes that share every run, one run after another.
 
     Returns:
         What each run's tests wrote; of interrupted runs nothing.
     """
-    alone = workers == 1 and not ray
-    own = (console,) if alone else ()  # a console does not travel to other processes
-    jobs = {path: (path, config, tests, *own) for path, config in plan.items()}
+    runs: Iterator[tuple[Path, list[dict[str, Any]] | None]]
+    if workers == 1 and not ray:
+        runs = ((p, complete(p, config, tests, console, ranks)) for p, config in plan.items())
+    else:
+        jobs = {path: (path, config, tests) for path, config in plan.items()}
+        runs = each(complete, jobs, workers=workers, ray=ray, console=console)
     results: dict[Path, list[dict[str, Any]]] = {}
-    for path, found in each(
-        complete, jobs, workers=workers, ray=ray, console=Console(quiet=True) if alone else console
-    ):
+    for path, found in runs:
         if found is None:
             break
         results[path] = found
-        console.print(f"done: {path} ({len(results)} of {len(plan)})", highlight=False)
+        say(console, f"done: {path} ({len(results)} of {len(plan)})")
     return results
 
 

@@ -20,6 +20,11 @@ from rich.progress import (
 from fewstep.core.tasks import Episodes, TaskBatch
 
 
+def say(console: Console, text: str) -> None:
+    """Print as it is: no markup, nothing coloured, and no line broken where a path may be."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def bars(console: Console) -> Progress:
     """Return what shows progress bars on a terminal, and nothing elsewhere."""
     return Progress(
@@ -94,4 +99,4 @@ class Display:
 
     def print(self, text: str) -> None:
         """Print a line above the bar."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(self.console, text)
