@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fewstep.core.errors import InputError
-from fewstep.report.figure import new_figure, save_figure
+from fewstep.report.figure import label_plainly, new_figure, save_figure
 from fewstep.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ def plot_runs(runs: Sequence[RunFolder], path: Path) -> None:
         right.set_yscale("log")
     for axes in (left, right):
         axes.grid(alpha=0.3)
+        if axes.get_yscale() == "log":
+            label_plainly(axes.yaxis)
         axes.legend()
     save_figure(figure, path)
 

@@ -10,6 +10,7 @@ from fewstep.core.errors import InputError
 from fewstep.training.files import write_atomically
 
 if TYPE_CHECKING:
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 
@@ -18,6 +19,18 @@ def new_figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure  # here: half a second that a run need not start with
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def label_plainly(axis: Axis) -> None:
+    """Label a logarithmic axis 0.5, 2, 10: matplotlib has powers of ten, or 5 x 10^-1."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):  # which says where to put a label
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    axis.set_major_formatter(Plain())
+    axis.set_minor_formatter(Plain())
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -1,0 +1,37 @@
+"""Figures as they are drawn."""
+
+import pytest
+
+from fewstep.report.curves import plot_runs
+from fewstep.report.figure import label_plainly, new_figure
+from fewstep.training.run_folder import RunFolder, json_line
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "labels"),
+    [
+        (1.05, 1.65, ["1.1", "1.2", "1.3", "1.4", "1.5", "1.6"]),
+        (0.3, 2, ["0.3", "0.4", "0.6", "1", "2"]),
+        (0.0003, 0.2, ["0.001", "0.01", "0.1"]),
+    ],
+)
+def test_a_logarithmic_axis_has_plain_numbers(low, high, labels):
+    figure = new_figure(3, 4)
+    axes = figure.subplots()
+    axes.set(yscale="log", ylim=(low, high))
+    label_plainly(axes.yaxis)
+    figure.canvas.draw()
+    ticks = [*axes.get_yticklabels(minor=False), *axes.get_yticklabels(minor=True)]
+    shown = {t.get_text() for t in ticks if t.get_text() and low <= t.get_position()[1] <= high}
+    assert sorted(shown, key=float) == labels
+
+
+@pytest.mark.parametrize(("metric", "logarithmic"), [("accuracy", 1), ("loss", 2)])
+def test_losses_are_labelled_so(tmp_path, monkeypatch, metric, logarithmic):
+    labelled = []
+    monkeypatch.setattr("fewstep.report.curves.label_plainly", labelled.append)
+    lines = [{"iteration": i, "loss": 1 + 1 / i} for i in range(1, 5)]
+    lines.append({"iteration": 4, f"val_{metric}": 0.5, "val_ci95": 0.1, "val_loss": 0.5})
+    (tmp_path / "metrics.jsonl").write_text("".join(map(json_line, lines)))
+    plot_runs([RunFolder(tmp_path)], tmp_path / "curves.png")
+    assert len(labelled) == logarithmic
