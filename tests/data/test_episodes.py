@@ -1,8 +1,10 @@
+from typing import get_args
+
 import pytest
 import torch
 
 from fewstep import InputError
-from fewstep.data.episodes import ClassificationEpisodes
+from fewstep.data.episodes import ClassificationEpisodes, Rotations
 from fewstep.data.store import ClassStore
 
 COUNTS = [4, 9, 6, 12, 5, 7]
@@ -38,7 +40,10 @@ def same(one, other) -> list[bool]:
     return [torch.equal(a, b) for a, b in zip(one.tensors(), other.tensors(), strict=True)]
 
 
-every_rotation = pytest.mark.parametrize("rotations", ["none", "classes", "episode"])
+every_rotation = pytest.mark.parametrize("rotations", get_args(Rotations))
+every_turning = pytest.mark.parametrize(
+    "rotations", [r for r in get_args(Rotations) if r != "none"]
+)
 
 
 @every_rotation
@@ -119,17 +124,18 @@ def test_a_class_takes_any_label(way):
     assert (counts - 500).abs().max() < 5 * 500**0.5
 
 
-@pytest.mark.parametrize("rotations", ["classes", "episode"])
+@every_turning
 def test_a_class_is_turned_as_a_whole(rotations):
     batch = episodes(ways=3, shots=2, queries=2, rotations=rotations).batch(0, 1000)
     support = turns(batch.x_support).unflatten(1, (3, 2))
     query = turns(batch.x_query).unflatten(1, (3, 2))
-    together = torch.cat([support, query], dim=2)
-    assert (together == together[..., :1]).all()
+    both = torch.cat([support, query], dim=2)
+    assert (both == both[..., :1]).all()
     for way in range(3):
-        counts = torch.bincount(together[:, way, 0], minlength=4)
+        counts = torch.bincount(both[:, way, 0], minlength=4)
         assert (counts - 250).abs().max() < 5 * 250**0.5
-    assert (together[:, 0, 0] == together[:, 1, 0]).double().mean() < 0.3, "each on its own"
+    alike = (both[:, 0, 0] == both[:, 1, 0]).double().mean()
+    assert alike == 1 if rotations == "together" else alike < 0.3, "each on its own"
 
 
 def test_nothing_is_turned_by_default():
@@ -174,7 +180,7 @@ def test_refuses(mistake, message):
         episodes(**mistake)
 
 
-@pytest.mark.parametrize("rotations", ["classes", "episode"])
+@every_turning
 def test_turning_needs_squares(rotations):
     oblong = ClassStore.from_counts(torch.zeros(8, 1, 2, 3, dtype=torch.uint8), [4, 4], "ab")
     with pytest.raises(InputError, match=f"^rotations='{rotations}' .* are 2x3; .*$"):

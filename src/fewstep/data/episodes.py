@@ -12,7 +12,7 @@ from fewstep.core.tasks import TaskBatch
 from fewstep.data.counter_random import key_from_name, random_bits, random_subset
 from fewstep.data.store import ClassStore
 
-Rotations = Literal["none", "classes", "episode"]
+Rotations = Literal["none", "classes", "episode", "together"]
 
 
 class ClassificationEpisodes:
@@ -28,8 +28,10 @@ class ClassificationEpisodes:
         ways: Classes of an episode.
         shots: Support images of each class.
         queries: Query images of each class.
-        rotations: "none"; "classes", each quarter turn of a class is a class of its own; or
-            "episode", each drawn class of an episode is turned as a whole by a random quarter.
+        rotations: "none"; "classes", each quarter turn of a class is a class of its own;
+            "episode", each drawn class of an episode is turned as a whole by a random quarter; or
+            "together", all classes of an episode are turned by the same random quarter, so that
+            none can be told from another by how it stands.
         seed: Any integer.
 
     Shapes: x is float32 in [0, 1], (tasks, ways * shots or queries, channels, height, width), class
@@ -38,7 +40,8 @@ class ClassificationEpisodes:
     Raises:
         InputError: the store has too few classes, or a class too few images.
 
-    Reference: rotated classes, Santoro et al. 2016; turned per episode, the code of MAML.
+    Reference: rotated classes, Santoro et al. 2016; turned per episode, the code of MAML; turned
+        together, ours.
     """
 
     def __init__(
@@ -106,6 +109,8 @@ class ClassificationEpisodes:
             x = _turn(x, drawn // len(self.store))
         elif self.rotations == "episode":
             x = _turn(x, random_bits(self._key_turns, episode[:, None], way) % 4)
+        elif self.rotations == "together":
+            x = _turn(x, random_bits(self._key_turns, episode[:, None]) % 4)
         x_support, x_query = torch.split(x.float().div_(255), [self.shots, self.queries], dim=2)
         y = way.expand(count, self.ways)
         return TaskBatch(
@@ -117,7 +122,7 @@ class ClassificationEpisodes:
 
 
 def _turn(x: Tensor, quarters: Tensor) -> Tensor:
-    """Turn the images of each (task, way) by its own number of quarter turns."""
+    """Turn the images of each (task, way), or of each (task, 1), by so many quarter turns."""
     quarters = quarters[..., None, None, None, None]
     for k in (1, 2, 3):
         x = torch.where(quarters == k, x.rot90(k, (-2, -1)), x)

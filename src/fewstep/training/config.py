@@ -45,7 +45,8 @@ class ClassificationOptions:
     eval_queries: int = 15
     """Query images of each class, in validation and test."""
     rotations: Rotations = "none"
-    """Training: turn no image, make every quarter turn a class, or turn classes per episode."""
+    """Training: turn no image, make every quarter turn a class, or turn the classes of an episode,
+    each by a quarter of its own or all together."""
     eval_rotations: Rotations = "none"
     """The same in validation and test."""
 
