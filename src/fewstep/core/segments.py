@@ -118,18 +118,18 @@ class _RandomState:
     """The state of the generators that modules draw from, where steps are taken twice."""
 
     cpu: Tensor | None = None
-    cuda: Tensor | None = None
+    cuda: tuple[torch.device, Tensor] | None = None
     own: tuple[tuple[torch.Generator, Tensor], ...] = ()  # that the module keeps
 
     @classmethod
     def now(cls, needed: bool, loop: InnerLoop, tasks: TaskBatch) -> _RandomState:
         if not needed:
             return cls()
-        is_cuda = tasks.x_support.is_cuda
+        device = tasks.x_support.device
         kept = [v for part in loop.network.module.modules() for v in vars(part).values()]
         return cls(
             torch.get_rng_state(),
-            torch.cuda.get_rng_state() if is_cuda else None,
+            (device, torch.cuda.get_rng_state(device)) if device.type == "cuda" else None,
             tuple((g, g.get_state()) for g in kept if isinstance(g, torch.Generator)),
         )
 
@@ -137,6 +137,7 @@ class _RandomState:
         if self.cpu is not None:
             torch.set_rng_state(self.cpu)
         if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda)
+            device, state = self.cuda
+            torch.cuda.set_rng_state(state, device)
         for generator, state in self.own:
             generator.set_state(state)
