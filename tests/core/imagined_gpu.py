@@ -85,7 +85,7 @@ def imagined() -> list[AbstractContextManager[Any]]:
     ]
 
 
-def train(name: str) -> None:
+def train(name: str, mode: str) -> None:
     """Do three iterations and a test; fake tensors of two devices do not mix, nor can be read."""
     case, algorithm = MODELS[name], maml_plus_plus(2, 0.1, iterations_per_epoch=1)
     given = case.batch()
@@ -93,15 +93,16 @@ def train(name: str) -> None:
         with torch.device("cuda"):
             module = case.build()
             batch = TaskBatch(*(torch.empty(t.shape, dtype=t.dtype) for t in given.tensors()))
-        learner = MetaLearner(module, algorithm, case.loss, **MODES[sys.argv[1]])
+        learner = MetaLearner(module, algorithm, case.loss, **MODES[mode])
         for learner.iteration in (0, 1, 99):  # of the first order twice, of the second
             metrics = learner.step(batch, check_finite=False)
             assert metrics.loss.is_cuda
         assert learner.predict(batch, 3).is_cuda
 
 
-for context in imagined():
-    context.__enter__()
-for name in ("batch norm", "Conv4", "LSTM", "transformer"):
-    train(name)
-print("captured", Graph.captures, "launched", Graph.launches)
+if __name__ == "__main__":
+    for context in imagined():
+        context.__enter__()
+    for name in ("batch norm", "Conv4", "LSTM", "transformer"):
+        train(name, mode=sys.argv[1])
+    print("captured", Graph.captures, "launched", Graph.launches)
