@@ -1,6 +1,7 @@
 """Learners in several threads go by their own statistics and leave the process as it was."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import replace
 from threading import Barrier
 
@@ -54,12 +55,15 @@ def test_statistics_are_a_thread_s_own():
 
 def test_a_setting_of_the_process_is_left_by_the_last():
     course = []
+    variable = ContextVar("variable", default=False)
 
     class Setting:
         def __enter__(self) -> None:
             course.append("set")
+            self.before = variable.set(True)
 
         def __exit__(self, *error: object) -> None:
+            variable.reset(self.before)  # refuses another context
             course.append("unset")
 
     setting = ProcessWide(Setting)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ContextDecorator, ExitStack
+from contextvars import copy_context
 
 
 class ProcessWide(ContextDecorator):
@@ -21,15 +22,16 @@ class ProcessWide(ContextDecorator):
         self._lock = threading.Lock()
         self._inside = 0
         self._context = ExitStack()
+        self._variables = copy_context()  # of no thread, as another may leave than entered
 
     def __enter__(self) -> None:
         with self._lock:
             if self._inside == 0:
-                self._context.enter_context(self._make())
+                self._variables.run(self._context.enter_context, self._make())
             self._inside += 1
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
             self._inside -= 1
             if self._inside == 0:
-                self._context.close()
+                self._variables.run(self._context.close)
