@@ -23,12 +23,13 @@ def new_figure(width: float, height: float) -> Figure:
 
 def label_plainly(axis: Axis) -> None:
     """Label a logarithmic axis 0.5, 2, 10: matplotlib has powers of ten, or 5 x 10^-1."""
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogFormatter, LogLocator
 
     class Plain(LogFormatter):  # which says where to put a label
         def __call__(self, x: float, pos: int | None = None) -> str:
             return f"{x:g}" if super().__call__(x, pos) else ""
 
+    axis.set_minor_locator(LogLocator(subs=(1.5, *range(2, 10))))  # from 1 to 2 is a long way
     axis.set_major_formatter(Plain())
     axis.set_minor_formatter(Plain())
 
