@@ -145,10 +145,14 @@ def serve(case: Case, way: str, threads: int | None, pipe: Connection) -> None:
 def turn(gradient: Gradient) -> float:
     """Return the seconds of a gradient, of as many as fit into a fifth of a second.
 
-    Threads of the process before spin for a while when they have nothing left to do.
+    The first is left out if it takes less than a second: threads of the process before spin for a
+    while when they have nothing left to do.
     """
     time.sleep(0.3)
+    started = time.perf_counter()
     _finish(gradient)
+    if (seconds := time.perf_counter() - started) > 1:
+        return seconds
     count, started = 0, time.perf_counter()
     while count == 0 or time.perf_counter() - started < 0.2:
         _finish(gradient)
