@@ -13,6 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from fewstep.core.errors import InputError
+from fewstep.core.learner import MetaLearner
 from fewstep.experiments import alpha_runs
 from fewstep.experiments.alpha_comparison import CHANGES, AlphaComparison, draw, interval
 from fewstep.experiments.alpha_convergence import AlphaConvergence
@@ -97,6 +98,19 @@ def test_an_outcome(setting, tmp_path):
     broken = train(tmp_path / "c.json", bursting)
     assert broken["broken"] is not None
     assert len(broken["losses"]) == broken["broken"] - 1
+
+
+def test_validations_score_the_last_step_alone(setting, tmp_path, monkeypatch):
+    scored, usual = [], MetaLearner.evaluate
+
+    def noted(learner, *arguments, every_step=True):
+        scored.append(every_step)
+        return usual(learner, *arguments, every_step=every_step)
+
+    monkeypatch.setattr(MetaLearner, "evaluate", noted)
+    config = replace(setting.config(0.1, 0.05, None, None), iterations=2, val_tasks=2, test_tasks=2)
+    train(tmp_path / "a.json", config, val_every=1, is_tested=True)
+    assert scored == [False, False, True]
 
 
 def test_the_courses(setting, tmp_path):
