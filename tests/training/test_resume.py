@@ -127,4 +127,7 @@ def test_more_iterations_go_on_from_the_end(tmp_path):
     assert main(["resume", str(extended), "--iterations", "44"]) == 2
     assert main(["resume", str(extended)]) == 0  # nothing left to train: tests again
     assert main(["resume", str(extended), "--iterations", str(ITERATIONS)]) == 0
+    starts = [json.loads(line) for line in (extended / "starts.jsonl").read_text().splitlines()]
+    assert [(s["iteration"], s["iterations"]) for s in starts] == [(0, 45), (45, ITERATIONS)]
+    assert all(s["command"] and s["commit"] and s["hardware"] for s in starts)
     assert _content(extended) == _content(whole)

@@ -49,10 +49,13 @@ def test_a_run_of_two_processes_and_then_one_is_that_of_one(tmp_path, capsys):
     assert main([*OPTIONS, "--iterations", "12", "--out", str(one)]) == 0
     printed = of_two(*OPTIONS, "--iterations", "8", "--out", str(other))
     assert printed.count("run folder:") == printed.count("iteration 8: validation") == 1
-    assert json.loads((other / "environment.json").read_text())["processes"] == 2
     resumed = of_two("resume", str(other), "--iterations", "10")
     assert resumed.count("next: fewstep resume") == 0
     assert main(["resume", str(other), "--iterations", "12"]) == 0
+
+    starts = [json.loads(line) for line in (other / "starts.jsonl").read_text().splitlines()]
+    about = [(start["iteration"], start["iterations"], start["processes"]) for start in starts]
+    assert about == [(0, 8, 2), (8, 10, 2), (10, 12, 1)]
 
     (tensors, losses), (wanted, wanted_losses) = content(other), content(one)
     assert losses == pytest.approx(wanted_losses, rel=1e-4)

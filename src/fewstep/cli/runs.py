@@ -25,7 +25,7 @@ from fewstep.training.display import say
 from fewstep.training.evaluate import Checkpoint, evaluate_run
 from fewstep.training.files import locked, make_folder
 from fewstep.training.parse import load_config, run_config
-from fewstep.training.run_folder import RunFolder, command_line
+from fewstep.training.run_folder import RunFolder
 from fewstep.training.trainer import Trainer
 
 
@@ -55,7 +55,7 @@ class Train:
         path = self.out or _free_folder(config)
         make_folder(path)
         with locked(path):
-            run = RunFolder.create(path, to_dict(config), command_line(), config.device)
+            run = RunFolder.create(path, to_dict(config))
             _train(experiment, run, console)
 
 

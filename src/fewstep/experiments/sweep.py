@@ -19,7 +19,7 @@ from fewstep.training.config import RunConfig, to_dict
 from fewstep.training.display import say
 from fewstep.training.evaluate import Checkpoint, evaluate_run, evaluation_file, is_scored
 from fewstep.training.files import locked, make_folder
-from fewstep.training.run_folder import RunFolder, command_line
+from fewstep.training.run_folder import RunFolder
 from fewstep.training.trainer import Trainer
 
 
@@ -99,7 +99,7 @@ def _opened(path: Path, config: RunConfig) -> Iterator[RunFolder]:
             run = RunFolder.open(path)
             _check_same(path, run.settings(), config)
         else:
-            run = RunFolder.create(path, to_dict(config), command_line(), config.device)
+            run = RunFolder.create(path, to_dict(config))
         yield run
 
 

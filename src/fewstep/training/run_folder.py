@@ -67,7 +67,7 @@ class State:
 class RunFolder:
     """The files of one run.
 
-    config.toml, environment.json, state.json, metrics.jsonl, checkpoints/, tensorboard/, and a
+    config.toml, starts.jsonl, state.json, metrics.jsonl, checkpoints/, tensorboard/, and a
     JSON file for each evaluation.
     """
 
@@ -78,7 +78,7 @@ class RunFolder:
         self._checkpoints = path / "checkpoints"
 
     @classmethod
-    def create(cls, path: Path, settings: dict[str, Any], command: str, device: str) -> RunFolder:
+    def create(cls, path: Path, settings: dict[str, Any]) -> RunFolder:
         """Set up a new run in an existing folder.
 
         Raises:
@@ -91,7 +91,6 @@ class RunFolder:
                 "another folder with --out"
             )
         run._checkpoints.mkdir(exist_ok=True)
-        write_json(path / "environment.json", environment(command, device))
         run.save_settings(settings)
         return run
 
@@ -181,6 +180,20 @@ class RunFolder:
             return []
         lines = self.metrics_file.read_text().split("\n")
         return [json.loads(line) for line in lines[:-1]]
+
+    def note_start(self, iteration: int, iterations: int, device: str) -> None:
+        """Add a line to starts.jsonl: by which command, commit and machine training goes on.
+
+        Args:
+            iteration: Outer updates done before.
+            iterations: The total to reach.
+            device: Where it trains.
+        """
+        path = self.path / "starts.jsonl"
+        before = path.read_text() if path.exists() else ""
+        start = {"iteration": iteration, "iterations": iterations}
+        line = json_line(start | environment(command_line(), device))
+        write_atomically(path, (before + line).encode())
 
     def truncate_metrics(self, iteration: int) -> None:
         """Drop what was logged after `iteration`, which a resumed run will log again."""

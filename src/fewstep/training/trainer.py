@@ -59,6 +59,8 @@ class Trainer:
         """
         state = self._restore()
         config, ranks = self.experiment.config, self.experiment.learner.ranks
+        if self.run is not None and state.iteration < config.iterations:
+            self.run.note_start(state.iteration, config.iterations, config.device)
         display = Display(self.console, config.iterations, state.iteration, config.tasks)
         make_log = _NoLog if self.run is None else partial(_Log, self.run, state.iteration)
         with make_log() as log, display.shown(), _stop_signals() as stop:
