@@ -138,6 +138,32 @@ def test_a_class_is_turned_as_a_whole(rotations):
     assert alike == 1 if rotations == "together" else alike < 0.3, "each on its own"
 
 
+def mirrored(x: torch.Tensor) -> torch.Tensor:
+    """Return which images, none of them turned, are mirrored left to right, (tasks, examples)."""
+    marks = (CORNER / 255, CORNER.flip(-1) / 255)
+    alike = torch.stack([(x[:, :, 1] == mark).flatten(2).all(-1) for mark in marks])
+    assert (alike.sum(0) == 1).all(), "as drawn, or mirrored left to right"
+    return alike[1]
+
+
+def test_each_image_is_mirrored_for_itself():
+    batch = episodes(ways=3, shots=2, queries=2, flips=True).batch(0, 1000)
+    both = torch.cat([mirrored(batch.x_support), mirrored(batch.x_query)], dim=1)
+    assert (both.sum(0) - 500).abs().max() < 5 * 250**0.5, "half of the images of every place"
+    correlation = torch.corrcoef(both.double().T) - torch.eye(12)
+    assert correlation.abs().max() < 5 / 1000**0.5, "whatever the others"
+    plain = episodes(ways=3, shots=2, queries=2).batch(0, 1000)
+    assert torch.equal(drawn(batch.x_query), drawn(plain.x_query)), "the images drawn are the same"
+    assert not mirrored(plain.x_support).any()
+
+
+def test_mirroring_an_image_depends_on_its_episode_only():
+    source = episodes(flips=True)
+    assert all(same(source.batch(0, 8).batch(3, 2), source.batch(3, 2)))
+    one, two = (mirrored(episodes(flips=True, seed=s).batch(0, 500).x_query) for s in (0, 1))
+    assert (one == two).double().mean() == pytest.approx(0.5, abs=0.05)
+
+
 def test_nothing_is_turned_by_default():
     batch = episodes().batch(0, 20)
     assert not turns(batch.x_support).any()

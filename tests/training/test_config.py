@@ -38,7 +38,8 @@ def test_settings_survive_their_file(tmp_path, dataset, recipe):
 def test_every_changed_setting_survives_the_file(tmp_path):
     changed = (
         "--dataset omniglot --root /data/o --class-split finn --size 32 --ways 20 --shots 5 "
-        "--queries 2 --eval-queries 3 --rotations episode --eval-rotations episode --filters 16 "
+        "--queries 2 --eval-queries 3 --rotations episode --eval-rotations episode --flips True "
+        "--filters 16 "
         "--norm layer --downsample stride --activation leaky-relu --conv-bias True "
         "--initialisation torch --recipe fomaml --num-steps 2 --eval-steps 4 --inner-lr 0.3 "
         "--learned-rates layer --multi-step-epochs 3 --first-order-epochs 2 --clip-value 5 "

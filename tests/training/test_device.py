@@ -64,7 +64,7 @@ def images(rotations: Rotations) -> ClassificationEpisodes:
     pixels = torch.randint(0, 256, (40, 1, 16, 16), dtype=torch.uint8)
     store = ClassStore.from_counts(pixels, [4] * 10, [f"class {i}" for i in range(10)])
     episodes = ClassificationEpisodes(
-        store, "train", ways=3, shots=1, queries=2, rotations=rotations
+        store, "train", ways=3, shots=1, queries=2, rotations=rotations, flips=True
     )
     episodes.store = store.to("meta")
     return episodes

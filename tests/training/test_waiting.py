@@ -70,7 +70,7 @@ def learner_and_episodes(
     images = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8)
     store = ClassStore.from_counts(images, [4] * 10, [f"class {i}" for i in range(10)])
     episodes = ClassificationEpisodes(
-        store.to(device), "train", ways=3, shots=1, queries=2, rotations="episode"
+        store.to(device), "train", ways=3, shots=1, queries=2, rotations="episode", flips=True
     )
     module = nn.Sequential(
         nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)

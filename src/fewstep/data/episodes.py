@@ -32,6 +32,7 @@ class ClassificationEpisodes:
             "episode", each drawn class of an episode is turned as a whole by a random quarter; or
             "together", all classes of an episode are turned by the same random quarter, so that
             none can be told from another by how it stands.
+        flips: Mirror each image left to right with probability 1/2, whatever its class.
         seed: Any integer.
 
     Shapes: x is float32 in [0, 1], (tasks, ways * shots or queries, channels, height, width), class
@@ -53,6 +54,7 @@ class ClassificationEpisodes:
         shots: int,
         queries: int,
         rotations: Rotations = "none",
+        flips: bool = False,
         seed: int = 0,
     ) -> None:
         for name, value in (("ways", ways), ("shots", shots), ("queries", queries)):
@@ -80,10 +82,11 @@ class ClassificationEpisodes:
             )
         self.store = store
         self.ways, self.shots, self.queries = ways, shots, queries
-        self.rotations = rotations
+        self.rotations, self.flips = rotations, flips
         self._key_classes = key_from_name(seed, f"{split}/classes")
         self._key_images = key_from_name(seed, f"{split}/images")
         self._key_turns = key_from_name(seed, f"{split}/turns")
+        self._key_flips = key_from_name(seed, f"{split}/flips")
 
     def batch(self, start: int, count: int) -> TaskBatch:
         """Return episodes start, ..., start + count - 1."""
@@ -111,6 +114,10 @@ class ClassificationEpisodes:
             x = _turn(x, random_bits(self._key_turns, episode[:, None], way) % 4)
         elif self.rotations == "together":
             x = _turn(x, random_bits(self._key_turns, episode[:, None]) % 4)
+        if self.flips:
+            place = torch.arange(self.shots + self.queries, device=device)
+            bits = random_bits(self._key_flips, episode[:, None, None], way[:, None], place)
+            x = torch.where((bits % 2 == 1)[..., None, None, None], x.flip(-1), x)
         x_support, x_query = torch.split(x.float().div_(255), [self.shots, self.queries], dim=2)
         y = way.expand(count, self.ways)
         return TaskBatch(

@@ -127,6 +127,7 @@ def classification_episodes(
         shots=options.shots,
         queries=options.queries if is_train else options.eval_queries,
         rotations=options.rotations if is_train else options.eval_rotations,
+        flips=options.flips and is_train,
         seed=seed,
     )
 

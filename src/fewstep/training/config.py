@@ -49,6 +49,8 @@ class ClassificationOptions:
     each by a quarter of its own or all together."""
     eval_rotations: Rotations = "none"
     """The same in validation and test."""
+    flips: bool = False
+    """Training: mirror each image left to right by chance."""
 
 
 @dataclass(frozen=True)
