@@ -1,72 +1,67 @@
-"""Tables and a picture of time and memory against the number of inner steps."""
+"""How time and memory of one meta-gradient grow with the tasks and with the side of an image.
+
+    python benchmarks/growth.py [--out results/benchmarks/growth.json]
+
+Second order, Conv4-64 on 5-way 1-shot tasks of grey images, 5 inner steps: 2 to 32 tasks of 28x28
+pixels, and 2 tasks of 28x28 to 84x84. Growth with the steps is in meta_gradient.py, whose processes
+and checks these are.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from matplotlib import colormaps
-from rich.table import Table
+import tyro
+from rich.console import Console
 
-from fewstep.report.figure import new_figure, save_figure
-
-
-def table_of(rows: list[dict[str, Any]], title: str) -> Table:
-    """Return a table with a line for each way and columns for each number of steps."""
-    table = Table("way", title=title)
-    lines: dict[str, list[str]] = {row["way"]: [row["way"]] for row in rows}
-    for k in dict.fromkeys(row["steps"] for row in rows):
-        for column in (f"{k} steps: s", "min-max", "x", "MiB (of files)", "share"):
-            table.add_column(column, justify="right")
-        here = {row["way"]: row for row in rows if row["steps"] == k}
-        for way, line in lines.items():
-            row = here.get(way)
-            if row is None or "failed" in row:
-                line += ["-" if row is None else "failed", "", "", "", ""]
-            else:
-                s = row["seconds"]
-                line += [
-                    f"{row['median_s']:.4f}", f"{min(s):.4f}-{max(s):.4f}", f"{row['ratio']:.2f}",
-                    f"{row['mib']:.0f} ({row['mib_of_files']:.0f})",
-                    f"{row['share_of_a_large_product']:.0%}",
-                ]  # fmt: skip
-    for line in lines.values():
-        table.add_row(*line)
-    return table
+from fewstep.training.run_folder import command_line, environment, write_json
+from meta_gradient import Turns, rows_of, say_missing
+from peers import Case
+from tables import Panel, plot, table_of
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw time and memory against the number of steps, for each case, in the second order."""
-    cases = list(dict.fromkeys(row["case"] for row in rows))
-    figure = new_figure(3.2 * len(cases) + 2.6, 6)
-    axes = figure.subplots(2, len(cases), squeeze=False, sharex=True)
-    ways = list(dict.fromkeys(row["way"] for row in rows))
-    colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
-    for column, case in enumerate(cases):
-        for (key, label), ax in zip(
-            (("median_s", "seconds"), ("mib", "MiB")), axes[:, column], strict=True
-        ):
-            for i, way in enumerate(ways):
-                points = [
-                    (row["steps"], row[key])
-                    for row in rows
-                    if (row["case"], row["way"], row["order"]) == (case, way, 2) and key in row
-                ]
-                if points:
-                    ours = way.startswith("fewstep")
-                    ax.plot(
-                        *zip(*points, strict=True), "o-" if ours else "s--", ms=4, label=way,
-                        color=colours[2 * i % 20 + i // 10],
-                    )  # fmt: skip
-            ax.set(xscale="log", yscale="log", ylabel=label if column == 0 else None)
-            ax.set_xticks(steps := sorted({row["steps"] for row in rows}), map(str, steps))
-            ax.minorticks_off()
-        axes[0, column].set_title(case)
-        axes[1, column].set_xlabel("inner steps")
-    handles = {
-        text: handle
-        for ax in axes.flat
-        for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize="small")
-    save_figure(figure, path)
+@dataclass(frozen=True)
+class Options(Turns):
+    """Compare how one meta-gradient grows with the peers'."""
+
+    tasks: tuple[int, ...] = (2, 8, 32)
+    """Tasks of 28x28 pixels."""
+    pixels: tuple[int, ...] = (28, 56, 84)
+    """Sides of an image, in `tasks[0]` tasks."""
+    steps: int = 5
+    """Inner steps."""
+    out: Path | None = None
+    """JSON file for the numbers, a figure beside it."""
+
+
+def main() -> None:
+    """Measure every case, print both tables, and draw them."""
+    options = tyro.cli(Options)
+    first = Case("", options.steps, 2, tasks=options.tasks[0], device=options.device)
+    larger = [replace(first, size=side) for side in options.pixels if side != first.size]
+    cases = [replace(first, tasks=tasks) for tasks in options.tasks] + larger
+    rows: list[dict[str, Any]] = []
+    for case in cases:
+        about = {"tasks": case.tasks, "pixels": case.size}
+        rows += [about | row for row in rows_of([case], options)]
+    by_tasks = [row for row in rows if row["pixels"] == first.size]
+    by_pixels = [row for row in rows if row["tasks"] == first.tasks]
+    name = f"Conv4-{first.filters}, {first.ways}-way 1-shot, {options.steps} steps"
+    for found, by in ((by_tasks, "tasks"), (by_pixels, "pixels")):
+        Console(width=220).print(table_of(found, name, by))
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        about = environment(command_line(), options.device)
+        write_json(options.out, {"case": name, "environment": about, "rows": rows})
+        panels = [
+            Panel(f"{first.size}x{first.size} pixels", by_tasks, "tasks", "tasks"),
+            Panel(f"{first.tasks} tasks", by_pixels, "pixels", "side of an image in pixels"),
+        ]
+        plot(panels, options.out.with_suffix(".png"))
+    say_missing()
+
+
+if __name__ == "__main__":
+    main()

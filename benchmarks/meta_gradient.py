@@ -33,8 +33,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fewstep.core.allocator import keep_freed_memory
 from fewstep.core.precision import fp32_products
 from fewstep.training.run_folder import command_line, environment, write_json
-from growth import plot, table_of
 from peers import WAYS, Case, Gradient
+from tables import Panel, plot, table_of
 
 Order = Literal[1, 2]
 Question = Literal["gradient", "flop", "speed", "first", "time"]
@@ -55,15 +55,9 @@ CASES: dict[Name, Case] = {
 
 
 @dataclass(frozen=True)
-class Options:
-    """Compare one meta-gradient with the peers'."""
+class Turns:
+    """Who takes turns, and how many."""
 
-    cases: tuple[Name, ...] = tuple(CASES)
-    """What to differentiate."""
-    steps: tuple[int, ...] = (1, 5, 20)
-    """Inner steps."""
-    orders: tuple[Order, ...] = (2, 1)
-    """Derivative orders."""
     ways: tuple[str, ...] = tuple(WAYS)
     """Which ways; "plain loop" is what the others are compared with."""
     repeats: int = 7
@@ -74,6 +68,18 @@ class Options:
     """Threads of PyTorch; its own choice if not given."""
     device: str = "cpu"
     """"cpu" or "cuda"; JAX takes its own choice."""
+
+
+@dataclass(frozen=True)
+class Options(Turns):
+    """Compare one meta-gradient with the peers'."""
+
+    cases: tuple[Name, ...] = tuple(CASES)
+    """What to differentiate."""
+    steps: tuple[int, ...] = (1, 5, 20)
+    """Inner steps."""
+    orders: tuple[Order, ...] = (2, 1)
+    """Derivative orders."""
     out: Path | None = None
     """JSON file for the numbers, a figure beside it; tables of an earlier call stay."""
 
@@ -226,7 +232,7 @@ def differences(cases: list[Case], ways: list[str], threads: int | None) -> list
     return found
 
 
-def measure(case: Case, options: Options) -> dict[str, dict[str, Any]]:
+def measure(case: Case, options: Turns) -> dict[str, dict[str, Any]]:
     """Return seconds and MiB of every way that applies."""
     ways = [w for w in options.ways if WAYS[w].applies(case) and WAYS[w].is_installed()]
     processes, found = {}, {}
@@ -246,11 +252,8 @@ def measure(case: Case, options: Options) -> dict[str, dict[str, Any]]:
     return found
 
 
-def rows_of(name: Name, order: Order, options: Options) -> list[dict[str, Any]]:
-    """Return a row for each number of steps and each way, after checking that all agree."""
-    cases = [
-        replace(CASES[name], num_steps=k, order=order, device=options.device) for k in options.steps
-    ]
+def rows_of(cases: list[Case], options: Turns) -> list[dict[str, Any]]:
+    """Return a row for each case and each way, after checking that all agree."""
     process = Process(cases[0], "plain loop", options.threads)
     best = process.ask("speed", cases[0])
     flop = [process.ask("flop", case) for case in cases]  # not here: children inherit the peak
@@ -262,13 +265,23 @@ def rows_of(name: Name, order: Order, options: Options) -> list[dict[str, Any]]:
         found = measure(case, options)
         base = statistics.median(found["fewstep"]["seconds"])
         for way, row in found.items():
-            about = {"case": name, "steps": case.num_steps, "order": order, "way": way}
+            about = {"steps": case.num_steps, "order": case.order, "way": way}
             if "failed" not in row:
                 median = statistics.median(row["seconds"])
                 row |= {"median_s": median, "ratio": median / base, "difference": error[way]}
                 row |= {"flop": work, "share_of_a_large_product": work / median / best}
             rows.append(about | row)
     return rows
+
+
+def panels_of(tables: dict[str, dict[str, Any]]) -> list[Panel]:
+    """Return a panel for each case, second order against inner steps."""
+    rows = [row for table in tables.values() for row in table["rows"] if row["order"] == 2]
+    cases = dict.fromkeys(row["case"] for row in rows)
+    return [
+        Panel(case, [row for row in rows if row["case"] == case], "steps", "inner steps")
+        for case in cases
+    ]
 
 
 def main() -> None:
@@ -279,7 +292,9 @@ def main() -> None:
         tables = json.loads(options.out.read_text())
     for name in options.cases:
         for order in options.orders:
-            rows = rows_of(name, order, options)
+            case = replace(CASES[name], order=order, device=options.device)
+            cases = [replace(case, num_steps=steps) for steps in options.steps]
+            rows = [{"case": name} | row for row in rows_of(cases, options)]
             title = f"{CASES[name].name}, order {order}"
             Console(width=220).print(table_of(rows, title))
             if options.out is not None:
@@ -287,8 +302,12 @@ def main() -> None:
                 about = environment(command_line(), options.device)
                 tables[title] = {"environment": about, "rows": rows}
                 write_json(options.out, tables)
-                every = [row for table in tables.values() for row in table["rows"]]
-                plot(every, options.out.with_suffix(".png"))
+                plot(panels_of(tables), options.out.with_suffix(".png"))
+    say_missing()
+
+
+def say_missing() -> None:
+    """Name the packages of ways that could not be measured."""
     missing = sorted({w.package for w in WAYS.values() if not w.is_installed()})
     if missing:
         print(f"not installed, so not measured: {', '.join(missing)}")
