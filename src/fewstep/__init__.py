@@ -20,7 +20,7 @@ from fewstep.core.outer import SGD, Adam, ClipByValue, Constant, CosineAnnealing
 from fewstep.core.query_weights import FinalStep, MultiStepLoss
 from fewstep.core.ranks import Ranks
 from fewstep.core.rates import ConstantRate, ElementRates, LayerStepRates, LearnedRate
-from fewstep.core.scores import Scores
+from fewstep.core.scores import Difference, Scores, paired_difference
 from fewstep.core.tasks import Episodes, TaskBatch
 
 __version__ = "0.1.0"
@@ -35,6 +35,7 @@ __all__ = [
     "ConstantRate",
     "CosineAnnealing",
     "DerivativeAnnealing",
+    "Difference",
     "ElementRates",
     "Episodes",
     "FinalStep",
@@ -61,4 +62,5 @@ __all__ = [
     "fomaml",
     "maml",
     "maml_plus_plus",
+    "paired_difference",
 ]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fewstep import MetaLearner, Scores, maml
+from fewstep import InputError, MetaLearner, Scores, maml, paired_difference
 from tests.core.reference import MODELS
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -47,7 +47,35 @@ def test_dict_holds_plain_values():
         "curve_ci95": pytest.approx([1.96 * math.sqrt(v / 3) / 2 for v in (0.125, 0.3125)]),
         "loss_curve": [0.5, 1.25],
         "statistics": "batch (transductive)",
+        "per_task": [0.25, 1.0, 0.5, 0.75],
     }
+
+
+def test_a_paired_difference_is_that_of_the_tasks_differences():
+    ours, theirs = torch.tensor(TASKS)[:, 1], torch.tensor([0.5, 0.5, 0.25, 0.75])
+    of_tasks = [-0.25, 0.5, 0.25, 0.0]
+    found = paired_difference(ours, theirs)
+    assert found.mean == pytest.approx(statistics.mean(of_tasks))
+    assert found.ci95 == pytest.approx(1.96 * statistics.stdev(of_tasks) / math.sqrt(4))
+    assert (found.above, found.below) == (2, 1)
+    assert not found.is_significant
+
+
+def test_tasks_of_one_difficulty_for_both_hide_no_difference():
+    difficulty = torch.linspace(0, 1, 50)
+    found = paired_difference(difficulty + 0.01, difficulty)
+    assert found.mean == pytest.approx(0.01)
+    assert found.ci95 < 1e-6
+    assert found.is_significant
+    assert paired_difference(difficulty, difficulty + 0.01).is_significant  # for the worse, too
+    assert not paired_difference(difficulty, difficulty).is_significant
+
+
+@pytest.mark.parametrize("shapes", [((3,), (4,)), ((1,), (1,)), ((3, 2), (3, 2))])
+def test_scores_of_other_tasks_do_not_compare(shapes):
+    ours, theirs = (torch.zeros(shape) for shape in shapes)
+    with pytest.raises(InputError, match="score both on as many"):
+        paired_difference(ours, theirs)
 
 
 def test_rank_is_high_for_the_better():

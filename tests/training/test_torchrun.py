@@ -100,6 +100,7 @@ def test_processes_share_the_tests(tmp_path):
     assert (found["environment"]["processes"], wanted["environment"]["processes"]) == (2, 1)
     assert found["num_tasks"] == wanted["num_tasks"] == 9
     assert found["curve"] == pytest.approx(wanted["curve"], rel=1e-5)
+    assert found["per_task"] == pytest.approx(wanted["per_task"], rel=1e-4)
 
 
 FIRST_WRITES = """

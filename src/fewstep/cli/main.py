@@ -15,6 +15,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.table import Table
 
+from fewstep.cli.compare import Compare
 from fewstep.cli.data import DataList, DataPrepare, DataShow, DataVerify
 from fewstep.cli.predict import Predict
 from fewstep.cli.runs import Evaluate, Plot, Resume, Train
@@ -41,6 +42,7 @@ COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "resume": Resume,
     "evaluate": Evaluate,
+    "compare": Compare,
     "predict": Predict,
     "plot": Plot,
     "data list": DataList,

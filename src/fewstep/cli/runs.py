@@ -198,6 +198,7 @@ def _train(experiment: Experiment, run: RunFolder, console: Console) -> None:
     say(console, f"learning curves: {run.path / 'curves.png'}")
     say(console, f"next: fewstep evaluate {run.path} --split val   (score again, other settings)")
     say(console, f"      fewstep resume {run.path} --iterations {2 * config.iterations}")
+    say(console, f"      fewstep compare {run.path} RUN   (with another, task by task)")
     if config.dataset != "sinusoid":
         say(console, f"      fewstep predict {run.path} --support FOLDER --query FOLDER   (yours)")
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fewstep.core.errors import InputError
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -75,6 +77,7 @@ class Scores:
             "curve_ci95": self.curve_ci95,
             "loss_curve": self.loss.double().mean(0).tolist(),
             "statistics": self.statistics,
+            "per_task": [float(f"{value:.6g}") for value in self.metric[:, -1].tolist()],
         }
 
     def __str__(self) -> str:
@@ -86,3 +89,48 @@ class Scores:
             f"{value} (95% interval; {self.num_tasks} tasks; {self.num_steps} inner steps; "
             f"normalisation statistics: {self.statistics})"
         )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one way of solving tasks is above another on the same tasks.
+
+    Args:
+        mean: Mean of the tasks' differences.
+        ci95: Half width of its 95% interval.
+        above: Tasks with the higher metric.
+        below: Tasks with the lower metric.
+    """
+
+    mean: float
+    ci95: float
+    above: int
+    below: int
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether the 95% interval leaves out 0."""
+        return abs(self.mean) > self.ci95
+
+
+def paired_difference(metric: Tensor, baseline: Tensor) -> Difference:
+    """Compare two ways of solving the same tasks, task by task.
+
+    mean(d) ± 1.96 s_d / sqrt(tasks), with d_i = metric_i - baseline_i: narrower than what two
+    separate intervals allow, as tasks that are hard for one are hard for the other.
+
+    Args:
+        metric: Metric of every task, (tasks,), such as `scores.metric[:, -1]`.
+        baseline: The other's on the same tasks in the same order, (tasks,).
+
+    Raises:
+        InputError: they are not as many, or fewer than 2.
+    """
+    if metric.shape != baseline.shape or metric.ndim != 1 or len(metric) < 2:
+        raise InputError(
+            f"metrics of shapes {tuple(metric.shape)} and {tuple(baseline.shape)} are not of the "
+            "same tasks, 2 or more; score both on as many"
+        )
+    d = metric.double() - baseline.double()
+    ci95 = 1.96 * float(d.std()) / len(d) ** 0.5
+    return Difference(float(d.mean()), ci95, int((d > 0).sum()), int((d < 0).sum()))

@@ -78,6 +78,8 @@ def evaluate_run(
         "checkpoint": checkpoint,
         "iterations": [each.iteration for each in kept],
         "seed": experiment.config.seed,
+        "dataset": experiment.config.dataset,
+        "data": to_dict(experiment.config.data),
         "episodes": to_dict(experiment.config.episodes),
         **scores.as_dict(),
         "evaluation_seconds": round(time.perf_counter() - started, 2),

@@ -1,0 +1,95 @@
+"""Evaluation files of the same tasks, compared task by task."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep.core.errors import InputError
+from fewstep.core.scores import Difference, paired_difference
+from fewstep.training.evaluate import evaluation_file
+from fewstep.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate_run` wrote.
+
+    Args:
+        name: As the user typed it.
+        values: What is in the file.
+    """
+
+    name: Path
+    values: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> Evaluation:
+        """Read an evaluation file; of a run's folder, that of the test at the end of training.
+
+        Raises:
+            InputError: there is none, or none with a score for each task.
+        """
+        file = _test_of(path) if path.is_dir() else path
+        try:
+            values = json.loads(file.read_text())
+        except OSError as error:
+            raise InputError(
+                f"cannot read {file}: {error.strerror}; `fewstep evaluate RUN` writes such files"
+            ) from error
+        except ValueError as error:
+            raise InputError(f"{file} is not JSON: {error}; give an evaluation file") from error
+        if not isinstance(values, dict) or "per_task" not in values:
+            raise InputError(
+                f"{file} has no score for each task, as files of earlier versions have none; "
+                "write it anew with `fewstep evaluate RUN`"
+            )
+        return cls(path, values)
+
+    @property
+    def tasks(self) -> dict[str, Any]:
+        """What its tasks follow from."""
+        values = self.values
+        found = {name: values[name] for name in ("dataset", "split", "num_tasks")}
+        found |= values["data"]
+        if values["dataset"] != "folder":  # whose classes are those of any copy
+            found.pop("root", None)
+        episodes = values["episodes"]
+        if values["split"] == "train":
+            found |= episodes | {"seed": values["seed"]}
+            return found
+        for name in ("ways", "shots", "queries", "rotations"):
+            found[name] = episodes.get(f"eval_{name}", episodes.get(name))
+        return found
+
+    def minus(self, baseline: Evaluation) -> Difference:
+        """Compare with another evaluation on the same tasks.
+
+        Raises:
+            InputError: the tasks are not the same, or what is measured.
+        """
+        ours = self.tasks | {"metric": self.values["metric"]}
+        theirs = baseline.tasks | {"metric": baseline.values["metric"]}
+        for name in ours | theirs:
+            if ours.get(name) != theirs.get(name):
+                raise InputError(
+                    f"{self.name} has {name}={ours.get(name)!r}, {baseline.name} "
+                    f"{theirs.get(name)!r}; only scores of the same tasks compare"
+                )
+        return paired_difference(
+            torch.tensor(self.values["per_task"], dtype=torch.float64),
+            torch.tensor(baseline.values["per_task"], dtype=torch.float64),
+        )
+
+
+def _test_of(path: Path) -> Path:
+    run = RunFolder.open(path)
+    steps = run.settings()["algorithm"]["eval_steps"]
+    file = evaluation_file(run, "test", "best", steps)
+    if not file.exists():
+        raise InputError(f"{path} has no {file.name}; write it with `fewstep evaluate {path}`")
+    return file
