@@ -78,7 +78,8 @@ class Evaluation:
             if ours.get(name) != theirs.get(name):
                 raise InputError(
                     f"{self.name} has {name}={ours.get(name)!r}, {baseline.name} "
-                    f"{theirs.get(name)!r}; only scores of the same tasks compare"
+                    f"{theirs.get(name)!r}; only scores of the same tasks compare, and "
+                    "`fewstep evaluate` can score either on others"
                 )
         return paired_difference(
             torch.tensor(self.values["per_task"], dtype=torch.float64),
