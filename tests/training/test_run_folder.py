@@ -5,7 +5,9 @@ import sys
 
 import pytest
 import torch
+from rich.console import Console
 
+from fewstep.experiments.pool import each
 from fewstep.training import run_folder
 from fewstep.training.build import Experiment
 from fewstep.training.presets import preset
@@ -63,13 +65,23 @@ def test_the_command_can_be_typed_again(arguments, command, monkeypatch):
     assert command_line() == command
 
 
-def test_scores_name_the_commit_that_the_run_started_from(monkeypatch):
+def _train():
+    Experiment.build(preset("sinusoid", recipe="maml"))
+
+
+def _reproduce():
+    jobs = {"job": (1,)}
+    return dict(each(abs, jobs, workers=1, ray=False, console=Console(quiet=True)))
+
+
+@pytest.mark.parametrize("start", [_train, _reproduce])
+def test_scores_name_the_commit_that_the_run_started_from(start, monkeypatch):
     """Not the one that is checked out when they are written."""
     checked_out = "first"
     monkeypatch.setattr(run_folder, "_git", lambda *_, folder: checked_out)
     run_folder.commit.cache_clear()
     try:
-        Experiment.build(preset("sinusoid", recipe="maml"))
+        start()
         checked_out = "second"
         assert environment("fewstep train", "cpu")["commit"] == "first with changes"
     finally:

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fewstep.core.allocator import keep_freed_memory
 from fewstep.core.errors import InputError
+from fewstep.training.run_folder import commit
 
 Key = TypeVar("Key")
 Result = TypeVar("Result")
@@ -52,6 +53,7 @@ def each(
             f"torchrun started {started} processes, but each of these {len(jobs)} runs is for one; "
             "leave torchrun out and give --workers"
         )
+    commit()  # of the code at work, in this process too, which will write the scores
     if ray:
         results = _on_ray(function, jobs)
     elif workers == 1:
