@@ -192,6 +192,7 @@ def test_a_part_of_a_store_holds_its_own_classes():
         ({"ways": 0}, "ways=0 must be at least 1"),
         ({"shots": 0}, "shots=0 must be at least 1"),
         ({"queries": -1}, "queries=-1 must be at least 1"),
+        ({"rotations": "class"}, "unknown rotations 'class'; did you mean 'classes'"),
         ({"ways": 7}, "ways=7 asks for more classes than the 6 of the train split"),
         (
             {"shots": 2, "queries": 3},

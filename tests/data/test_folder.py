@@ -67,6 +67,7 @@ def test_a_corrupt_image_is_named(tmp_path):
         ({"root": "empty"}, "has no image in class/image"),
         ({"root": "two"}, "2 classes are too few"),
         ({"root": "two", "fractions": (0.5, 0.5, 0.5)}, "must be positive and sum to 1"),
+        ({"root": "two", "colour": "gray"}, "unknown colour 'gray'; did you mean 'grey'"),
         ({"root": "two", "size": 0}, "size=0 must be at least 1"),
     ],
 )

@@ -85,6 +85,12 @@ def test_a_missing_zip_is_named(tmp_path, small, missing):
         Omniglot(tmp_path).splits()
 
 
+def test_an_unknown_split_is_refused(tmp_path, small):
+    _write_zips(tmp_path)
+    with pytest.raises(InputError, match=r"^unknown class_split 'vinyal'; did you mean 'vinyals'"):
+        Omniglot(tmp_path, class_split="vinyal").splits()
+
+
 def test_too_few_drawings_are_named(tmp_path, small):
     _write_zips(tmp_path, drawings=1)
     with pytest.raises(InputError, match=r"not the whole of Omniglot.*has 1 drawings"):

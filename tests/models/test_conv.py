@@ -208,6 +208,10 @@ def test_finn_initialisation_has_a_standard_normal_head():
         ({"filters": 0}, r"Conv4\(filters=0\)"),
         ({"ways": 0}, r"Conv4\(ways=0\)"),
         ({"in_channels": -1}, r"Conv4\(in_channels=-1\)"),
+        ({"norm": "layers"}, "unknown norm 'layers'; did you mean 'layer'"),
+        ({"downsample": "pool"}, "unknown downsample 'pool'; did you mean 'max-pool'"),
+        ({"activation": "leaky"}, "unknown activation 'leaky'; did you mean 'leaky-relu'"),
+        ({"initialisation": "glorot"}, "unknown initialisation 'glorot'; valid are xavier, "),
     ],
 )
 def test_conv4_refuses(mistake, quoted):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from fewstep.core.errors import InputError
 from fewstep.data.episodes import ClassificationEpisodes
 from fewstep.data.glyphs import Glyphs
 from fewstep.training.load import load_learner
@@ -34,3 +35,8 @@ def test_a_trained_model_can_be_trained_on(path):
     learner = load_learner(path, checkpoint="last", device="cpu")
     assert learner.iteration == state.iteration
     assert learner.optimiser.state
+
+
+def test_only_one_checkpoint_is_loaded():
+    with pytest.raises(InputError, match=r"^unknown checkpoint 'ensemble'; valid are best, last$"):
+        load_learner(RUNS[0], checkpoint="ensemble")

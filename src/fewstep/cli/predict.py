@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from fewstep.core.norm import Use
 from fewstep.core.tasks import TaskBatch
 from fewstep.data.archives import is_image
 from fewstep.training.config import ClassificationOptions, Images, SinusoidData
-from fewstep.training.load import load_learner
+from fewstep.training.load import OneCheckpoint, load_learner
 from fewstep.training.parse import load_config
 from fewstep.training.run_folder import RunFolder
 
@@ -35,7 +35,7 @@ class Predict:
     """Folder with a folder of images for each class, as many classes as the run's ways."""
     query: Path
     """The images to name: a folder of them, or one."""
-    checkpoint: Literal["best", "last"] = "best"
+    checkpoint: OneCheckpoint = "best"
     """The best in validation, or the last."""
     steps: int | None = None
     """Inner steps; the run's eval_steps if not given."""

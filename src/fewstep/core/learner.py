@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.core.adapted_copy import adapted_copy
 from fewstep.core.algorithm import Algorithm
-from fewstep.core.errors import InputError
+from fewstep.core.errors import InputError, check_name
 from fewstep.core.hypergradient import Hypergradient
 from fewstep.core.inner import InnerLoop
 from fewstep.core.meta_gradient import meta_gradient
@@ -62,7 +63,8 @@ class MetaLearner:
     Raises:
         InputError: `module` has nothing to train, is a wrapper or scripted, or has lazy or complex
             parameters; `algorithm.adapted` names no parameter of it; `chunk_size` or
-            `checkpoint_every` is below 1; or `compile` comes without `replay`.
+            `checkpoint_every` is below 1; `precision` is none of these; or `compile` comes without
+            `replay`.
 
     Deviation: the papers' code sums where this takes means; see `maml` for the inner loss.
     """
@@ -84,6 +86,7 @@ class MetaLearner:
     ) -> None:
         if chunk_size < 1:
             raise InputError(f"chunk_size={chunk_size} must be at least 1 task")
+        check_name("precision", precision, get_args(Precision))
         if compile and not replay:
             raise InputError("compile=True compiles what replay=True records; pass that too")
         if checkpoint_every is not None and checkpoint_every < 1:
@@ -244,6 +247,8 @@ class MetaLearner:
 
         Arguments and errors as in `evaluate`, but that one task will do.
         """
+        if num_tasks < 1:
+            raise InputError(f"num_tasks={num_tasks} must be at least 1")
         use = self._norm_statistics(statistics).use
         after = range(self._steps(num_steps) + 1)
         found = self._test(episodes, self.ranks.span(num_tasks), after, use, outputs_of)

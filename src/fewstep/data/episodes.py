@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from fewstep.core.errors import InputError
+from fewstep.core.errors import InputError, check_name
 from fewstep.core.tasks import TaskBatch
 from fewstep.data.counter_random import key_from_name, random_bits, random_subset
 from fewstep.data.store import ClassStore
@@ -39,7 +39,8 @@ class ClassificationEpisodes:
         after class; y is int64, (tasks, ways * shots or queries).
 
     Raises:
-        InputError: the store has too few classes, or a class too few images.
+        InputError: the store has too few classes, a class too few images, or `rotations` is none
+            of these.
 
     Reference: rotated classes, Santoro et al. 2016; turned per episode, the code of MAML; turned
         together, ours.
@@ -60,6 +61,7 @@ class ClassificationEpisodes:
         for name, value in (("ways", ways), ("shots", shots), ("queries", queries)):
             if value < 1:
                 raise InputError(f"{name}={value} must be at least 1")
+        check_name("rotations", rotations, get_args(Rotations))
         self._classes = len(store) * (4 if rotations == "classes" else 1)
         if ways > self._classes:
             raise InputError(

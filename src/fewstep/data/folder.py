@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
-from fewstep.core.errors import InputError
+from fewstep.core.errors import InputError, check_name
 from fewstep.data.archives import is_image
 from fewstep.data.counter_random import key_from_name, random_subset
 from fewstep.data.pixels import decode
@@ -19,6 +19,9 @@ from fewstep.data.prepared import Pixels, RawClass, fingerprint, load_or_prepare
 from fewstep.data.store import ClassStore
 
 SPLITS = ("train", "val", "test")
+
+
+Colour = Literal["rgb", "grey"]
 
 
 @dataclass(frozen=True)
@@ -30,14 +33,15 @@ class ImageFolder:
     their number of images; deeper folders count towards the class they are in.
 
     Raises:
-        InputError: the folder is missing or has no classes, or an image cannot be read.
+        InputError: the folder is missing or has no classes, or an image cannot be read, or a
+            setting is none of those below.
     """
 
     root: Path | None = None
     """The folder."""
     size: int = 84
     """Height and width that the images are brought to."""
-    colour: Literal["rgb", "grey"] = "rgb"
+    colour: Colour = "rgb"
     """Three channels or one."""
     fractions: tuple[float, float, float] = (0.64, 0.16, 0.2)
     """Shares of the classes for train, val and test, where the folder does not split them."""
@@ -55,6 +59,7 @@ class ImageFolder:
         """Return the stores of train, val and test."""
         if self.size < 1:
             raise InputError(f"size={self.size} must be at least 1 pixel")
+        check_name("colour", self.colour, get_args(Colour))
         if min(self.fractions) <= 0 or abs(sum(self.fractions) - 1) > 1e-6:
             raise InputError(f"fractions={self.fractions} must be positive and sum to 1")
         if self.root is None or not self.root.is_dir():

@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Literal, get_args
 
 import pooch
 import torch
 from requests.exceptions import RequestException
 
 from fewstep.core.cache import cache_folder
-from fewstep.core.errors import InputError
+from fewstep.core.errors import InputError, check_name
 from fewstep.data.archives import folder_images, zip_images
 from fewstep.data.counter_random import key_from_name, random_subset
 from fewstep.data.pixels import strokes
@@ -39,6 +39,7 @@ TEST_ALPHABETS = frozenset(
     }
 )  # fmt: skip
 TEST_CHARACTERS = frozenset(f"Gurmukhi/character{number}" for number in (42, 43, 44, 45))
+ClassSplit = Literal["vinyals", "finn", "maml++"]
 RANDOM_SPLITS = {"finn": (1100, 100), "maml++": (1150, 50)}  # train and val classes of 1,623
 
 
@@ -49,7 +50,8 @@ class Omniglot:
     Strokes are 255 and the background is 0, the papers' 1 - pixel.
 
     Raises:
-        InputError: the files are missing or damaged, or are not Omniglot.
+        InputError: the files are missing or damaged, or are not Omniglot, or a setting is none of
+            those below.
 
     Deviation: the classes of the splits "finn" and "maml++" are as many as in the papers' code, but
         drawn by us, once for all runs; it shuffles the order in which it happens to list files.
@@ -60,7 +62,7 @@ class Omniglot:
 
     root: Path | None = None
     """Folder with the two zips or what they hold; else $FEWSTEP_DATA/omniglot; else a download."""
-    class_split: Literal["vinyals", "finn", "maml++"] = "vinyals"
+    class_split: ClassSplit = "vinyals"
     """Classes of train/val/test: 1028/172/423 by alphabet, 1100/100/423 or 1150/50/423 drawn."""
     size: int = 28
     """Height and width of the images."""
@@ -78,6 +80,7 @@ class Omniglot:
         """Return the stores of train, val and test."""
         if self.size < 1:
             raise InputError(f"size={self.size} must be at least 1 pixel")
+        check_name("class_split", self.class_split, get_args(ClassSplit))
         sources = _sources(self.root)
         stamp = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sources]
         source = fingerprint(self.size, stamp)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from fewstep.core.errors import InputError
+from fewstep.core.errors import InputError, check_name
 from fewstep.core.normalise import NormaliseBy
 from fewstep.models import fast_block
 from fewstep.models.form import Form
@@ -34,6 +34,9 @@ class ConvBlock(nn.Module):
         activation: "relu", or "leaky-relu" with slope 0.01.
         bias: Give the convolution a bias. Batch norm by batch statistics cancels it.
 
+    Raises:
+        InputError: `norm`, `downsample` or `activation` is none of these.
+
     Shapes: (examples, in_channels, size, size) to (examples, filters, size', size'), size' being
         size // 2 after a pool and (size + 1) // 2 after a stride.
     """
@@ -49,6 +52,9 @@ class ConvBlock(nn.Module):
         activation: Activation,
         bias: bool,
     ) -> None:
+        check_name("norm", norm, get_args(Norm))
+        check_name("downsample", downsample, get_args(Downsample))
+        check_name("activation", activation, get_args(Activation))
         super().__init__()
         stride = 1 if downsample == "max-pool" else 2
         conv_size = (size - 1) // stride + 1
@@ -133,7 +139,8 @@ class Conv4(nn.Sequential):
             a standard normal head, as MAML's code for Omniglot; "torch", PyTorch's defaults.
 
     Raises:
-        InputError: images too small for four halvings, or `filters` or `ways` below 1.
+        InputError: images too small for four halvings, `filters` or `ways` below 1, or a name that
+            is none of these.
 
     Shapes: (examples, in_channels, size, size) to (examples, ways).
 
@@ -158,6 +165,7 @@ class Conv4(nn.Sequential):
         for name, value in (("filters", filters), ("ways", ways), ("in_channels", in_channels)):
             if value < 1:
                 raise InputError(f"Conv4({name}={value}) must be at least 1")
+        check_name("initialisation", initialisation, get_args(Initialisation))
         blocks: list[nn.Module] = []
         channels, resolution = in_channels, size
         for _ in range(4):

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from fewstep.core.errors import InputError
+from fewstep.core.errors import InputError, check_name
 from fewstep.core.learner import MetaLearner
 from fewstep.training.build import Problem, build_learner, resolve_device
 from fewstep.training.config import ClassificationOptions, SinusoidData
 from fewstep.training.parse import load_config
 from fewstep.training.run_folder import RunFolder
 
+OneCheckpoint = Literal["best", "last"]
+
 
 def load_learner(
-    path: Path | str, *, checkpoint: Literal["best", "last"] = "best", device: str = "auto"
+    path: Path | str, *, checkpoint: OneCheckpoint = "best", device: str = "auto"
 ) -> MetaLearner:
     """Return the learner of a run, ready to adapt to tasks of any source; needs no data.
 
@@ -25,8 +27,9 @@ def load_learner(
         device: "cpu", "cuda", ...; "auto" takes a GPU where there is one.
 
     Raises:
-        InputError: there is no run, no checkpoint, or no such device.
+        InputError: there is no run, no checkpoint, no such device, or `checkpoint` is neither.
     """
+    check_name("checkpoint", checkpoint, get_args(OneCheckpoint))
     run = RunFolder.open(Path(path))
     config = load_config(run.path / "config.toml")
     config = replace(config, device=resolve_device(device))
