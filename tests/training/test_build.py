@@ -1,9 +1,14 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
+from fewstep.core.errors import InputError
+from fewstep.core.ranks import Ranks
 from fewstep.data.store import ClassStore
-from fewstep.training.build import classification_episodes
+from fewstep.training.build import Experiment, classification_episodes
 from fewstep.training.config import ClassificationOptions
+from fewstep.training.presets import preset
 
 AS_DRAWN = torch.tensor([[10, 20], [30, 40]], dtype=torch.uint8)
 
@@ -20,3 +25,26 @@ def test_images_are_changed_in_training_alone(option):
             assert 0 < as_drawn.double().mean() < 1
         else:
             assert as_drawn.all()
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ({"num_steps": 3}, "eval_steps=5 is more than the 3 that LayerStepRates"),
+        ({"eval_steps": -1}, "eval_steps=-1 must be 0 or more"),
+    ],
+    ids=str,
+)
+def test_steps_that_a_test_cannot_take_are_refused_before_training(steps, message):
+    config = preset("sinusoid", recipe="maml++")
+    config = replace(config, algorithm=replace(config.algorithm, **steps))
+    with pytest.raises(InputError, match=f"^{message}.*$"):
+        Experiment.build(config)
+
+
+@pytest.mark.parametrize("tasks", ["tasks", "val_tasks", "test_tasks"])
+def test_fewer_tasks_than_processes_are_refused_before_training(tasks):
+    config = replace(preset("sinusoid"), **{tasks: 2})
+    Experiment.build(config, Ranks(0, 2))
+    with pytest.raises(InputError, match=r"^2 tasks cannot be shared by 3 processes;"):
+        Experiment.build(config, Ranks(0, 3))

@@ -104,24 +104,24 @@ class Algorithm:
         check_name("task_reduction", self.task_reduction, ("mean", "sum"))
         check_name("extra_steps", self.extra_steps, get_args(ExtraSteps))
 
-    def check_steps(self, num_steps: int) -> None:
-        """Check that the parts can take so many steps.
+    def check_steps(self, num_steps: int, name: str = "num_steps") -> None:
+        """Check that the parts can take so many steps, called `name` where they were given.
 
         Raises:
             InputError: they cannot.
         """
         if num_steps < 0:
-            raise InputError(f"num_steps={num_steps} must be 0 or more inner steps")
+            raise InputError(f"{name}={num_steps} must be 0 or more inner steps")
         parts = (self.inner_rate, self.norm_affine, self.norm_statistics)
         per_step = [type(part).__name__ for part in parts if part.per_step]
         if num_steps > self.num_steps == 0 and self.inner_rate.per_step:
             raise InputError(
-                f"num_steps={num_steps} needs the rate of a step, and {per_step[0]} learned none; "
+                f"{name}={num_steps} needs the rate of a step, and {per_step[0]} learned none; "
                 "take 0, or train with a step or more"
             )
         if num_steps > self.num_steps and per_step and self.extra_steps == "refuse":
             raise InputError(
-                f"num_steps={num_steps} is more than the {self.num_steps} that "
+                f"{name}={num_steps} is more than the {self.num_steps} that "
                 f"{' and '.join(per_step)} learned; take fewer, or extra_steps='repeat' to repeat "
                 "the last step's values"
             )

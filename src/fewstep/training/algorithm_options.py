@@ -28,6 +28,7 @@ from fewstep.core.outer import (
     CosineAnnealing,
     NoClipping,
     OuterOptimiser,
+    check_outer_lr,
 )
 from fewstep.core.query_weights import FinalStep, MultiStepLoss
 from fewstep.core.rates import (
@@ -87,9 +88,11 @@ class AlgorithmOptions:
     def __post_init__(self) -> None:
         if self.multi_step_epochs < 0:
             raise InputError(f"multi_step_epochs={self.multi_step_epochs} must be 0 or more")
+        check_outer_lr(self.outer_lr)
         if not 0 <= self.final_outer_lr <= self.outer_lr:
             raise InputError(
-                f"final_outer_lr={self.final_outer_lr} must be between 0 and {self.outer_lr}"
+                f"final_outer_lr={self.final_outer_lr} must be between 0 and "
+                f"outer_lr={self.outer_lr}"
             )
 
     def build(self, iterations: int, epoch_length: int | None = None) -> Algorithm:
@@ -98,9 +101,12 @@ class AlgorithmOptions:
         Args:
             iterations: All of them.
             epoch_length: Those of an epoch; None takes a hundredth.
+
+        Raises:
+            InputError: a part refuses its settings, or the parts cannot take `eval_steps`.
         """
         epoch_length = epoch_length or max(1, iterations // 100)
-        return Algorithm(
+        algorithm = Algorithm(
             num_steps=self.num_steps,
             inner_rate=self._inner_rate(),
             rate_update=None
@@ -124,6 +130,8 @@ class AlgorithmOptions:
             iterations_per_epoch=epoch_length,
             extra_steps=self.extra_steps,
         )
+        algorithm.check_steps(self.eval_steps, "eval_steps")
+        return algorithm
 
     def _inner_rate(self) -> InnerRate:
         match self.learned_rates:

@@ -68,8 +68,11 @@ class Experiment:
         """Load the data and build the learner, for the processes that share each batch.
 
         Raises:
-            InputError: the device, the data, the episodes or the model cannot be had.
+            InputError: the device, the data, the episodes or the model cannot be had, or there are
+                fewer tasks than processes.
         """
+        for tasks in (config.tasks, config.val_tasks, config.test_tasks):
+            ranks.count(tasks)  # refuses now what would be refused after hours
         device = resolve_device(config.device)
         problem = build_problem(config, device)
         learner = build_learner(config, problem, device, ranks)
