@@ -212,6 +212,14 @@ def test_a_run_does_not_start_with_pictures():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_a_terminal_without_unicode():
+    """The ± of a score is no reason to stop a training."""
+    command = [sys.executable, "-m", *SINUSOID.replace("train", "fewstep train", 1).split()]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    run = subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert b"test: loss" in run.stdout
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [

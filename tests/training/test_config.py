@@ -1,3 +1,5 @@
+import io
+import sys
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import get_args
@@ -105,12 +107,15 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--itrations", "3"], "unknown option '--itrations'; did you mean '--iterations'?"),
         (["--iterations", "x"], "--iterations"),
         (["--iterations", "0"], "iterations=0 must be at least 1"),
+        (["--outer-lr", "-1"], "outer_lr=-1.0 must be a positive number"),
+        (["--final-outer-lr", "1"], "final_outer_lr=1.0 must be between 0 and outer_lr=0.003"),
         (["--checkpoint-every", "0"], "checkpoint_every=0 must be at least 1 step"),
         (["--memory-budget", "0"], "memory_budget=0.0 must be positive, in MiB"),
         (["--dataset", "sinusoid", "--ways", "3"], "unknown option '--ways'"),
@@ -119,7 +124,8 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path, text, message):
         (["--dataset", "sinusoid", "--network", "conv4"], "network='conv4' does not fit"),
     ],
 )
-def test_a_wrong_option_is_refused_in_one_line(arguments, message):
+def test_a_wrong_option_is_refused_in_one_line(arguments, message, encoding, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
     with pytest.raises(InputError) as error:
         _train(*arguments)
     assert message in str(error.value)

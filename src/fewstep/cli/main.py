@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -61,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     warnings.formatwarning = _format_warning
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a ± must not end a training where it is unknown
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         length = 2 if words and words[0] in GROUPS else 1

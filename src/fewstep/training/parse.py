@@ -46,9 +46,10 @@ def parse(options: type[T], arguments: Sequence[str], *, prog: str, default: T |
 
 
 def _one_line(box: str) -> str:
-    """Condense tyro's framed message to what is wrong."""
-    text = " ".join(line.strip("│ ") for line in box.splitlines() if line.startswith("│"))
-    return re.split(r" ?─{3,} ?", text)[0].rstrip(".")
+    """Condense tyro's message, in a frame or between rules of hyphens, to what is wrong."""
+    lines = [line.strip("│ ") for line in box.splitlines()]
+    rules = [i for i, line in enumerate(lines) if re.fullmatch(r"[╭╰].*|[─-]{3,}", line)]
+    return " ".join(lines[rules[0] + 1 : rules[1]]).rstrip(".")
 
 
 def _check_options(options: type, arguments: Sequence[str], default: object) -> None:
