@@ -3,6 +3,7 @@
 import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -126,11 +127,16 @@ MISTAKES = [
     ("num_tasks=0 ", lambda: learner().predict(CASE.batch(), 0)),
     ("num_steps=-2 ", lambda: learner().evaluate(CASE.batch(), 3, num_steps=-2)),
     ("num_steps=-3 ", lambda: learner().adapt(torch.ones(2, 4), torch.ones(2), num_steps=-3)),
-    ("tasks 2 to 4 were asked of a batch of 3", lambda: CASE.batch(3).batch(2, 3)),
-    ("tasks 0 to 3 were asked of a batch of 3", lambda: learner().evaluate(CASE.batch(3), 4)),
+    ("3 tasks from 2 on were asked of a batch of 3", lambda: CASE.batch(3).batch(2, 3)),
+    ("2 tasks from -1 on were asked of a batch of 3", lambda: CASE.batch(3).batch(-1, 2)),
+    ("-2 tasks from 0 on were asked of a batch of 3", lambda: CASE.batch(3).batch(0, -2)),
+    ("4 tasks from 0 on were asked of a batch of 3", lambda: learner().evaluate(CASE.batch(3), 4)),
     ("x_support (5, 4) and y_support (5,)", lambda: batch_of((5, 4), (5,), (5, 4), (5,))),
     ("x_query (2, 6) and y_query (2, 5)", lambda: batch_of((2, 3), (2, 3), (2, 6), (2, 5))),
     ("x_support holds 2 tasks and x_query 3", lambda: batch_of((2, 3), (2, 3), (3, 3), (3, 3))),
+    ("x_support (0, 3) holds 0 tasks", lambda: batch_of((0, 3), (0, 3), (0, 3), (0, 3))),
+    ("x_query (2, 0) holds 2 tasks of 0", lambda: batch_of((2, 3), (2, 3), (2, 0), (2, 0))),
+    ("y_support is a ndarray; ", lambda: learner().adapt(torch.ones(2, 4), np.ones(2))),
     ("the loss returned shape (6,)", lambda: learner(loss=LOSSES).meta_gradient(CASE.batch())),
     ("Recomputed cannot be vectorised", lambda: called(Recomputed(4, 3))),
     ("changes its parameter `table.weight`", lambda: called(Renormalised())),

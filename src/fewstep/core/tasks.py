@@ -24,8 +24,8 @@ class TaskBatch:
         y_query: Their targets, (tasks, query examples, ...).
 
     Raises:
-        InputError: the four do not share the number of tasks, or inputs and targets of one set
-            differ in their number of examples.
+        InputError: one of the four is no tensor; they do not share the number of tasks; inputs and
+            targets of one set differ in their number of examples; there are no tasks or examples.
     """
 
     x_support: Tensor
@@ -34,6 +34,11 @@ class TaskBatch:
     y_query: Tensor
 
     def __post_init__(self) -> None:
+        for name, given in vars(self).items():
+            if not isinstance(given, Tensor):
+                raise InputError(
+                    f"{name} is a {type(given).__name__}; pass torch.as_tensor of it, a tensor"
+                )
         for name, x, y in (
             ("support", self.x_support, self.y_support),
             ("query", self.x_query, self.y_query),
@@ -42,6 +47,11 @@ class TaskBatch:
                 raise InputError(
                     f"x_{name} {tuple(x.shape)} and y_{name} {tuple(y.shape)} must begin with the "
                     "same (tasks, examples); add a leading task dimension with x[None] if missing"
+                )
+            if 0 in x.shape[:2]:
+                raise InputError(
+                    f"x_{name} {tuple(x.shape)} holds {x.shape[0]} tasks of {x.shape[1]} examples; "
+                    "give at least one of each"
                 )
         if self.x_support.shape[0] != self.x_query.shape[0]:
             raise InputError(
@@ -70,10 +80,10 @@ class TaskBatch:
 
     def batch(self, start: int, count: int) -> TaskBatch:
         """Return `count` tasks from number `start` on, so that a batch serves as `Episodes`."""
-        if start + count > len(self):
+        if not 0 <= start < start + count <= len(self):
             raise InputError(
-                f"tasks {start} to {start + count - 1} were asked of a batch of {len(self)}; "
-                f"ask for at most {len(self)}"
+                f"{count} tasks from {start} on were asked of a batch of {len(self)}; "
+                f"ask for tasks 0 to {len(self) - 1}"
             )
         return TaskBatch(*(t[start : start + count] for t in self.tensors()))
 
