@@ -47,7 +47,9 @@ class Graph:
 
     @classmethod
     @contextmanager
-    def capture(cls, graph: Any) -> Iterator[None]:
+    def capture(cls, graph: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        assert stream is torch.cuda.Stream.return_value, "a stream of the tensors' GPU"
+        assert capture_error_mode == "thread_local", "other threads may use the GPU"
         cls.captures += 1
         with OnGpu():
             yield

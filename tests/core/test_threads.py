@@ -1,5 +1,6 @@
 """Learners in several threads go by their own statistics and leave the process as it was."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import replace
@@ -25,15 +26,25 @@ def flags() -> tuple[bool, ...]:
     )
 
 
-def test_two_learners_in_two_threads():
-    x, y = torch.randn(2, 3, 4, 3), torch.randn(2, 3, 4, 2)
+@pytest.mark.parametrize("replay", [False, True], ids=["plain", "replay"])
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+        ),
+    ],
+)
+def test_two_learners_in_two_threads(device, replay):
+    x, y = torch.randn(2, 3, 4, 3, device=device), torch.randn(2, 3, 4, 2, device=device)
     batch, before = TaskBatch(x[0], y[0], x[1], y[1]), flags()
     learners = []
     for use in ("support", "running"):
         module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
         algorithm = replace(maml(2, 0.1), norm_statistics=NormStatistics(use))
-        learners.append(MetaLearner(module, algorithm, F.mse_loss))
-    expected = [learner.predict(batch, 3) for learner in learners]
+        learners.append(MetaLearner(module.to(device), algorithm, F.mse_loss, replay=replay))
+    expected = [copy.deepcopy(learner).predict(batch, 3) for learner in learners]
     together = Barrier(2)
 
     def predict(learner: MetaLearner) -> list[torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from fewstep.core.errors import InputError
 from fewstep.core.recorder import NothingRead, Recorder, Recording, define
 
+_CAPTURING = threading.Lock()  # CUDA captures one graph at a time in a process
 _MOST = 16  # recordings to keep; schedules go on, and do not come back
 
 
@@ -148,11 +150,12 @@ class _CudaGraph:
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         try:
-            with torch.random.fork_rng([device]), torch.cuda.device(device):
+            with _CAPTURING, torch.random.fork_rng([device]), torch.cuda.device(device):
                 with torch.cuda.stream(side):
                     recording(self._arguments)  # libraries choose and allocate before a capture
                 torch.cuda.current_stream(device).wait_stream(side)
-                with torch.cuda.graph(self._graph):
+                # PyTorch's own stream for captures is of one GPU; other threads go on meanwhile.
+                with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
                     self._outputs = recording(self._arguments)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
