@@ -11,8 +11,10 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from fewstep.core.errors import InputError
+from fewstep.core.network import Tensors
 from fewstep.core.norm import Use
 from fewstep.core.ranks import ALONE, Ranks
 from fewstep.core.scores import Scores
@@ -24,6 +26,7 @@ from fewstep.training.config import EpisodeOptions, RegressionOptions, RunConfig
 from fewstep.training.display import say
 from fewstep.training.evaluate import Checkpoint, evaluate_run
 from fewstep.training.files import locked, make_folder
+from fewstep.training.initial import fitting, read_initial
 from fewstep.training.parse import load_config, run_config
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.trainer import Trainer
@@ -48,10 +51,13 @@ class Train:
         """Make the run folder, train, test."""
         config = replace(self.settings, device=resolve_device(self.settings.device))
         ranks = Ranks.of_torchrun(config.device)
-        experiment = Experiment.build(config, ranks)
+        initial = None if config.initial is None else read_initial(config.initial)
+        experiment = Experiment.build(config, ranks, initial)
         if not ranks.is_first:
             _train_and_test(experiment, None, Console(quiet=True))
             return
+        if initial is not None:
+            say(console, _started_from(config, experiment.learner.module, initial))
         path = self.out or _free_folder(config)
         make_folder(path)
         with locked(path):
@@ -179,6 +185,12 @@ class Plot:
         path = self.out or self.run_folders[0] / "curves.png"
         plot_runs(runs, path)
         say(console, f"wrote {path}")
+
+
+def _started_from(config: RunConfig, module: nn.Module, initial: Tensors) -> str:
+    taken = fitting(module, initial)
+    drawn = [name for name, _ in module.named_parameters() if name not in taken]
+    return f"starts from {config.initial}; drawn anew: {', '.join(drawn) or 'nothing'}"
 
 
 def _train(experiment: Experiment, run: RunFolder, console: Console) -> None:

@@ -10,10 +10,12 @@ from torch.nn import functional as F
 from fewstep.core.errors import InputError
 from fewstep.core.learner import MetaLearner
 from fewstep.core.memory import plan_memory
+from fewstep.core.network import Tensors
 from fewstep.core.ranks import ALONE, Ranks
 from fewstep.core.tasks import Episodes
 from fewstep.data.drawn_ahead import DrawnAhead
 from fewstep.data.episodes import ClassificationEpisodes
+from fewstep.data.labelled import LabelledImages, hold_out
 from fewstep.data.sinusoid import SinusoidEpisodes
 from fewstep.data.store import ClassStore
 from fewstep.training.config import (
@@ -22,7 +24,9 @@ from fewstep.training.config import (
     RunConfig,
     SinusoidData,
     Split,
+    SupervisedOptions,
 )
+from fewstep.training.initial import start_from
 from fewstep.training.run_folder import commit
 
 EVAL_SEED = 0  # validation and test tasks are the same for every run, so that runs compare
@@ -64,8 +68,15 @@ class Experiment:
     learner: MetaLearner
 
     @classmethod
-    def build(cls, config: RunConfig, ranks: Ranks = ALONE) -> Experiment:
+    def build(
+        cls, config: RunConfig, ranks: Ranks = ALONE, initial: Tensors | None = None
+    ) -> Experiment:
         """Load the data and build the learner, for the processes that share each batch.
+
+        Args:
+            config: The settings.
+            ranks: The processes.
+            initial: Parameters of the module to start from, by name; the others are drawn.
 
         Raises:
             InputError: the device, the data, the episodes or the model cannot be had, or there are
@@ -75,7 +86,7 @@ class Experiment:
             ranks.count(tasks)  # refuses now what would be refused after hours
         device = resolve_device(config.device)
         problem = build_problem(config, device)
-        learner = build_learner(config, problem, device, ranks)
+        learner = build_learner(config, problem, device, ranks, initial)
         if config.memory_budget is not None:
             plan_memory(
                 learner,
@@ -101,13 +112,34 @@ def build_problem(config: RunConfig, device: str) -> Problem:
             for split, seed in seeds.items()
         }
         return Problem(_drawn_ahead(sinusoids), (1,), 1)
-    assert isinstance(config.episodes, ClassificationOptions)
     stores = config.data.splits()
+    if isinstance(config.episodes, SupervisedOptions):
+        return _supervised(config.episodes, stores["train"], seeds, device)
+    assert isinstance(config.episodes, ClassificationOptions)
     episodes: dict[Split, Episodes] = {
         split: classification_episodes(config.episodes, stores, split, seed, device)
         for split, seed in seeds.items()
     }
     return Problem(_drawn_ahead(episodes), stores["train"].image_shape, config.episodes.ways)
+
+
+def _supervised(
+    options: SupervisedOptions, store: ClassStore, seeds: dict[Split, int], device: str
+) -> Problem:
+    """Set up batches of the training classes, of images held out for val and test."""
+    parts = hold_out(store.to(device), options.held_out)
+    batches: dict[Split, Episodes] = {
+        split: LabelledImages(
+            parts[split],
+            split,
+            examples=options.examples,
+            flips=options.flips and split == "train",
+            shifts=options.shifts if split == "train" else 0,
+            seed=seed,
+        )
+        for split, seed in seeds.items()
+    }
+    return Problem(_drawn_ahead(batches), store.image_shape, len(store))
 
 
 def _drawn_ahead(episodes: dict[Split, Episodes]) -> dict[Split, Episodes]:
@@ -136,12 +168,18 @@ def classification_episodes(
 
 
 def build_learner(
-    config: RunConfig, problem: Problem, device: str, ranks: Ranks = ALONE
+    config: RunConfig,
+    problem: Problem,
+    device: str,
+    ranks: Ranks = ALONE,
+    initial: Tensors | None = None,
 ) -> MetaLearner:
-    """Build the model, its initial parameters drawn from the seed, and its learner."""
+    """Build the model, its initial parameters given or drawn from the seed, and its learner."""
     commit()  # of the code at work; another may be checked out when scores are written
     torch.manual_seed(config.seed)  # on the CPU, so that every device starts alike
     module = config.model.build(problem.input_shape, problem.outputs).to(device)
+    if initial is not None:
+        start_from(module, initial)
     return MetaLearner(
         module,
         config.algorithm.build(config.iterations, config.epoch_length),

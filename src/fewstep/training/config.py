@@ -22,8 +22,9 @@ from fewstep.training.algorithm_options import AlgorithmOptions
 
 Split = Literal["train", "val", "test"]
 Recipe = Literal[
-    "maml", "fomaml", "maml++", "maml++-reference-code", "meta-sgd", "alpha-maml", "auto"
-]
+    "maml", "fomaml", "maml++", "maml++-reference-code", "meta-sgd", "alpha-maml", "auto",
+    "supervised",
+]  # fmt: skip
 Images = Glyphs | Omniglot | MiniImageNet | ImageFolder
 
 
@@ -63,7 +64,21 @@ class RegressionOptions:
     """Query points, in training, validation and test."""
 
 
-EpisodeOptions = ClassificationOptions | RegressionOptions
+@dataclass(frozen=True)
+class SupervisedOptions:
+    """What a batch of all training classes holds; each class keeps images for validation, test."""
+
+    examples: int = 128
+    """Images of a batch."""
+    held_out: float = 0.05
+    """Share of each class's images for validation, and as many for test."""
+    flips: bool = False
+    """Training: mirror each image left to right by chance."""
+    shifts: int = 0
+    """Training: move each image by up to so many pixels in both directions."""
+
+
+EpisodeOptions = ClassificationOptions | RegressionOptions | SupervisedOptions
 
 
 @dataclass(frozen=True)
@@ -132,7 +147,8 @@ class RunConfig:
     network: Literal["conv4", "fully-connected", "sinusoid-mlp"] = "conv4"
     """The model."""
     recipe: Recipe = "maml"
-    """The method; sets the defaults of its parts."""
+    """The method; sets the defaults of its parts. "supervised" tells all training classes apart,
+    for another run to start from."""
     data: Glyphs | Omniglot | MiniImageNet | ImageFolder | SinusoidData = field(
         default_factory=Glyphs
     )
@@ -145,6 +161,9 @@ class RunConfig:
     """Options of the network."""
     algorithm: AlgorithmOptions = field(default_factory=AlgorithmOptions)
     """The parts of the method."""
+    initial: Path | None = None
+    """Run, or safetensors file, whose parameters to start from where names and shapes agree; the
+    others, such as the head for other ways, are drawn."""
     iterations: int = 1000
     """Outer updates."""
     epoch_length: int | None = None
@@ -195,9 +214,14 @@ class RunConfig:
             raise InputError(f"checkpoint_every={self.checkpoint_every} must be at least 1 step")
         if self.memory_budget is not None and not self.memory_budget > 0:
             raise InputError(f"memory_budget={self.memory_budget} must be positive, in MiB")
+        is_supervised = self.recipe == "supervised"
+        if is_supervised and self.dataset == "sinusoid":
+            raise InputError("recipe='supervised' learns classes, and dataset='sinusoid' has none")
         wanted = (
             ("dataset", "data", SOURCES[self.dataset]),
-            ("dataset", "episodes", _episode_options(self.dataset)),
+            ("recipe", "episodes", SupervisedOptions)
+            if is_supervised
+            else ("dataset", "episodes", _episode_options(self.dataset)),
             ("network", "model", NETWORKS[self.network]),
         )
         for tag, part, expected in wanted:

@@ -16,6 +16,7 @@ from fewstep.training.config import (
     Recipe,
     RegressionOptions,
     RunConfig,
+    SupervisedOptions,
 )
 
 
@@ -42,7 +43,10 @@ def preset(dataset: str = "glyphs", network: str | None = None, recipe: str = "m
         "data": SOURCES[dataset](),
         "model": NETWORKS[network](),
     }
-    config = RunConfig(**(base | _problem_defaults(dataset, network)))
+    base |= _problem_defaults(dataset, network)
+    if recipe == "supervised":
+        return RunConfig(**(base | _supervised(dataset)))
+    config = RunConfig(**base)
     match recipe:
         case "fomaml":
             return replace(config, algorithm=replace(config.algorithm, first_order_epochs=math.inf))
@@ -57,6 +61,22 @@ def preset(dataset: str = "glyphs", network: str | None = None, recipe: str = "m
         case "auto":
             return _auto(_maml_plus_plus(config, is_paper=False))
     return config
+
+
+def _supervised(dataset: str) -> dict[str, Any]:
+    """Return what learning all training classes sets: no inner step, and photographs moved."""
+    are_photographs = dataset in ("mini-imagenet", "folder")
+    return {
+        "episodes": SupervisedOptions(flips=are_photographs, shifts=8 if are_photographs else 0),
+        "algorithm": AlgorithmOptions(
+            num_steps=0, eval_steps=0, outer_schedule="cosine", final_outer_lr=1e-5
+        ),
+        "iterations": 400 if dataset == "glyphs" else 9_000,
+        "tasks": 1,
+        "val_every": 100 if dataset == "glyphs" else 500,
+        "val_tasks": 15,
+        "test_tasks": 15,
+    }
 
 
 def _auto(config: RunConfig) -> RunConfig:

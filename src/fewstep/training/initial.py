@@ -1,0 +1,73 @@
+"""Parameters to start from: those of a trained run, or of a safetensors file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from fewstep.core.errors import InputError
+from fewstep.core.network import Tensors
+from fewstep.training.run_folder import RunFolder
+
+_MODEL = "model."  # before the names of a module's tensors in a checkpoint
+
+
+def read_initial(path: Path) -> Tensors:
+    """Return the parameters and buffers of a run's best checkpoint, or of a safetensors file.
+
+    Args:
+        path: Folder of a run, or a file with tensors by the names of the module's own, as
+            `safetensors.torch.save_file(module.state_dict(), path)` writes it.
+
+    Raises:
+        InputError: there is neither, or the run has no checkpoint.
+    """
+    if path.is_dir():
+        run = RunFolder.open(path)
+        if (state := run.state()) is None:
+            raise InputError(f"{path} has no checkpoint to start from; train it first")
+        tensors = run.load_checkpoint(state.best[0].name)
+    else:
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"cannot start from {path}: {error}; give a run folder or a safetensors file"
+            ) from error
+    if not any(name.startswith(_MODEL) for name in tensors):
+        return tensors
+    return {n.removeprefix(_MODEL): t for n, t in tensors.items() if n.startswith(_MODEL)}
+
+
+def fitting(module: nn.Module, initial: Tensors) -> list[str]:
+    """Return the names of the module's tensors that `initial` has in the same shape.
+
+    Raises:
+        InputError: it has no parameter.
+    """
+    own = module.state_dict()
+    found = [n for n, t in own.items() if n in initial and initial[n].shape == t.shape]
+    parameters = [name for name, _ in module.named_parameters()]
+    if not set(found) & set(parameters):
+        raise InputError(
+            f"initial={next(iter(initial), 'nothing')!r} and the others fit no parameter of the "
+            f"model, such as {parameters[0]!r} {tuple(own[parameters[0]].shape)}; start from the "
+            "same network with as many filters"
+        )
+    return found
+
+
+def start_from(module: nn.Module, initial: Tensors) -> None:
+    """Bring the tensors that fit into the module, and leave the others as they are.
+
+    Raises:
+        InputError: no parameter fits.
+    """
+    own = module.state_dict()
+    with torch.no_grad():
+        for name in fitting(module, initial):
+            own[name].copy_(initial[name])
