@@ -83,6 +83,33 @@ def test_train_evaluate_plot(empty_folder, capsys):
     assert _size("both.png") > (400, 200)
 
 
+def test_supervised_learning_and_a_run_that_starts_from_it(empty_folder, capsys):
+    write_images(empty_folder / "mine", {f"c{i:02d}": 6 for i in range(20)})
+    same = f"--dataset folder --root mine --size 16 --filters 4 {TINY}"
+    first = f"train --recipe supervised {same} --examples 8 --held-out 0.2 --shifts 2"
+    assert main(first.split()) == 0
+    out = capsys.readouterr().out
+    assert "0 inner steps" in out
+    assert "fewstep train --dataset folder --initial runs/folder-supervised-1" in out
+    run = Path("runs/folder-supervised-1")
+    assert main(f"evaluate {run} --split val --tasks 3".split()) == 0
+    options = "--support mine --query mine/c00"
+    for command in (f"evaluate {run} --shots 2", f"predict {run} {options}"):
+        error = _refused(capsys, command)
+        assert "have no shots; leave it out" in error or f"--initial {run}" in error
+
+    second = f"train {same} --ways 2 --queries 2 --eval-queries 2 --initial {run}"
+    assert "another network" in _refused(capsys, f"{second} --norm layer")
+    assert main(second.split()) == 0
+    out = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert f"starts from {run}; drawn anew: head.weight, head.bias run folder" in out
+
+    shutil.rmtree(run)  # neither resuming nor scoring reads it again
+    run = "runs/folder-maml-1"
+    assert main(f"resume {run} --iterations 6".split()) == 0
+    assert main(f"evaluate {run} --tasks 3".split()) == 0
+
+
 def test_bars_on_a_terminal(empty_folder, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "100")

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from fewstep import MetaLearner, TaskBatch, maml
 from fewstep.data.drawn_ahead import DrawnAhead
 from fewstep.data.episodes import ClassificationEpisodes, Rotations
+from fewstep.data.labelled import LabelledImages
 from fewstep.data.sinusoid import SinusoidEpisodes
 from fewstep.data.store import ClassStore
 from fewstep.models import Conv4, sinusoid_mlp
@@ -60,9 +61,13 @@ def _autocast_knows_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "autocast", cast)
 
 
-def images(rotations: Rotations) -> ClassificationEpisodes:
+def ten_classes() -> ClassStore:
     pixels = torch.randint(0, 256, (40, 1, 16, 16), dtype=torch.uint8)
-    store = ClassStore.from_counts(pixels, [4] * 10, [f"class {i}" for i in range(10)])
+    return ClassStore.from_counts(pixels, [4] * 10, [f"class {i}" for i in range(10)])
+
+
+def images(rotations: Rotations) -> ClassificationEpisodes:
+    store = ten_classes()
     episodes = ClassificationEpisodes(
         store, "train", ways=3, shots=1, queries=2, rotations=rotations, flips=True
     )
@@ -126,6 +131,12 @@ def test_any_module(kind: str, replay: bool) -> None:
 @pytest.mark.parametrize("rotations", get_args(Rotations))
 def test_drawing_images(rotations: Rotations) -> None:
     assert all(t.is_meta for t in images(rotations).batch(0, 4).tensors())
+
+
+def test_drawing_labelled_images() -> None:
+    store = ten_classes().to("meta")
+    labelled = LabelledImages(store, "train", examples=5, rotations="classes", flips=True, shifts=2)
+    assert all(t.is_meta for t in labelled.batch(0, 4).tensors())
 
 
 def test_sinusoids() -> None:

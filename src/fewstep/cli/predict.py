@@ -20,7 +20,7 @@ from fewstep.core.norm import Use
 from fewstep.core.tasks import TaskBatch
 from fewstep.data.archives import is_image
 from fewstep.training.config import ClassificationOptions, Images, SinusoidData
-from fewstep.training.load import OneCheckpoint, load_learner
+from fewstep.training.load import OneCheckpoint, check_few_shot, load_learner
 from fewstep.training.parse import load_config
 from fewstep.training.run_folder import RunFolder
 
@@ -50,6 +50,7 @@ class Predict:
         config = load_config(RunFolder.open(self.run_folder).path / "config.toml")
         if isinstance(config.data, SinusoidData):
             raise InputError(f"{self.run_folder} is a run on sinusoids; predict needs images")
+        check_few_shot(config, self.run_folder)
         assert isinstance(config.episodes, ClassificationOptions)
         ways = config.episodes.ways
         classes = _classes(self.support, ways)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +22,7 @@ from fewstep.data.episodes import Rotations
 from fewstep.report.curves import plot_runs
 from fewstep.report.sinusoid_fits import plot_sinusoid_fits
 from fewstep.training.build import Experiment, resolve_device
-from fewstep.training.config import EpisodeOptions, RegressionOptions, RunConfig, Split, to_dict
+from fewstep.training.config import EpisodeOptions, RunConfig, Split, to_dict
 from fewstep.training.display import say
 from fewstep.training.evaluate import Checkpoint, evaluate_run
 from fewstep.training.files import locked, make_folder
@@ -158,13 +158,16 @@ class Evaluate:
         changes = [f"{name}-{value}" for name, value in given.items()]
         if self.statistics is not None:
             changes.append(f"statistics-{self.statistics}")
-        if isinstance(episodes, RegressionOptions):
-            if "rotations" in given:
-                raise InputError(f"rotations={self.rotations!r} needs images; leave it out")
-            prefix = ""
-        else:
-            prefix = "" if self.split == "train" else "eval_"
-        named = {n if n == "shots" else prefix + n: value for n, value in given.items()}
+        known = [f.name for f in fields(episodes)]
+        named = {}
+        for name, value in given.items():
+            in_tests = f"eval_{name}" if self.split != "train" else name
+            field = in_tests if in_tests in known else name
+            if field not in known:
+                raise InputError(
+                    f"--{name} {value}: the tasks of {self.run_folder} have no {name}; leave it out"
+                )
+            named[field] = value
         return replace(episodes, **named), changes
 
 
@@ -210,6 +213,9 @@ def _train(experiment: Experiment, run: RunFolder, console: Console) -> None:
     say(console, f"learning curves: {run.path / 'curves.png'}")
     say(console, f"next: fewstep evaluate {run.path} --split val   (score again, other settings)")
     say(console, f"      fewstep resume {run.path} --iterations {2 * config.iterations}")
+    if config.recipe == "supervised":
+        say(console, f"      fewstep train --dataset {config.dataset} --initial {run.path}")
+        return
     say(console, f"      fewstep compare {run.path} RUN   (with another, task by task)")
     if config.dataset != "sinusoid":
         say(console, f"      fewstep predict {run.path} --support FOLDER --query FOLDER   (yours)")

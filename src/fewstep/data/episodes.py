@@ -5,14 +5,28 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
 
 from fewstep.core.errors import InputError, check_name
 from fewstep.core.tasks import TaskBatch
+from fewstep.data.changes import mirror, turn
 from fewstep.data.counter_random import key_from_name, random_bits, random_subset
 from fewstep.data.store import ClassStore
 
 Rotations = Literal["none", "classes", "episode", "together"]
+
+
+def check_square(store: ClassStore, rotations: Rotations) -> None:
+    """Check that the images can be turned, if they are to be.
+
+    Raises:
+        InputError: they are not square.
+    """
+    _, height, width = store.image_shape
+    if rotations != "none" and height != width:
+        raise InputError(
+            f"rotations={rotations!r} needs square images, but these are {height}x{width}; "
+            "use rotations='none'"
+        )
 
 
 class ClassificationEpisodes:
@@ -68,12 +82,7 @@ class ClassificationEpisodes:
                 f"ways={ways} asks for more classes than the {self._classes} of the {split} split; "
                 f"ask for at most {self._classes}"
             )
-        _, height, width = store.image_shape
-        if rotations != "none" and height != width:
-            raise InputError(
-                f"rotations={rotations!r} needs square images, but these are {height}x{width}; "
-                "use rotations='none'"
-            )
+        check_square(store, rotations)
         self._largest = int(store.counts.max())
         smallest = int(store.counts.min())
         if shots + queries > smallest:
@@ -111,15 +120,16 @@ class ClassificationEpisodes:
         index = self.store.starts[classes][..., None] + images
         x = self.store.images[index]  # (tasks, ways, shots + queries, channels, height, width)
         if self.rotations == "classes":
-            x = _turn(x, drawn // len(self.store))
+            x = turn(x, drawn[..., None] // len(self.store))
         elif self.rotations == "episode":
-            x = _turn(x, random_bits(self._key_turns, episode[:, None], way) % 4)
+            bits = random_bits(self._key_turns, episode[:, None], way)
+            x = turn(x, bits[..., None] % 4)
         elif self.rotations == "together":
-            x = _turn(x, random_bits(self._key_turns, episode[:, None]) % 4)
+            x = turn(x, random_bits(self._key_turns, episode[:, None, None]) % 4)
         if self.flips:
             place = torch.arange(self.shots + self.queries, device=device)
             bits = random_bits(self._key_flips, episode[:, None, None], way[:, None], place)
-            x = torch.where((bits % 2 == 1)[..., None, None, None], x.flip(-1), x)
+            x = mirror(x, bits % 2 == 1)
         x_support, x_query = torch.split(x.float().div_(255), [self.shots, self.queries], dim=2)
         y = way.expand(count, self.ways)
         return TaskBatch(
@@ -128,11 +138,3 @@ class ClassificationEpisodes:
             x_query.flatten(1, 2),
             y.repeat_interleave(self.queries, dim=1),
         )
-
-
-def _turn(x: Tensor, quarters: Tensor) -> Tensor:
-    """Turn the images of each (task, way), or of each (task, 1), by so many quarter turns."""
-    quarters = quarters[..., None, None, None, None]
-    for k in (1, 2, 3):
-        x = torch.where(quarters == k, x.rot90(k, (-2, -1)), x)
-    return x

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor
 
-from fewstep.core.errors import InputError
+from fewstep.core.errors import InputError, check_name
 from fewstep.core.tasks import TaskBatch
+from fewstep.data.changes import mirror, shift, turn
 from fewstep.data.counter_random import key_from_name, random_bits
+from fewstep.data.episodes import check_square
 from fewstep.data.store import ClassStore
+
+TurnedClasses = Literal["none", "classes"]
 
 
 def hold_out(store: ClassStore, share: float) -> dict[str, ClassStore]:
@@ -49,6 +53,8 @@ class LabelledImages:
         store: The classes.
         split: Name of the split, which separates its tasks from other splits'.
         examples: Images of a batch, of classes and images drawn with replacement.
+        rotations: "classes" makes each quarter turn of class c a class of its own, c + n, c + 2 n
+            and c + 3 n of n classes; or "none".
         flips: Mirror each image left to right with probability 1/2.
         shifts: Move each image by up to so many pixels in both directions, edges repeated.
         seed: Any integer.
@@ -57,7 +63,8 @@ class LabelledImages:
         (tasks, 1 or examples).
 
     Raises:
-        InputError: `examples` is below 1, or `shifts` is negative or not below the images' side.
+        InputError: `examples` is below 1, `rotations` is neither, or images that are not square
+            would be turned; `shifts` is negative or not below the images' side.
     """
 
     def __init__(
@@ -66,17 +73,21 @@ class LabelledImages:
         split: str,
         *,
         examples: int,
+        rotations: TurnedClasses = "none",
         flips: bool = False,
         shifts: int = 0,
         seed: int = 0,
     ) -> None:
         if examples < 1:
             raise InputError(f"examples={examples} must be at least 1")
+        check_name("rotations", rotations, get_args(TurnedClasses))
+        check_square(store, rotations)
         side = min(store.image_shape[1:])
         if not 0 <= shifts < side:
             raise InputError(f"shifts={shifts} must be 0 to {side - 1} pixels of these images")
         self.store = store
-        self.examples, self.flips, self.shifts = examples, flips, shifts
+        self.examples, self.rotations, self.flips, self.shifts = examples, rotations, flips, shifts
+        self.classes = len(store) * (4 if rotations == "classes" else 1)
         self._key = key_from_name(seed, f"{split}/labelled")
 
     def batch(self, start: int, count: int) -> TaskBatch:
@@ -88,22 +99,14 @@ class LabelledImages:
             random_bits(self._key, task, place, torch.full((), draw, device=device))
             for draw in range(5)
         )
-        y = of_class % len(self.store)
-        index = self.store.starts[y] + of_image % self.store.counts[y]
-        _, height, width = self.store.image_shape
-        rows = self._along(height, down, torch.zeros_like(flip))
-        columns = self._along(width, right, flip)
-        x = self.store.images[index]
-        if self.flips or self.shifts:
-            x = x.take_along_dim(rows[..., None, :, None], -2)
-            x = x.take_along_dim(columns[..., None, None, :], -1)
+        y = of_class % self.classes
+        drawn, quarters = y % len(self.store), y // len(self.store)
+        x = self.store.images[self.store.starts[drawn] + of_image % self.store.counts[drawn]]
+        if self.rotations == "classes":
+            x = turn(x, quarters)
+        if self.flips:
+            x = mirror(x, flip % 2 == 1)
+        if self.shifts:
+            x = shift(x, *(bits % (2 * self.shifts + 1) - self.shifts for bits in (down, right)))
         x = x.float().div_(255)
         return TaskBatch(x[:, :1], y[:, :1], x, y)
-
-    def _along(self, side: int, shift: Tensor, flip: Tensor) -> Tensor:
-        """Return which row, or column, comes where: (tasks, examples, side)."""
-        at = torch.arange(side, device=shift.device).expand(*shift.shape, side)
-        if self.flips:
-            at = torch.where((flip % 2 == 1)[..., None], at.flip(-1), at)
-        moved = at + (shift % (2 * self.shifts + 1) - self.shifts)[..., None]
-        return moved.clamp(0, side - 1)

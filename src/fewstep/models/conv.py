@@ -16,7 +16,7 @@ from fewstep.models.of_tasks import one_vmap_at_most
 Norm = Literal["batch", "layer", "none"]
 Downsample = Literal["max-pool", "stride"]
 Activation = Literal["relu", "leaky-relu"]
-Initialisation = Literal["xavier", "finn", "torch"]
+Initialisation = Literal["xavier", "finn", "zero-head", "torch"]
 
 
 class ConvBlock(nn.Module):
@@ -136,7 +136,8 @@ class Conv4(nn.Sequential):
         activation: As in `ConvBlock`.
         bias: Give the convolutions a bias; off by default under batch norm, which cancels it.
         initialisation: "xavier" (uniform, zero biases, as in MAML++'s code); "finn", the same with
-            a standard normal head, as MAML's code for Omniglot; "torch", PyTorch's defaults.
+            a standard normal head, as MAML's code for Omniglot; "zero-head", the same with a head
+            of zeros, which prefers no class; "torch", PyTorch's defaults.
 
     Raises:
         InputError: images too small for four halvings, `filters` or `ways` below 1, or a name that
@@ -192,6 +193,8 @@ class Conv4(nn.Sequential):
             self.apply(_xavier)
         if initialisation == "finn":
             nn.init.normal_(self.head.weight)
+        elif initialisation == "zero-head":
+            nn.init.zeros_(self.head.weight)
 
 
 def _xavier(module: nn.Module) -> None:

@@ -128,18 +128,20 @@ def _supervised(
 ) -> Problem:
     """Set up batches of the training classes, of images held out for val and test."""
     parts = hold_out(store.to(device), options.held_out)
-    batches: dict[Split, Episodes] = {
+    batches = {
         split: LabelledImages(
             parts[split],
             split,
             examples=options.examples,
+            rotations=options.rotations,
             flips=options.flips and split == "train",
             shifts=options.shifts if split == "train" else 0,
             seed=seed,
         )
         for split, seed in seeds.items()
     }
-    return Problem(_drawn_ahead(batches), store.image_shape, len(store))
+    episodes: dict[Split, Episodes] = {**batches}
+    return Problem(_drawn_ahead(episodes), store.image_shape, batches["train"].classes)
 
 
 def _drawn_ahead(episodes: dict[Split, Episodes]) -> dict[Split, Episodes]:

@@ -14,6 +14,7 @@ from fewstep.core.precision import Precision
 from fewstep.data.episodes import Rotations
 from fewstep.data.folder import ImageFolder
 from fewstep.data.glyphs import Glyphs
+from fewstep.data.labelled import TurnedClasses
 from fewstep.data.mini_imagenet import MiniImageNet
 from fewstep.data.omniglot import Omniglot
 from fewstep.models.conv import Activation, Conv4, Downsample, Initialisation, Norm
@@ -72,6 +73,8 @@ class SupervisedOptions:
     """Images of a batch."""
     held_out: float = 0.05
     """Share of each class's images for validation, and as many for test."""
+    rotations: TurnedClasses = "none"
+    """Make every quarter turn of a class a class of its own."""
     flips: bool = False
     """Training: mirror each image left to right by chance."""
     shifts: int = 0
@@ -96,7 +99,7 @@ class Conv4Options:
     conv_bias: bool = False
     """Give the convolutions a bias; batch norm cancels it."""
     initialisation: Initialisation = "xavier"
-    """Initial weights: Xavier, Xavier with a normal head (MAML's code), or PyTorch's."""
+    """Initial weights: Xavier, with a normal head (MAML's code) or one of zeros, or PyTorch's."""
 
     def build(self, input_shape: tuple[int, ...], outputs: int) -> nn.Module:
         """Return the network for images of (channels, height, width)."""
@@ -162,8 +165,8 @@ class RunConfig:
     algorithm: AlgorithmOptions = field(default_factory=AlgorithmOptions)
     """The parts of the method."""
     initial: Path | None = None
-    """Run, or safetensors file, whose parameters to start from where names and shapes agree; the
-    others, such as the head for other ways, are drawn."""
+    """Run, or safetensors file, whose parameters to start from; a last layer of other outputs is
+    drawn anew."""
     iterations: int = 1000
     """Outer updates."""
     epoch_length: int | None = None

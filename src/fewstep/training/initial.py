@@ -44,28 +44,34 @@ def read_initial(path: Path) -> Tensors:
 
 
 def fitting(module: nn.Module, initial: Tensors) -> list[str]:
-    """Return the names of the module's tensors that `initial` has in the same shape.
+    """Return the names of the module's parameters and buffers that `initial` gives.
+
+    These are all, or all but those of the last layer, whose outputs are another task's classes.
 
     Raises:
-        InputError: it has no parameter.
+        InputError: another one is missing or of another shape.
     """
     own = module.state_dict()
+    *_, last = (name for name, _ in module.named_parameters())
+    head = last.rpartition(".")[0] + "."
     found = [n for n, t in own.items() if n in initial and initial[n].shape == t.shape]
-    parameters = [name for name, _ in module.named_parameters()]
-    if not set(found) & set(parameters):
-        raise InputError(
-            f"initial={next(iter(initial), 'nothing')!r} and the others fit no parameter of the "
-            f"model, such as {parameters[0]!r} {tuple(own[parameters[0]].shape)}; start from the "
-            "same network with as many filters"
-        )
+    for name, tensor in own.items():
+        if name not in found and not name.startswith(head):
+            there = f"{tuple(initial[name].shape)} there" if name in initial else "missing there"
+            raise InputError(
+                f"initial parameters are of another network: `{name}`, {tuple(tensor.shape)} here, "
+                f"is {there}; give the same network, filters and normalisation"
+            )
+    if any(name.startswith(head) and name not in found for name in own):
+        found = [name for name in found if not name.startswith(head)]  # a bias alone is no head
     return found
 
 
 def start_from(module: nn.Module, initial: Tensors) -> None:
-    """Bring the tensors that fit into the module, and leave the others as they are.
+    """Bring `initial` into the module; a last layer of other outputs stays as it is.
 
     Raises:
-        InputError: no parameter fits.
+        InputError: it is another network's.
     """
     own = module.state_dict()
     with torch.no_grad():

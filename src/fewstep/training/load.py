@@ -9,11 +9,24 @@ from typing import Literal, get_args
 from fewstep.core.errors import InputError, check_name
 from fewstep.core.learner import MetaLearner
 from fewstep.training.build import Problem, build_learner, resolve_device
-from fewstep.training.config import ClassificationOptions, SinusoidData
+from fewstep.training.config import ClassificationOptions, RunConfig, SinusoidData
 from fewstep.training.parse import load_config
 from fewstep.training.run_folder import RunFolder
 
 OneCheckpoint = Literal["best", "last"]
+
+
+def check_few_shot(config: RunConfig, path: Path) -> None:
+    """Check that the run in `path` has learned few-shot tasks.
+
+    Raises:
+        InputError: it has learned its training classes alone.
+    """
+    if config.recipe == "supervised":
+        raise InputError(
+            f"{path} has learned to tell its training classes apart and no few-shot tasks; "
+            f"start a run from it, with `fewstep train --dataset {config.dataset} --initial {path}`"
+        )
 
 
 def load_learner(
@@ -27,11 +40,13 @@ def load_learner(
         device: "cpu", "cuda", ...; "auto" takes a GPU where there is one.
 
     Raises:
-        InputError: there is no run, no checkpoint, no such device, or `checkpoint` is neither.
+        InputError: there is no run, no checkpoint, no such device, it has learned no few-shot
+            tasks, or `checkpoint` is neither.
     """
     check_name("checkpoint", checkpoint, get_args(OneCheckpoint))
     run = RunFolder.open(Path(path))
     config = load_config(run.path / "config.toml")
+    check_few_shot(config, run.path)
     config = replace(config, device=resolve_device(device))
     problem = Problem({}, (1,), 1)
     if not isinstance(config.data, SinusoidData):

@@ -64,10 +64,14 @@ def preset(dataset: str = "glyphs", network: str | None = None, recipe: str = "m
 
 
 def _supervised(dataset: str) -> dict[str, Any]:
-    """Return what learning all training classes sets: no inner step, and photographs moved."""
+    """Return what learning all training classes sets: no inner step; images turned or moved."""
     are_photographs = dataset in ("mini-imagenet", "folder")
     return {
-        "episodes": SupervisedOptions(flips=are_photographs, shifts=8 if are_photographs else 0),
+        "episodes": SupervisedOptions(
+            rotations="classes" if dataset == "omniglot" else "none",
+            flips=are_photographs,
+            shifts=8 if are_photographs else 0,
+        ),
         "algorithm": AlgorithmOptions(
             num_steps=0, eval_steps=0, outer_schedule="cosine", final_outer_lr=1e-5
         ),

@@ -1,0 +1,74 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fewstep.core.errors import InputError
+from fewstep.training.build import Experiment
+from fewstep.training.config import ClassificationOptions, Conv4Options
+from fewstep.training.initial import read_initial, start_from
+from fewstep.training.presets import preset
+from fewstep.training.run_folder import RunFolder
+
+
+def network(ways=3, filters=4) -> torch.nn.Module:
+    torch.manual_seed(ways + filters)
+    return Conv4Options(filters).build((1, 16, 16), ways)
+
+
+def test_what_fits_is_taken_and_the_rest_is_left(tmp_path):
+    source, own = network(ways=7), network()
+    source.blocks[0].norm.running_mean.fill_(5)
+    before = {name: t.clone() for name, t in own.state_dict().items()}
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    start_from(own, read_initial(tmp_path / "weights.safetensors"))
+    for name, tensor in own.state_dict().items():
+        is_head = name.startswith("head.")
+        assert torch.equal(tensor, before[name] if is_head else source.state_dict()[name]), name
+    assert not torch.equal(own.blocks[0].conv.weight, before["blocks.0.conv.weight"])
+
+
+@pytest.mark.parametrize("recipe", ["maml", "maml++"])
+def test_a_run_starts_from_the_best_checkpoint_of_another(tmp_path, recipe, monkeypatch):
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path))
+    source = Conv4Options(filters=16).build((1, 28, 28), 7)
+    run = RunFolder.create(tmp_path, {})
+    tensors = {f"model.{name}": t for name, t in source.state_dict().items()}
+    state = run.save_checkpoint(tensors, None, 1, 0.9)
+    run.save_checkpoint({name: t + 1 for name, t in tensors.items()}, state, 2, 0.1)
+    config = replace(
+        preset(recipe=recipe),
+        model=Conv4Options(filters=16),
+        episodes=ClassificationOptions(ways=3),
+    )
+    learner = Experiment.build(config, initial=read_initial(tmp_path)).learner
+    drawn = Experiment.build(config).learner
+    for name, tensor in learner.state_tensors().items():
+        _, _, plain = name.partition("model.")
+        if plain.startswith(("head.", "inner_lr.")) or not plain:
+            assert torch.equal(tensor, drawn.state_tensors()[name])
+        else:  # every step's row of MAML++'s parts starts alike
+            assert torch.equal(tensor, source.state_dict()[plain].expand_as(tensor)), name
+
+
+def test_what_cannot_be_started_from_is_refused(tmp_path):
+    (tmp_path / "note.txt").write_text("not tensors")
+    RunFolder.create(tmp_path, {})
+    for path, message in (
+        (tmp_path / "note.txt", "cannot start from .*note.txt: .*; give a run folder or a saf"),
+        (tmp_path / "nothing", "cannot start from .*nothing: .*; give a run folder or a safet"),
+        (tmp_path / "checkpoints", "checkpoints holds no run"),
+        (tmp_path, "has no checkpoint to start from; train it first"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read_initial(path)
+    for other, message in (
+        (
+            network(filters=5),
+            r"`blocks.0.conv.weight`, \(4, 1, 3, 3\) here, is \(5, 1, 3, 3\) there",
+        ),
+        (torch.nn.Linear(2, 3), r"`blocks.0.conv.weight`, .* is missing there"),
+    ):
+        with pytest.raises(InputError, match=message):
+            start_from(network(), other.state_dict())
