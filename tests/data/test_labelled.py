@@ -126,7 +126,7 @@ def test_shares_that_leave_nothing_are_refused(share):
     ("options", "message"),
     [
         ({"examples": 0}, "examples=0 must be at least 1"),
-        ({"examples": 1, "rotations": "episode"}, "rotations='episode' is none of"),
+        ({"examples": 1, "rotations": "episode"}, "unknown rotations 'episode'"),
         ({"examples": 1, "shifts": -1}, "shifts=-1 must be 0 to 4 pixels"),
         ({"examples": 1, "shifts": 5}, "shifts=5 must be 0 to 4 pixels"),
     ],

@@ -1,6 +1,7 @@
 """ConvBlock in one piece and its layers in the usual order give the same."""
 
 import copy
+from typing import get_args
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 
 from fewstep import InputError
 from fewstep.models import Conv4, ConvBlock
+from fewstep.models.conv import Initialisation
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -159,7 +161,7 @@ def test_state_has_ordinary_names():
 
 @pytest.mark.parametrize("norm", ["batch", "layer", "none"])
 @pytest.mark.parametrize("downsample", ["max-pool", "stride"])
-@pytest.mark.parametrize("initialisation", ["xavier", "finn", "torch"])
+@pytest.mark.parametrize("initialisation", get_args(Initialisation))
 @pytest.mark.parametrize("size", [16, 28])
 def test_conv4_gives_one_output_per_class(norm, downsample, initialisation, size):
     model = Conv4(
@@ -198,6 +200,15 @@ def test_finn_initialisation_has_a_standard_normal_head():
     head = Conv4(3, 20, 28, initialisation="finn").head
     assert head.weight.detach().std() == pytest.approx(1, rel=0.1)
     assert not head.bias.any()
+
+
+def test_a_head_of_zeros_prefers_no_class_and_changes_nothing_else():
+    torch.manual_seed(0)
+    own = Conv4(3, 5, 16, initialisation="zero-head")
+    torch.manual_seed(0)
+    xavier = Conv4(3, 5, 16, initialisation="xavier")
+    assert not own(torch.randn(2, 3, 16, 16)).any()
+    assert torch.equal(own.blocks[3].conv.weight, xavier.blocks[3].conv.weight)
 
 
 @pytest.mark.parametrize(
