@@ -90,7 +90,7 @@ def test_supervised_learning_and_a_run_that_starts_from_it(empty_folder, capsys)
     assert main(first.split()) == 0
     out = capsys.readouterr().out
     assert "0 inner steps" in out
-    assert "fewstep train --dataset folder --initial runs/folder-supervised-1" in out
+    assert "fewstep train --initial runs/folder-supervised-1 --recipe maml++" in out
     run = Path("runs/folder-supervised-1")
     assert main(f"evaluate {run} --split val --tasks 3".split()) == 0
     options = "--support mine --query mine/c00"
@@ -98,11 +98,19 @@ def test_supervised_learning_and_a_run_that_starts_from_it(empty_folder, capsys)
         error = _refused(capsys, command)
         assert "have no shots; leave it out" in error or f"--initial {run}" in error
 
-    second = f"train {same} --ways 2 --queries 2 --eval-queries 2 --initial {run}"
-    assert "another network" in _refused(capsys, f"{second} --norm layer")
+    second = f"train --initial {run} {TINY} --ways 2 --queries 2 --eval-queries 2"
+    for other, words in (
+        ("--norm layer", "has norm='batch' where this run has 'layer', so that it is of another n"),
+        ("--size 20", "has size=16 where this run has 20, so that it may have been trained on wh"),
+    ):
+        assert words in _refused(capsys, f"{second} {other}")
     assert main(second.split()) == 0
+    config = load_config(Path("runs/folder-maml-1/config.toml"))
+    assert config.initial == run
+    assert config.data == ImageFolder(Path("mine"), size=16)
+    assert (config.model.filters, config.model.initialisation) == (4, "zero-head")
     out = re.sub(r"\s+", " ", capsys.readouterr().out)
-    assert f"starts from {run}; drawn anew: head.weight, head.bias run folder" in out
+    assert f"starts from {run}; made anew: head.weight, head.bias run folder" in out
 
     shutil.rmtree(run)  # neither resuming nor scoring reads it again
     run = "runs/folder-maml-1"

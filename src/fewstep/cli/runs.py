@@ -26,7 +26,7 @@ from fewstep.training.config import EpisodeOptions, RunConfig, Split, to_dict
 from fewstep.training.display import say
 from fewstep.training.evaluate import Checkpoint, evaluate_run
 from fewstep.training.files import locked, make_folder
-from fewstep.training.initial import fitting, read_initial
+from fewstep.training.initial import check_source, fitting, read_initial
 from fewstep.training.parse import load_config, run_config
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.trainer import Trainer
@@ -51,7 +51,10 @@ class Train:
         """Make the run folder, train, test."""
         config = replace(self.settings, device=resolve_device(self.settings.device))
         ranks = Ranks.of_torchrun(config.device)
-        initial = None if config.initial is None else read_initial(config.initial)
+        initial = None
+        if config.initial is not None:
+            initial = read_initial(config.initial)
+            check_source(config.initial, config)
         experiment = Experiment.build(config, ranks, initial)
         if not ranks.is_first:
             _train_and_test(experiment, None, Console(quiet=True))
@@ -192,8 +195,8 @@ class Plot:
 
 def _started_from(config: RunConfig, module: nn.Module, initial: Tensors) -> str:
     taken = fitting(module, initial)
-    drawn = [name for name, _ in module.named_parameters() if name not in taken]
-    return f"starts from {config.initial}; drawn anew: {', '.join(drawn) or 'nothing'}"
+    made = [name for name, _ in module.named_parameters() if name not in taken]
+    return f"starts from {config.initial}; made anew: {', '.join(made) or 'nothing'}"
 
 
 def _train(experiment: Experiment, run: RunFolder, console: Console) -> None:
@@ -214,7 +217,7 @@ def _train(experiment: Experiment, run: RunFolder, console: Console) -> None:
     say(console, f"next: fewstep evaluate {run.path} --split val   (score again, other settings)")
     say(console, f"      fewstep resume {run.path} --iterations {2 * config.iterations}")
     if config.recipe == "supervised":
-        say(console, f"      fewstep train --dataset {config.dataset} --initial {run.path}")
+        say(console, f"      fewstep train --initial {run.path} --recipe maml++   (few-shot tasks)")
         return
     say(console, f"      fewstep compare {run.path} RUN   (with another, task by task)")
     if config.dataset != "sinusoid":

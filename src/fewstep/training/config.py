@@ -166,7 +166,7 @@ class RunConfig:
     """The parts of the method."""
     initial: Path | None = None
     """Run, or safetensors file, whose parameters to start from; a last layer of other outputs is
-    drawn anew."""
+    made anew. Data set and network are then those of the run, if nothing else is said."""
     iterations: int = 1000
     """Outer updates."""
     epoch_length: int | None = None

@@ -11,6 +11,8 @@ from torch import nn
 
 from fewstep.core.errors import InputError
 from fewstep.core.network import Tensors
+from fewstep.training.config import RunConfig, to_dict
+from fewstep.training.parse import load_config
 from fewstep.training.run_folder import RunFolder
 
 _MODEL = "model."  # before the names of a module's tensors in a checkpoint
@@ -41,6 +43,29 @@ def read_initial(path: Path) -> Tensors:
     if not any(name.startswith(_MODEL) for name in tensors):
         return tensors
     return {n.removeprefix(_MODEL): t for n, t in tensors.items() if n.startswith(_MODEL)}
+
+
+def check_source(path: Path, config: RunConfig) -> None:
+    """Check that a run may start from the run in `path`; a file says nothing of where it is from.
+
+    Raises:
+        InputError: that has another network; or its data are split otherwise, so that it may have
+            been trained on what this run tests on.
+    """
+    if not path.is_dir():
+        return
+    source = load_config(RunFolder.open(path).path / "config.toml")
+    parts = [("model", "initialisation", "is of another network")]
+    if source.dataset == config.dataset:
+        parts += [("data", "root", "may have been trained on what this run tests on")]
+    for part, free, so_that in parts:
+        theirs, ours = (to_dict(getattr(each, part)) for each in (source, config))
+        for name in sorted((theirs.keys() | ours.keys()) - {free}):
+            if theirs.get(name) != ours.get(name):
+                raise InputError(
+                    f"{path} has {name}={theirs.get(name)!r} where this run has "
+                    f"{ours.get(name)!r}, so that it {so_that}; give both the same"
+                )
 
 
 def fitting(module: nn.Module, initial: Tensors) -> list[str]:

@@ -25,7 +25,7 @@ def check_few_shot(config: RunConfig, path: Path) -> None:
     if config.recipe == "supervised":
         raise InputError(
             f"{path} has learned to tell its training classes apart and no few-shot tasks; "
-            f"start a run from it, with `fewstep train --dataset {config.dataset} --initial {path}`"
+            f"start a run from it, with `fewstep train --initial {path}`"
         )
 
 

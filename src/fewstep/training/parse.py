@@ -6,7 +6,7 @@ import contextlib
 import io
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import tyro
 
 from fewstep.core.errors import InputError, check_name
-from fewstep.training.config import RunConfig, option_arguments
+from fewstep.training.config import Conv4Options, RunConfig, option_arguments
 from fewstep.training.presets import preset
 from fewstep.training.run_folder import read_toml
 
@@ -73,8 +73,8 @@ def _names(options: Any) -> Iterator[str]:
 def run_config(arguments: Sequence[str]) -> RunConfig:
     """Return the settings that `arguments` start from: a file's, or those of a data set.
 
-    --config, --dataset, --network and --recipe choose which options and defaults there are, so
-    they are read before the rest.
+    --config, --initial, --dataset, --network and --recipe choose which options and defaults there
+    are, so they are read before the rest.
 
     Raises:
         InputError: the file or a name in it is wrong.
@@ -86,11 +86,29 @@ def run_config(arguments: Sequence[str]) -> RunConfig:
     }
     file = value_of(arguments, "--config")
     if file is None:
-        return preset(**chosen)
+        initial = value_of(arguments, "--initial")
+        is_run = initial is not None and (Path(initial) / "config.toml").is_file()
+        return _going_on(Path(str(initial)), chosen) if is_run else preset(**chosen)
     config = load_config(Path(file))
     for tag, value in chosen.items():
         if value != (held := getattr(config, tag)):
             raise InputError(f"--{tag} {value} contradicts {file}, which says {held}; drop one")
+    return config
+
+
+def _going_on(run: Path, chosen: dict[str, str]) -> RunConfig:
+    """Return the defaults of a run that starts from another: its data and its network.
+
+    The head starts at zero, so that what was learned before is not drowned by a drawn one.
+    """
+    source = load_config(run / "config.toml")
+    config = preset(**({"dataset": source.dataset, "network": source.network} | chosen))
+    if config.dataset == source.dataset:
+        config = replace(config, data=source.data)
+    if config.network == source.network:
+        config = replace(config, model=source.model)
+    if isinstance(config.model, Conv4Options):
+        config = replace(config, model=replace(config.model, initialisation="zero-head"))
     return config
 
 
