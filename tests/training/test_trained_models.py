@@ -3,18 +3,24 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from fewstep.core.errors import InputError
 from fewstep.data.episodes import ClassificationEpisodes
 from fewstep.data.glyphs import Glyphs
+from fewstep.training.initial import read_initial, start_from
 from fewstep.training.load import load_learner
+from fewstep.training.parse import load_config
 from fewstep.training.run_folder import RunFolder
 
-RUNS = sorted((Path(__file__).parents[2] / "results").glob("*/run"))
+RESULTS = Path(__file__).parents[2] / "results"
+RUNS = sorted(RESULTS.glob("*/run"))
+WEIGHTS = sorted(RESULTS.glob("*/weights.safetensors"))
 OF_CHARACTERS = [path for path in RUNS if RunFolder.open(path).settings()["dataset"] == "omniglot"]
 
 
 def test_there_are_some():
+    assert WEIGHTS
     assert OF_CHARACTERS
     assert set(RUNS) > set(OF_CHARACTERS)
 
@@ -35,6 +41,16 @@ def test_a_trained_model_can_be_trained_on(path):
     learner = load_learner(path, checkpoint="last", device="cpu")
     assert learner.iteration == state.iteration
     assert learner.optimiser.state
+
+
+@pytest.mark.parametrize("path", WEIGHTS, ids=lambda path: path.parent.name)
+def test_a_run_can_start_from_trained_weights(path):
+    config = load_config(path.parent / "config.toml")
+    module = config.model.build(config.data.image_shape, 5)
+    drawn = {name: p.clone() for name, p in module.named_parameters()}
+    start_from(module, read_initial(path))
+    kept = [name for name, p in module.named_parameters() if torch.equal(p, drawn[name])]
+    assert kept == ["head.weight", "head.bias"]
 
 
 def test_only_one_checkpoint_is_loaded():
