@@ -29,6 +29,14 @@ def test_what_fits_is_taken_and_the_rest_is_left(tmp_path):
     assert not torch.equal(own.blocks[0].conv.weight, before["blocks.0.conv.weight"])
 
 
+def test_a_bias_alone_is_no_head():
+    source, own = Conv4Options(4).build((1, 32, 32), 3), network(ways=3)
+    torch.nn.init.ones_(source.head.bias)
+    start_from(own, source.state_dict())
+    assert not own.head.bias.any()
+    assert torch.equal(own.blocks[3].conv.weight, source.blocks[3].conv.weight)
+
+
 @pytest.mark.parametrize("recipe", ["maml", "maml++"])
 def test_a_run_starts_from_the_best_checkpoint_of_another(tmp_path, recipe, monkeypatch):
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path))

@@ -45,9 +45,7 @@ def plot_runs(runs: Sequence[RunFolder], path: Path) -> None:
         colour = f"C{number}"
         _draw_smoothed(left, lines, "loss", colour, name)
         _draw_validation(right, lines, metric, colour, name)
-    left.set(
-        xlabel="iteration", ylabel="query loss after adaptation", title="training", yscale="log"
-    )
+    left.set(xlabel="iteration", ylabel="query loss", title="training", yscale="log")
     percent = " (%)" if metric == "accuracy" else ""
     right.set(xlabel="iteration", ylabel=f"{metric}{percent}", title="validation, 95% interval")
     if metric == "loss":
