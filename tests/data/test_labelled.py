@@ -87,6 +87,51 @@ def test_shifts_move_all_channels_alike_and_repeat_the_edge(flips):
     assert both == pytest.approx(1 / 25, abs=0.03)
 
 
+def test_crops_keep_their_share_and_are_drawn_anew_for_each_image():
+    side = 80
+    images = torch.zeros(4, 3, side, side, dtype=torch.uint8)
+    images[:, 1] = 3 * torch.arange(side)[:, None]
+    images[:, 2] = 3 * torch.arange(side)
+    store = ClassStore.from_counts(images, [4], ["ramp"])
+    source = LabelledImages(store, "train", examples=800, crops=0.25)
+    ramps = source.batch(0, 1).x_query[0, :, 1:] * 255 / 3
+    rows, columns = ramps[:, 0, :, side // 2], ramps[:, 1, side // 2]
+    inner = slice(side // 4, side - side // 4)  # away from the edges, where values repeat
+    sides = [v[:, inner].diff(dim=1).mean(1) for v in (rows, columns)]
+    area, ratio = sides[0] * sides[1], sides[0] / sides[1]
+    assert area.min() > 0.249
+    assert area.max() < 1.001
+    assert area.mean() == pytest.approx(0.625, abs=0.03)
+    assert ratio.min() > 0.749
+    assert ratio.max() < 1.335
+    assert ratio.log().mean() == pytest.approx(0, abs=0.02)
+    for values, share in zip((rows, columns), sides, strict=True):
+        middle = (values[:, side // 2] + values[:, side // 2 - 1]) / 2 / (side - 1)
+        assert (middle > share / 2 - 0.01).all()
+        assert (middle < 1 - share / 2 + 0.01).all()
+        assert middle.mean() == pytest.approx(0.5, abs=0.02)
+        assert middle.std() > 0.05
+
+
+def test_colours_vary_by_their_share():
+    images = torch.full((1, 3, SIDE, SIDE), 100, dtype=torch.uint8)
+    store = ClassStore.from_counts(images, [1], ["grey"])
+    source = LabelledImages(store, "train", examples=1000, colours=0.4)
+    x = source.batch(0, 1).x_query[0] * 255
+    assert torch.allclose(x, x[:, :1, :1, :1].expand_as(x))  # grey stays grey, and even
+    brightness = x[:, 0, 0, 0] / 100
+    assert brightness.min() == pytest.approx(0.6, abs=0.01)
+    assert brightness.max() == pytest.approx(1.4, abs=0.01)
+    assert brightness.mean() == pytest.approx(1, abs=0.03)
+    images[:, 0] = 200
+    vivid = LabelledImages(store, "train", examples=1000, colours=0.4).batch(0, 1).x_query[0]
+    saturation = (vivid[:, 0] - vivid[:, 1]).mean((1, 2)) / vivid.mean((1, 2, 3)) / 0.75
+    contrast_and_saturation = 1.4 * 1.4
+    assert saturation.min() > 0.6 * 0.6 - 0.01
+    assert saturation.max() < contrast_and_saturation + 0.01
+    assert saturation.std() > 0.2
+
+
 def test_quarter_turns_are_classes_of_their_own():
     batch = LabelledImages(store_of(), "train", examples=500, rotations="classes").batch(0, 1)
     image = (255 * batch.x_query[:, :, 0, 0, 0]).round().long()
@@ -129,6 +174,10 @@ def test_shares_that_leave_nothing_are_refused(share):
         ({"examples": 1, "rotations": "episode"}, "unknown rotations 'episode'"),
         ({"examples": 1, "shifts": -1}, "shifts=-1 must be 0 to 4 pixels"),
         ({"examples": 1, "shifts": 5}, "shifts=5 must be 0 to 4 pixels"),
+        ({"examples": 1, "crops": 0.0}, "crops=0.0 must be above 0, and 1 at most"),
+        ({"examples": 1, "crops": 1.1}, "crops=1.1 must be above 0, and 1 at most"),
+        ({"examples": 1, "colours": -0.1}, "colours=-0.1 must be 0 or more, and below 1"),
+        ({"examples": 1, "colours": 1.0}, "colours=1.0 must be 0 or more, and below 1"),
     ],
     ids=str,
 )

@@ -67,6 +67,7 @@ def test_every_changed_setting_survives_the_file(tmp_path):
 
 def test_every_changed_setting_of_supervised_batches_survives_the_file(tmp_path):
     changed = "--examples 3 --held-out 0.2 --rotations classes --flips True --shifts 4"
+    changed += " --crops 0.5 --colours 0.1"
     settings = _train("--recipe", "supervised", *changed.split()).settings
     path = tmp_path / "config.toml"
     path.write_text(tomli_w.dumps(to_dict(settings)))

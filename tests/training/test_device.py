@@ -135,7 +135,8 @@ def test_drawing_images(rotations: Rotations) -> None:
 
 def test_drawing_labelled_images() -> None:
     store = ten_classes().to("meta")
-    labelled = LabelledImages(store, "train", examples=5, rotations="classes", flips=True, shifts=2)
+    changes: dict[str, Any] = {"flips": True, "shifts": 2, "crops": 0.5, "colours": 0.2}
+    labelled = LabelledImages(store, "train", examples=5, rotations="classes", **changes)
     assert all(t.is_meta for t in labelled.batch(0, 4).tensors())
 
 

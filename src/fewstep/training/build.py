@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -128,15 +129,17 @@ def _supervised(
 ) -> Problem:
     """Set up batches of the training classes, of images held out for val and test."""
     parts = hold_out(store.to(device), options.held_out)
+    changes: dict[str, Any] = {
+        name: getattr(options, name) for name in ("flips", "shifts", "crops", "colours")
+    }
     batches = {
         split: LabelledImages(
             parts[split],
             split,
             examples=options.examples,
             rotations=options.rotations,
-            flips=options.flips and split == "train",
-            shifts=options.shifts if split == "train" else 0,
             seed=seed,
+            **(changes if split == "train" else {}),
         )
         for split, seed in seeds.items()
     }

@@ -79,6 +79,10 @@ class SupervisedOptions:
     """Training: mirror each image left to right by chance."""
     shifts: int = 0
     """Training: move each image by up to so many pixels in both directions."""
+    crops: float = 1.0
+    """Training: cut at least this share of the area out of each image, stretched to the whole."""
+    colours: float = 0.0
+    """Training: vary each image's brightness, contrast and saturation by up to this share."""
 
 
 EpisodeOptions = ClassificationOptions | RegressionOptions | SupervisedOptions
