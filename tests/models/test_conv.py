@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fewstep import InputError
 from fewstep.models import Conv4, ConvBlock
-from fewstep.models.conv import Initialisation
+from fewstep.models.conv import Initialisation, UnitFeatures
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -209,6 +209,21 @@ def test_a_head_of_zeros_prefers_no_class_and_changes_nothing_else():
     xavier = Conv4(3, 5, 16, initialisation="xavier")
     assert not own(torch.randn(2, 3, 16, 16)).any()
     assert torch.equal(own.blocks[3].conv.weight, xavier.blocks[3].conv.weight)
+
+
+def test_unit_features_leave_only_their_direction_to_the_head():
+    torch.manual_seed(0)
+    own = Conv4(3, 5, 32, filters=4, unit_features=True)
+    torch.manual_seed(0)
+    raw = Conv4(3, 5, 32, filters=4)
+    x = torch.randn(6, 3, 32, 32)
+    f = raw.blocks(x).detach()
+    unit = f / (f.square().mean(1, keepdim=True)).sqrt()
+    torch.testing.assert_close(own.blocks(x).detach(), unit, rtol=1e-4, atol=0)
+    torch.testing.assert_close(own(x), own.head(unit), rtol=1e-4, atol=1e-5)
+    assert own.state_dict().keys() == raw.state_dict().keys()
+    dark = UnitFeatures()(torch.zeros(1, 4, requires_grad=True))
+    assert torch.equal(dark, torch.zeros(1, 4))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from fewstep.core.errors import InputError, check_name
@@ -122,6 +123,25 @@ def _is_watched(part: nn.Module) -> bool:
     return any(hooks)
 
 
+class UnitFeatures(nn.Module):
+    """Each example's features scaled to a mean square of 1: f / sqrt(mean f^2 + eps).
+
+    A head then tells classes apart by directions, where lengths vary with contrast; the first inner
+    step from a head of zeros compares with the support images by cosine.
+
+    Shapes: (examples, features) to the same.
+
+    Reference: Gidaris and Komodakis, Dynamic few-shot visual learning without forgetting,
+        CVPR 2018, arXiv:1804.09458, whose cosine classifier fixes the lengths of weights too.
+    """
+
+    eps = 1e-5
+
+    def forward(self, f: Tensor) -> Tensor:
+        """Return the scaled features."""
+        return f * torch.rsqrt((f * f).mean(-1, keepdim=True) + self.eps)
+
+
 class Conv4(nn.Sequential):
     """Four convolutional blocks and a linear layer.
 
@@ -138,6 +158,8 @@ class Conv4(nn.Sequential):
         initialisation: "xavier" (uniform, zero biases, as in MAML++'s code); "finn", the same with
             a standard normal head, as MAML's code for Omniglot; "zero-head", the same with a head
             of zeros, which prefers no class; "torch", PyTorch's defaults.
+        unit_features: Scale the features of each image to a mean square of 1 before the head, which
+            none of the papers on gradient-based meta-learning does.
 
     Raises:
         InputError: images too small for four halvings, `filters` or `ways` below 1, or a name that
@@ -162,6 +184,7 @@ class Conv4(nn.Sequential):
         activation: Activation = "relu",
         bias: bool | None = None,
         initialisation: Initialisation = "xavier",
+        unit_features: bool = False,
     ) -> None:
         for name, value in (("filters", filters), ("ways", ways), ("in_channels", in_channels)):
             if value < 1:
@@ -186,8 +209,11 @@ class Conv4(nn.Sequential):
         if downsample == "stride":
             blocks.append(nn.AdaptiveAvgPool2d(1))
             resolution = 1
+        blocks.append(nn.Flatten())
+        if unit_features:
+            blocks.append(UnitFeatures())
         super().__init__()
-        self.blocks = nn.Sequential(*blocks, nn.Flatten())
+        self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(filters * resolution**2, ways)
         if initialisation != "torch":
             self.apply(_xavier)

@@ -104,6 +104,8 @@ class Conv4Options:
     """Give the convolutions a bias; batch norm cancels it."""
     initialisation: Initialisation = "xavier"
     """Initial weights: Xavier, with a normal head (MAML's code) or one of zeros, or PyTorch's."""
+    unit_features: bool = False
+    """Scale each image's features to a mean square of 1 before the linear layer."""
 
     def build(self, input_shape: tuple[int, ...], outputs: int) -> nn.Module:
         """Return the network for images of (channels, height, width)."""
@@ -120,6 +122,7 @@ class Conv4Options:
             activation=self.activation,
             bias=self.conv_bias,
             initialisation=self.initialisation,
+            unit_features=self.unit_features,
         )
 
 
