@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from fewstep import InputError
+from fewstep.data.augmentation import Augmentation
 from fewstep.data.episodes import ClassificationEpisodes, Rotations
 from fewstep.data.store import ClassStore
 
+FLIPS = Augmentation(flips=True)
 COUNTS = [4, 9, 6, 12, 5, 7]
 CLASS_OF_IMAGE = torch.arange(len(COUNTS)).repeat_interleave(torch.tensor(COUNTS))
 CORNER = torch.tensor([[255, 0], [0, 0]], dtype=torch.uint8)  # shows how an image was turned
@@ -147,7 +149,7 @@ def mirrored(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_each_image_is_mirrored_for_itself():
-    batch = episodes(ways=3, shots=2, queries=2, flips=True).batch(0, 1000)
+    batch = episodes(ways=3, shots=2, queries=2, augmentation=FLIPS).batch(0, 1000)
     both = torch.cat([mirrored(batch.x_support), mirrored(batch.x_query)], dim=1)
     assert (both.sum(0) - 500).abs().max() < 5 * 250**0.5, "half of the images of every place"
     correlation = torch.corrcoef(both.double().T) - torch.eye(12)
@@ -158,9 +160,11 @@ def test_each_image_is_mirrored_for_itself():
 
 
 def test_mirroring_an_image_depends_on_its_episode_only():
-    source = episodes(flips=True)
+    source = episodes(augmentation=FLIPS)
     assert all(same(source.batch(0, 8).batch(3, 2), source.batch(3, 2)))
-    one, two = (mirrored(episodes(flips=True, seed=s).batch(0, 500).x_query) for s in (0, 1))
+    one, two = (
+        mirrored(episodes(augmentation=FLIPS, seed=s).batch(0, 500).x_query) for s in (0, 1)
+    )
     assert (one == two).double().mean() == pytest.approx(0.5, abs=0.05)
 
 

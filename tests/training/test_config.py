@@ -43,6 +43,7 @@ def test_every_changed_setting_survives_the_file(tmp_path):
     changed = (
         "--dataset omniglot --root /data/o --class-split finn --size 32 --ways 20 --shots 5 "
         "--queries 2 --eval-queries 3 --rotations episode --eval-rotations episode --flips True "
+        "--shifts 3 --crops 0.4 --colours 0.2 "
         "--filters 16 "
         "--norm layer --downsample stride --activation leaky-relu --conv-bias True "
         "--initialisation torch --unit-features True --recipe fomaml "

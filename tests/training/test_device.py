@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fewstep import MetaLearner, TaskBatch, maml
+from fewstep.data.augmentation import Augmentation
 from fewstep.data.drawn_ahead import DrawnAhead
 from fewstep.data.episodes import ClassificationEpisodes, Rotations
 from fewstep.data.labelled import LabelledImages
@@ -25,6 +26,8 @@ from fewstep.models import Conv4, sinusoid_mlp
 from fewstep.training.config import Recipe
 from fewstep.training.presets import preset
 from tests.core.reference import WAYS, batch_norm_cnn
+
+CHANGES = Augmentation(flips=True, shifts=2, crops=0.5, colours=0.2)
 
 MODES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -69,7 +72,7 @@ def ten_classes() -> ClassStore:
 def images(rotations: Rotations) -> ClassificationEpisodes:
     store = ten_classes()
     episodes = ClassificationEpisodes(
-        store, "train", ways=3, shots=1, queries=2, rotations=rotations, flips=True
+        store, "train", ways=3, shots=1, queries=2, rotations=rotations, augmentation=CHANGES
     )
     episodes.store = store.to("meta")
     return episodes
@@ -135,8 +138,7 @@ def test_drawing_images(rotations: Rotations) -> None:
 
 def test_drawing_labelled_images() -> None:
     store = ten_classes().to("meta")
-    changes: dict[str, Any] = {"flips": True, "shifts": 2, "crops": 0.5, "colours": 0.2}
-    labelled = LabelledImages(store, "train", examples=5, rotations="classes", **changes)
+    labelled = LabelledImages(store, "train", examples=5, rotations="classes", augmentation=CHANGES)
     assert all(t.is_meta for t in labelled.batch(0, 4).tensors())
 
 

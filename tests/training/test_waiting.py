@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep import MetaLearner
 from fewstep.cli.main import main
+from fewstep.data.augmentation import Augmentation
 from fewstep.data.episodes import ClassificationEpisodes
 from fewstep.data.store import ClassStore
 from fewstep.training.config import Recipe
@@ -69,8 +70,15 @@ def learner_and_episodes(
 ) -> tuple[MetaLearner, ClassificationEpisodes]:
     images = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8)
     store = ClassStore.from_counts(images, [4] * 10, [f"class {i}" for i in range(10)])
+    changes = Augmentation(flips=True, shifts=2, crops=0.5, colours=0.2)
     episodes = ClassificationEpisodes(
-        store.to(device), "train", ways=3, shots=1, queries=2, rotations="episode", flips=True
+        store.to(device),
+        "train",
+        ways=3,
+        shots=1,
+        queries=2,
+        rotations="episode",
+        augmentation=changes,
     )
     module = nn.Sequential(
         nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)

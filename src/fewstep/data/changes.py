@@ -36,16 +36,17 @@ def crop(x: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) ->
         height: Its height as a share of the image's, above 0; `top + height` is at most 1.
         width: The same across.
     """
-    images = x.flatten(0, -4)
     rows, columns = (
         2 * (start[..., None] + extent[..., None] * _centres(side, x)) - 1
         for start, extent, side in ((top, height, x.shape[-2]), (left, width, x.shape[-1]))
     )
     grid = torch.stack(torch.broadcast_tensors(columns[..., None, :], rows[..., None]), -1)
-    grid = grid.expand(*x.shape[:-3], *grid.shape[-3:]).flatten(0, -4)
-    return F.grid_sample(
-        images, grid.to(x.dtype), padding_mode="border", align_corners=False
-    ).view_as(x)
+    grid = grid.expand(*x.shape[:-3], *grid.shape[-3:]).to(x.dtype)
+    cut = F.grid_sample(
+        x.reshape(-1, *x.shape[-3:]), grid.reshape(-1, *grid.shape[-3:]),
+        padding_mode="border", align_corners=False,
+    )  # fmt: skip
+    return cut.view_as(x)
 
 
 def _centres(side: int, like: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 
 from fewstep.core.errors import InputError, check_name
 from fewstep.core.tasks import TaskBatch
-from fewstep.data.changes import mirror, turn
+from fewstep.data.augmentation import UNCHANGED, Augmentation
+from fewstep.data.changes import turn
 from fewstep.data.counter_random import key_from_name, random_bits, random_subset
 from fewstep.data.store import ClassStore
 
@@ -46,7 +47,7 @@ class ClassificationEpisodes:
             "episode", each drawn class of an episode is turned as a whole by a random quarter; or
             "together", all classes of an episode are turned by the same random quarter, so that
             none can be told from another by how it stands.
-        flips: Mirror each image left to right with probability 1/2, whatever its class.
+        augmentation: What chance does to each image after that, whatever its class.
         seed: Any integer.
 
     Shapes: x is float32 in [0, 1], (tasks, ways * shots or queries, channels, height, width), class
@@ -69,7 +70,7 @@ class ClassificationEpisodes:
         shots: int,
         queries: int,
         rotations: Rotations = "none",
-        flips: bool = False,
+        augmentation: Augmentation = UNCHANGED,
         seed: int = 0,
     ) -> None:
         for name, value in (("ways", ways), ("shots", shots), ("queries", queries)):
@@ -93,11 +94,11 @@ class ClassificationEpisodes:
             )
         self.store = store
         self.ways, self.shots, self.queries = ways, shots, queries
-        self.rotations, self.flips = rotations, flips
+        self.rotations, self.augmentation = rotations, augmentation
         self._key_classes = key_from_name(seed, f"{split}/classes")
         self._key_images = key_from_name(seed, f"{split}/images")
         self._key_turns = key_from_name(seed, f"{split}/turns")
-        self._key_flips = key_from_name(seed, f"{split}/flips")
+        self._key_augmentation = key_from_name(seed, f"{split}/flips")
 
     def batch(self, start: int, count: int) -> TaskBatch:
         """Return episodes start, ..., start + count - 1."""
@@ -126,11 +127,11 @@ class ClassificationEpisodes:
             x = turn(x, bits[..., None] % 4)
         elif self.rotations == "together":
             x = turn(x, random_bits(self._key_turns, episode[:, None, None]) % 4)
-        if self.flips:
-            place = torch.arange(self.shots + self.queries, device=device)
-            bits = random_bits(self._key_flips, episode[:, None, None], way[:, None], place)
-            x = mirror(x, bits % 2 == 1)
-        x_support, x_query = torch.split(x.float().div_(255), [self.shots, self.queries], dim=2)
+        place = torch.arange(self.shots + self.queries, device=device)
+        x = self.augmentation(
+            x, self._key_augmentation, episode[:, None, None], way[:, None], place
+        )
+        x_support, x_query = torch.split(x, [self.shots, self.queries], dim=2)
         y = way.expand(count, self.ways)
         return TaskBatch(
             x_support.flatten(1, 2),

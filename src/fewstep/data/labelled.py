@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
 
 from fewstep.core.errors import InputError, check_name
 from fewstep.core.tasks import TaskBatch
-from fewstep.data.changes import crop, mirror, recolour, shift, turn
-from fewstep.data.counter_random import key_from_name, random_bits, random_uniform
+from fewstep.data.augmentation import UNCHANGED, Augmentation
+from fewstep.data.changes import turn
+from fewstep.data.counter_random import key_from_name, random_bits
 from fewstep.data.episodes import check_square
 from fewstep.data.store import ClassStore
 
 TurnedClasses = Literal["none", "classes"]
-_NARROWEST = 3 / 4  # sides of a crop, as in "Going deeper with convolutions", arXiv:1409.4842
 
 
 def hold_out(store: ClassStore, share: float) -> dict[str, ClassStore]:
@@ -59,12 +56,7 @@ class LabelledImages:
         examples: Images of a batch, of classes and images drawn with replacement.
         rotations: "classes" makes each quarter turn of class c a class of its own, c + n, c + 2 n
             and c + 3 n of n classes; or "none".
-        flips: Mirror each image left to right with probability 1/2.
-        shifts: Move each image by up to so many pixels in both directions, edges repeated.
-        crops: Cut a rectangle out of each image and stretch it to the whole, its sides 3:4 to 4:3
-            and its share of the area between this and 1.
-        colours: Multiply each image's brightness, contrast and saturation by factors of their own,
-            up to so much below or above 1.
+        augmentation: What chance does to each image, after its turn.
         seed: Any integer.
 
     Shapes: x is float32 in [0, 1], (tasks, 1 or examples, channels, height, width); y is int64,
@@ -72,8 +64,7 @@ class LabelledImages:
 
     Raises:
         InputError: `examples` is below 1, `rotations` is neither, or images that are not square
-            would be turned; `shifts` is negative or not below the images' side; `crops` is not
-            above 0 and at most 1, or `colours` not at least 0 and below 1.
+            would be turned.
     """
 
     def __init__(
@@ -83,60 +74,32 @@ class LabelledImages:
         *,
         examples: int,
         rotations: TurnedClasses = "none",
-        flips: bool = False,
-        shifts: int = 0,
-        crops: float = 1.0,
-        colours: float = 0.0,
+        augmentation: Augmentation = UNCHANGED,
         seed: int = 0,
     ) -> None:
         if examples < 1:
             raise InputError(f"examples={examples} must be at least 1")
         check_name("rotations", rotations, get_args(TurnedClasses))
         check_square(store, rotations)
-        side = min(store.image_shape[1:])
-        if not 0 <= shifts < side:
-            raise InputError(f"shifts={shifts} must be 0 to {side - 1} pixels of these images")
-        if not 0 < crops <= 1:
-            raise InputError(f"crops={crops} must be above 0, and 1 at most: the whole image")
-        if not 0 <= colours < 1:
-            raise InputError(f"colours={colours} must be 0 or more, and below 1")
         self.store = store
-        self.examples, self.rotations, self.flips, self.shifts = examples, rotations, flips, shifts
-        self.crops, self.colours = crops, colours
+        self.examples, self.rotations, self.augmentation = examples, rotations, augmentation
         self.classes = len(store) * (4 if rotations == "classes" else 1)
         self._key = key_from_name(seed, f"{split}/labelled")
+        self._key_augmentation = key_from_name(seed, f"{split}/augmentation")
 
     def batch(self, start: int, count: int) -> TaskBatch:
         """Return tasks start, ..., start + count - 1."""
         device = self.store.starts.device
         task = torch.arange(start, start + count, device=device)[:, None]
         place = torch.arange(self.examples, device=device)
-
-        def drawn(random: Callable[..., Tensor], first: int, draws: int) -> Iterator[Tensor]:
-            for draw in range(first, first + draws):
-                yield random(self._key, task, place, torch.full((), draw, device=device))
-
-        of_class, of_image, flip, down, right = drawn(random_bits, 0, 5)
+        of_class, of_image = (
+            random_bits(self._key, task, place, torch.full((), draw, device=device))
+            for draw in range(2)
+        )
         y = of_class % self.classes
-        c, quarters = y % len(self.store), y // len(self.store)
-        x = self.store.images[self.store.starts[c] + of_image % self.store.counts[c]]
+        drawn, quarters = y % len(self.store), y // len(self.store)
+        x = self.store.images[self.store.starts[drawn] + of_image % self.store.counts[drawn]]
         if self.rotations == "classes":
             x = turn(x, quarters)
-        if self.flips:
-            x = mirror(x, flip % 2 == 1)
-        if self.shifts:
-            x = shift(x, *(bits % (2 * self.shifts + 1) - self.shifts for bits in (down, right)))
-        x = x.float().div_(255)
-        if self.crops < 1:
-            x = crop(x, *_rectangle(self.crops, *drawn(random_uniform, 5, 4)))
-        if self.colours:
-            x = recolour(x, *(1 + self.colours * (2 * u - 1) for u in drawn(random_uniform, 9, 3)))
+        x = self.augmentation(x, self._key_augmentation, task, place)
         return TaskBatch(x[:, :1], y[:, :1], x, y)
-
-
-def _rectangle(least: float, u0: Tensor, u1: Tensor, u2: Tensor, u3: Tensor) -> tuple[Tensor, ...]:
-    """Return top, left, height and width of rectangles of at least so much of the area."""
-    area = least + (1 - least) * u0
-    stretch = (2 * u1 - 1) * (-area.log()).clamp(max=-math.log(_NARROWEST))  # neither side above 1
-    height, width = (area * stretch.exp()).sqrt(), (area / stretch.exp()).sqrt()
-    return u2 * (1 - height), u3 * (1 - width), height, width

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -14,6 +13,7 @@ from fewstep.core.memory import plan_memory
 from fewstep.core.network import Tensors
 from fewstep.core.ranks import ALONE, Ranks
 from fewstep.core.tasks import Episodes
+from fewstep.data.augmentation import UNCHANGED
 from fewstep.data.drawn_ahead import DrawnAhead
 from fewstep.data.episodes import ClassificationEpisodes
 from fewstep.data.labelled import LabelledImages, hold_out
@@ -129,17 +129,14 @@ def _supervised(
 ) -> Problem:
     """Set up batches of the training classes, of images held out for val and test."""
     parts = hold_out(store.to(device), options.held_out)
-    changes: dict[str, Any] = {
-        name: getattr(options, name) for name in ("flips", "shifts", "crops", "colours")
-    }
     batches = {
         split: LabelledImages(
             parts[split],
             split,
             examples=options.examples,
             rotations=options.rotations,
+            augmentation=options if split == "train" else UNCHANGED,
             seed=seed,
-            **(changes if split == "train" else {}),
         )
         for split, seed in seeds.items()
     }
@@ -167,7 +164,7 @@ def classification_episodes(
         shots=options.shots,
         queries=options.queries if is_train else options.eval_queries,
         rotations=options.rotations if is_train else options.eval_rotations,
-        flips=options.flips and is_train,
+        augmentation=options if is_train else UNCHANGED,
         seed=seed,
     )
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from fewstep.core.errors import InputError, check_name
 from fewstep.core.precision import Precision
+from fewstep.data.augmentation import Augmentation
 from fewstep.data.episodes import Rotations
 from fewstep.data.folder import ImageFolder
 from fewstep.data.glyphs import Glyphs
@@ -35,7 +36,7 @@ class SinusoidData:
 
 
 @dataclass(frozen=True)
-class ClassificationOptions:
+class ClassificationOptions(Augmentation):
     """What an N-way K-shot episode holds."""
 
     ways: int = 5
@@ -51,8 +52,6 @@ class ClassificationOptions:
     each by a quarter of its own or all together."""
     eval_rotations: Rotations = "none"
     """The same in validation and test."""
-    flips: bool = False
-    """Training: mirror each image left to right by chance."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class RegressionOptions:
 
 
 @dataclass(frozen=True)
-class SupervisedOptions:
+class SupervisedOptions(Augmentation):
     """What a batch of all training classes holds; each class keeps images for validation, test."""
 
     examples: int = 128
@@ -75,14 +74,6 @@ class SupervisedOptions:
     """Share of each class's images for validation, and as many for test."""
     rotations: TurnedClasses = "none"
     """Make every quarter turn of a class a class of its own."""
-    flips: bool = False
-    """Training: mirror each image left to right by chance."""
-    shifts: int = 0
-    """Training: move each image by up to so many pixels in both directions."""
-    crops: float = 1.0
-    """Training: cut at least this share of the area out of each image, stretched to the whole."""
-    colours: float = 0.0
-    """Training: vary each image's brightness, contrast and saturation by up to this share."""
 
 
 EpisodeOptions = ClassificationOptions | RegressionOptions | SupervisedOptions
