@@ -168,6 +168,12 @@ def test_mirroring_an_image_depends_on_its_episode_only():
     assert (one == two).double().mean() == pytest.approx(0.5, abs=0.05)
 
 
+def test_a_shift_as_wide_as_the_images_is_refused():
+    assert len(episodes(augmentation=Augmentation(shifts=1)).batch(0, 2)) == 2
+    with pytest.raises(InputError, match=r"^shifts=2 must be 0 to 1 pixels of these images$"):
+        episodes(augmentation=Augmentation(shifts=2))
+
+
 def test_nothing_is_turned_by_default():
     batch = episodes().batch(0, 20)
     assert not turns(batch.x_support).any()

@@ -98,6 +98,7 @@ def test_shares_that_leave_nothing_are_refused(share):
     [
         ({"examples": 0}, "examples=0 must be at least 1"),
         ({"examples": 1, "rotations": "episode"}, "unknown rotations 'episode'"),
+        ({"examples": 1, "augmentation": Augmentation(shifts=5)}, "shifts=5 must be 0 to 4 pixels"),
     ],
     ids=str,
 )

@@ -26,7 +26,8 @@ def test_images_are_changed_in_training_alone(option):
         batch = classification_episodes(options, stores, split, 0, "cpu").batch(0, 50)
         as_drawn = (batch.x_support == AS_DRAWN / 255).flatten(2).all(-1)
         if split == "train":
-            assert not as_drawn.all()
+            always = {"crops", "colours"} & option.keys()  # every image is
+            assert not as_drawn.any() if always else 0 < as_drawn.double().mean() < 1
         else:
             assert as_drawn.all()
 

@@ -42,6 +42,11 @@ class Augmentation:
         if not 0 <= self.colours < 1:
             raise InputError(f"colours={self.colours} must be 0 or more, and below 1")
 
+    def check_fits(self, image_shape: tuple[int, ...]) -> None:
+        """Raise InputError unless a shift leaves something of images of (..., height, width)."""
+        if self.shifts >= (side := min(image_shape[-2:])):
+            raise InputError(f"shifts={self.shifts} must be 0 to {side - 1} pixels of these images")
+
     def __call__(self, x: Tensor, key: int, *coordinates: Tensor) -> Tensor:
         """Return the changed images as numbers within 0 and 1.
 

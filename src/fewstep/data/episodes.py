@@ -55,7 +55,7 @@ class ClassificationEpisodes:
 
     Raises:
         InputError: the store has too few classes, a class too few images, or `rotations` is none
-            of these.
+            of these, or a shift is as wide as the images.
 
     Reference: rotated classes, Santoro et al. 2016; turned per episode, the code of MAML; turned
         together, ours.
@@ -84,6 +84,7 @@ class ClassificationEpisodes:
                 f"ask for at most {self._classes}"
             )
         check_square(store, rotations)
+        augmentation.check_fits(store.image_shape)
         self._largest = int(store.counts.max())
         smallest = int(store.counts.min())
         if shots + queries > smallest:
@@ -98,7 +99,7 @@ class ClassificationEpisodes:
         self._key_classes = key_from_name(seed, f"{split}/classes")
         self._key_images = key_from_name(seed, f"{split}/images")
         self._key_turns = key_from_name(seed, f"{split}/turns")
-        self._key_augmentation = key_from_name(seed, f"{split}/flips")
+        self._key_augmentation = key_from_name(seed, f"{split}/flips")  # when these were all
 
     def batch(self, start: int, count: int) -> TaskBatch:
         """Return episodes start, ..., start + count - 1."""

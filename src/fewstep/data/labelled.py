@@ -64,7 +64,7 @@ class LabelledImages:
 
     Raises:
         InputError: `examples` is below 1, `rotations` is neither, or images that are not square
-            would be turned.
+            would be turned, or a shift is as wide as they are.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class LabelledImages:
             raise InputError(f"examples={examples} must be at least 1")
         check_name("rotations", rotations, get_args(TurnedClasses))
         check_square(store, rotations)
+        augmentation.check_fits(store.image_shape)
         self.store = store
         self.examples, self.rotations, self.augmentation = examples, rotations, augmentation
         self.classes = len(store) * (4 if rotations == "classes" else 1)
