@@ -6,8 +6,8 @@ import torch
 from fewstep.core.errors import InputError
 from fewstep.core.ranks import Ranks
 from fewstep.data.store import ClassStore
-from fewstep.training.build import Experiment, classification_episodes
-from fewstep.training.config import ClassificationOptions
+from fewstep.training.build import Experiment, build_problem, classification_episodes
+from fewstep.training.config import ClassificationOptions, SupervisedOptions
 from fewstep.training.presets import preset
 
 AS_DRAWN = torch.tensor([[10, 20], [30, 40]], dtype=torch.uint8)
@@ -30,6 +30,20 @@ def test_images_are_changed_in_training_alone(option):
             assert not as_drawn.any() if always else 0 < as_drawn.double().mean() < 1
         else:
             assert as_drawn.all()
+
+
+@pytest.mark.parametrize(
+    "option", [{"flips": True}, {"shifts": 1}, {"crops": 0.5}, {"colours": 0.2}], ids=str
+)
+def test_images_of_all_classes_are_changed_in_training_alone(option, monkeypatch):
+    store = ClassStore.from_counts(AS_DRAWN.repeat(40, 1, 1, 1), [10] * 4, "abcd")
+    config = preset("glyphs", recipe="supervised")
+    monkeypatch.setattr(type(config.data), "splits", lambda self: {"train": store})
+    options = SupervisedOptions(examples=50, held_out=0.2, **option)
+    problem = build_problem(replace(config, episodes=options), "cpu")
+    for split, source in problem.episodes.items():
+        as_drawn = (source.batch(0, 2).x_query == AS_DRAWN / 255).flatten(2).all(-1)
+        assert as_drawn.all() == (split != "train"), split
 
 
 @pytest.mark.parametrize(
