@@ -98,16 +98,16 @@ def test_supervised_learning_and_a_run_that_starts_from_it(empty_folder, capsys)
         error = _refused(capsys, command)
         assert "have no shots; leave it out" in error or f"--initial {run}" in error
 
-    second = f"train --initial {run} {TINY} --ways 2 --queries 2 --eval-queries 2"
+    second = f"train --initial {run} {TINY} --size 20 --ways 2 --queries 2 --eval-queries 2"
     for other, words in (
         ("--norm layer", "has norm='batch' where this run has 'layer', so that it is of another n"),
-        ("--size 20", "has size=16 where this run has 20, so that it may have been trained on wh"),
+        ("--fractions 0.5 0.2 0.3", "so that it may have been trained on what this r"),
     ):
         assert words in _refused(capsys, f"{second} {other}")
     assert main(second.split()) == 0
     config = load_config(Path("runs/folder-maml-1/config.toml"))
     assert config.initial == run
-    assert config.data == ImageFolder(Path("mine"), size=16)
+    assert config.data == ImageFolder(Path("mine"), size=20)
     assert (config.model.filters, config.model.initialisation) == (4, "zero-head")
     out = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert f"starts from {run}; made anew: head.weight, head.bias run folder" in out

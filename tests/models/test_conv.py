@@ -211,6 +211,18 @@ def test_a_head_of_zeros_prefers_no_class_and_changes_nothing_else():
     assert torch.equal(own.blocks[3].conv.weight, xavier.blocks[3].conv.weight)
 
 
+def test_the_head_sees_the_spatial_mean_if_asked_of_images_of_any_size():
+    own = Conv4(3, 5, 32, filters=4, spatial_mean=True)
+    flat = Conv4(3, 5, 32, filters=4, spatial_mean=False)
+    flat.blocks.load_state_dict(own.blocks.state_dict())
+    x = torch.randn(6, 3, 32, 32)
+    maps = flat.blocks(x).detach().view(6, 4, 2, 2)
+    torch.testing.assert_close(own.blocks(x).detach(), maps.mean((2, 3)))
+    assert own(torch.randn(2, 3, 48, 48)).shape == (2, 5)
+    strided = Conv4(1, 5, 28, filters=4, downsample="stride", spatial_mean=False)
+    assert strided.head.in_features == 4 * 2 * 2
+
+
 def test_unit_features_leave_only_their_direction_to_the_head():
     torch.manual_seed(0)
     own = Conv4(3, 5, 32, filters=4, unit_features=True)

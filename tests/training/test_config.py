@@ -46,7 +46,7 @@ def test_every_changed_setting_survives_the_file(tmp_path):
         "--shifts 3 --crops 0.4 --colours 0.2 "
         "--filters 16 "
         "--norm layer --downsample stride --activation leaky-relu --conv-bias True "
-        "--initialisation torch --unit-features True --recipe fomaml "
+        "--initialisation torch --spatial-mean True --unit-features True --recipe fomaml "
         "--num-steps 2 --eval-steps 4 --inner-lr 0.3 "
         "--learned-rates layer --multi-step-epochs 3 --first-order-epochs 2 --clip-value 5 "
         "--per-step-affine True --per-step-statistics True --statistics support "

@@ -151,13 +151,15 @@ class Conv4(nn.Sequential):
         size: Height and width of the images.
         filters: Channels of every block.
         norm: As in `ConvBlock`.
-        downsample: "max-pool" flattens the last map, as for mini-ImageNet; "stride" takes its
-            spatial mean, as MAML's code does for Omniglot.
+        downsample: As in `ConvBlock`.
         activation: As in `ConvBlock`.
         bias: Give the convolutions a bias; off by default under batch norm, which cancels it.
         initialisation: "xavier" (uniform, zero biases, as in MAML++'s code); "finn", the same with
             a standard normal head, as MAML's code for Omniglot; "zero-head", the same with a head
             of zeros, which prefers no class; "torch", PyTorch's defaults.
+        spatial_mean: Give the head the spatial mean of the last map, whatever the size of the
+            images, instead of all of it. None: under "stride", as MAML's code for Omniglot; not
+            under "max-pool", as for mini-ImageNet.
         unit_features: Scale the features of each image to a mean square of 1 before the head, which
             none of the papers on gradient-based meta-learning does.
 
@@ -184,6 +186,7 @@ class Conv4(nn.Sequential):
         activation: Activation = "relu",
         bias: bool | None = None,
         initialisation: Initialisation = "xavier",
+        spatial_mean: bool | None = None,
         unit_features: bool = False,
     ) -> None:
         for name, value in (("filters", filters), ("ways", ways), ("in_channels", in_channels)):
@@ -206,7 +209,7 @@ class Conv4(nn.Sequential):
             channels, resolution = filters, block.out_size
             if resolution < 1:
                 raise InputError(f"Conv4(size={size}) cannot be halved 4 times; use 16 or more")
-        if downsample == "stride":
+        if downsample == "stride" if spatial_mean is None else spatial_mean:
             blocks.append(nn.AdaptiveAvgPool2d(1))
             resolution = 1
         blocks.append(nn.Flatten())

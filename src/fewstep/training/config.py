@@ -88,13 +88,15 @@ class Conv4Options:
     norm: Norm = "batch"
     """Normalisation of every block."""
     downsample: Downsample = "max-pool"
-    """Halve by max-pooling, or by stride with a spatial mean before the head."""
+    """Halve by max-pooling, or by stride."""
     activation: Activation = "relu"
     """Activation of every block."""
     conv_bias: bool = False
     """Give the convolutions a bias; batch norm cancels it."""
     initialisation: Initialisation = "xavier"
     """Initial weights: Xavier, with a normal head (MAML's code) or one of zeros, or PyTorch's."""
+    spatial_mean: bool | None = None
+    """Spatial mean before the linear layer; without a word, under stride only."""
     unit_features: bool = False
     """Scale each image's features to a mean square of 1 before the linear layer."""
 
@@ -113,6 +115,7 @@ class Conv4Options:
             activation=self.activation,
             bias=self.conv_bias,
             initialisation=self.initialisation,
+            spatial_mean=self.spatial_mean,
             unit_features=self.unit_features,
         )
 

@@ -55,12 +55,12 @@ def check_source(path: Path, config: RunConfig) -> None:
     if not path.is_dir():
         return
     source = load_config(RunFolder.open(path).path / "config.toml")
-    parts = [("model", "initialisation", "is of another network")]
+    parts = [("model", {"initialisation"}, "is of another network")]
     if source.dataset == config.dataset:
-        parts += [("data", "root", "may have been trained on what this run tests on")]
+        parts += [("data", {"root", "size"}, "may have been trained on what this run tests on")]
     for part, free, so_that in parts:
         theirs, ours = (to_dict(getattr(each, part)) for each in (source, config))
-        for name in sorted((theirs.keys() | ours.keys()) - {free}):
+        for name in sorted((theirs.keys() | ours.keys()) - free):
             if theirs.get(name) != ours.get(name):
                 raise InputError(
                     f"{path} has {name}={theirs.get(name)!r} where this run has "
