@@ -16,12 +16,12 @@ VARIANTS = ("MAML", "MAML++")
 
 @pytest.fixture
 def ablation(tmp_path, monkeypatch, images):
-    usual = MamlPlusPlusAblation._config
+    usual = MamlPlusPlusAblation.config
 
     def config(self, variant, seed):
         return replace(usual(self, variant, seed), dataset="folder", data=images)
 
-    monkeypatch.setattr(MamlPlusPlusAblation, "_config", config)
+    monkeypatch.setattr(MamlPlusPlusAblation, "config", config)
     return MamlPlusPlusAblation(
         dataset="glyphs", ways=2, variants=VARIANTS, seeds=2, iterations=4, tasks=2, filters=4,
         val_every=2, val_tasks=3, test_tasks=3, out=tmp_path / "out",
@@ -108,7 +108,7 @@ def test_a_run_trained_on_is_tested_again(ablation):
 
 def test_the_parts_of_the_rows(ablation):
     def algorithm(variant):
-        return ablation._config(variant, 0).algorithm.build(iterations=100)
+        return ablation.config(variant, 0).algorithm.build(iterations=100)
 
     plain = algorithm("MAML")
     for variant, slots in {
@@ -132,7 +132,7 @@ def test_the_parts_of_the_rows(ablation):
 def test_the_length_is_the_authors(
     dataset, tasks, filters, queries, multi_step_epochs, clip_value, inner_lr
 ):
-    config = MamlPlusPlusAblation(dataset=dataset)._config("MAML++", 0)
+    config = MamlPlusPlusAblation(dataset=dataset).config("MAML++", 0)
     assert (config.tasks, config.model.filters) == (tasks, filters)
     assert config.iterations == 50_000
     assert (config.episodes.queries, config.episodes.eval_queries) == (queries, queries)
@@ -141,7 +141,7 @@ def test_the_length_is_the_authors(
     assert config.algorithm.inner_lr == inner_lr
     assert config.algorithm.first_order_epochs == 50  # DA and CA are parts of MAML++; see the page
     assert (config.algorithm.outer_schedule, config.algorithm.final_outer_lr) == ("cosine", 1e-5)
-    own = MamlPlusPlusAblation(dataset=dataset, tasks=3, filters=16)._config("MAML", 0)
+    own = MamlPlusPlusAblation(dataset=dataset, tasks=3, filters=16).config("MAML", 0)
     assert (own.tasks, own.model.filters) == (3, 16)
     assert own.algorithm.multi_step_epochs == 0
     assert own.algorithm.clip_value == clip_value

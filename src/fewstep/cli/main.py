@@ -25,6 +25,7 @@ from fewstep.core.errors import InputError, check_name
 from fewstep.experiments.alpha_comparison import AlphaComparison
 from fewstep.experiments.alpha_convergence import AlphaConvergence
 from fewstep.experiments.alpha_sensitivity import AlphaSensitivity
+from fewstep.experiments.from_classifier import MamlPlusPlusFromClassifier
 from fewstep.experiments.maml_plus_plus import MamlPlusPlusAblation
 from fewstep.training.parse import parse
 from fewstep.training.trainer import TrainingStopped
@@ -51,6 +52,7 @@ COMMANDS: dict[str, type[Command]] = {
     "data verify": DataVerify,
     "data show": DataShow,
     "reproduce maml++-ablation": MamlPlusPlusAblation,
+    "reproduce maml++-from-classifier": MamlPlusPlusFromClassifier,
     "reproduce alpha-sensitivity": AlphaSensitivity,
     "reproduce alpha-convergence": AlphaConvergence,
     "reproduce alpha-comparison": AlphaComparison,

@@ -26,7 +26,7 @@ from fewstep.training.config import EpisodeOptions, RunConfig, Split, to_dict
 from fewstep.training.display import say
 from fewstep.training.evaluate import Checkpoint, evaluate_run
 from fewstep.training.files import locked, make_folder
-from fewstep.training.initial import check_source, fitting, read_initial
+from fewstep.training.initial import fitting, initial_of
 from fewstep.training.parse import load_config, run_config
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.trainer import Trainer
@@ -51,10 +51,7 @@ class Train:
         """Make the run folder, train, test."""
         config = replace(self.settings, device=resolve_device(self.settings.device))
         ranks = Ranks.of_torchrun(config.device)
-        initial = None
-        if config.initial is not None:
-            initial = read_initial(config.initial)
-            check_source(config.initial, config)
+        initial = initial_of(config)
         experiment = Experiment.build(config, ranks, initial)
         if not ranks.is_first:
             _train_and_test(experiment, None, Console(quiet=True))

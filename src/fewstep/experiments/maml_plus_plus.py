@@ -120,7 +120,7 @@ class MamlPlusPlusAblation:
             console = Console(quiet=True)
         plan = {
             self.out / f"{variant.lower()}-seed{seed}": replace(
-                self._config(variant, seed), device=device
+                self.config(variant, seed), device=device
             )
             for seed in range(self.seeds)
             for variant in self.variants
@@ -149,7 +149,8 @@ class MamlPlusPlusAblation:
         names = [f"{variant.lower()}-seed{seed}" for seed in range(self.seeds)]
         return [RunFolder(self.out / name) for name in names]
 
-    def _config(self, variant: str, seed: int) -> RunConfig:
+    def config(self, variant: str, seed: int) -> RunConfig:
+        """Return the settings of a run."""
         base = preset(self.dataset)
         is_mini = self.dataset == "mini-imagenet"
         parts = VARIANTS[variant]
@@ -231,8 +232,8 @@ class MamlPlusPlusAblation:
         for variant, row in rows.items():
             by = row["statistics"]
             cells = [
-                variant, _cell(row["single"]), _cell(row["ensemble"]), row["paper"] or "-",
-                f"{row['seconds_per_run']:.0f}", _cell(by["support"]), _cell(by["running"]),
+                variant, cell(row["single"]), cell(row["ensemble"]), row["paper"] or "-",
+                f"{row['seconds_per_run']:.0f}", cell(by["support"]), cell(by["running"]),
             ]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines) + "\n"
@@ -249,7 +250,8 @@ def _over_seeds(tests: Any) -> dict[str, Any]:
     return found | ({"std_over_seeds": statistics.stdev(means)} if len(means) > 1 else {})
 
 
-def _cell(value: Mapping[str, Any]) -> str:
+def cell(value: Mapping[str, Any]) -> str:
+    """Return an accuracy in % with its interval and, of several seeds, their deviation."""
     text = f"{100 * value['mean']:.2f} ± {100 * value['ci95']:.2f}"
     if "std_over_seeds" in value:
         text += f" ({100 * value['std_over_seeds']:.2f})"

@@ -19,6 +19,7 @@ from fewstep.training.config import RunConfig, to_dict
 from fewstep.training.display import say
 from fewstep.training.evaluate import Checkpoint, evaluate_run, evaluation_file, is_scored
 from fewstep.training.files import locked, make_folder
+from fewstep.training.initial import initial_of
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.trainer import Trainer
 
@@ -76,7 +77,8 @@ def complete(
 
         state = ranks.of_first(None if run is None else run.state())
         if state is None or state.iteration < config.iterations or missing():
-            experiment = Experiment.build(config, ranks)
+            initial = initial_of(config) if state is None else None
+            experiment = Experiment.build(config, ranks, initial)
             if Trainer(experiment, run, console).train().iteration < config.iterations:
                 return None
             for test in missing():

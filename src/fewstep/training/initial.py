@@ -18,6 +18,19 @@ from fewstep.training.run_folder import RunFolder
 _MODEL = "model."  # before the names of a module's tensors in a checkpoint
 
 
+def initial_of(config: RunConfig) -> Tensors | None:
+    """Return what the settings of a run say to start from; None if they say nothing.
+
+    Raises:
+        InputError: what `read_initial` and `check_source` raise.
+    """
+    if config.initial is None:
+        return None
+    tensors = read_initial(config.initial)
+    check_source(config.initial, config)
+    return tensors
+
+
 def read_initial(path: Path) -> Tensors:
     """Return the parameters and buffers of a run's best checkpoint, or of a safetensors file.
 

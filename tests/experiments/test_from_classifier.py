@@ -1,0 +1,135 @@
+"""MAML++ from a classifier, on a few tiny images."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from fewstep.core.errors import InputError
+from fewstep.experiments.from_classifier import MamlPlusPlusFromClassifier
+from fewstep.training.config import SupervisedOptions
+from fewstep.training.parse import load_config
+from fewstep.training.run_folder import RunFolder
+from fewstep.training.trainer import Trainer
+
+
+@pytest.fixture
+def experiment(tmp_path, monkeypatch, images):
+    usual = MamlPlusPlusFromClassifier.stages
+
+    def stages(self):
+        return {name: tiny(config) for name, config in usual(self).items()}
+
+    def tiny(config):
+        size = 16 if getattr(config.data, "size", 28) == 42 else 24
+        episodes = config.episodes
+        if isinstance(episodes, SupervisedOptions):
+            episodes = replace(episodes, examples=8, held_out=0.3)
+        else:
+            episodes = replace(episodes, queries=1, eval_queries=2)
+        return replace(
+            config, dataset="folder", data=replace(images, size=size), episodes=episodes,
+            val_every=2,
+        )  # fmt: skip
+
+    monkeypatch.setattr(MamlPlusPlusFromClassifier, "stages", stages)
+    return MamlPlusPlusFromClassifier(
+        ways=2, classifier_iterations=4, iterations=4, tasks=2, filters=4, val_tasks=3,
+        test_tasks=3, out=tmp_path / "out",
+    )  # fmt: skip
+
+
+def test_every_run_starts_where_the_one_before_ended(experiment, monkeypatch, capsys):
+    starts, train = {}, Trainer.train
+
+    def watched(self):
+        drawn = self.experiment.learner.state_tensors()
+        starts[self.run.path.name] = {name: tensor.clone() for name, tensor in drawn.items()}
+        return train(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", watched)
+        experiment.run(Console())
+    out = experiment.out
+    assert list(starts) == ["classifier-42", "classifier-84", "maml++"]
+    for source, target in (("classifier-42", "classifier-84"), ("classifier-84", "maml++")):
+        run = RunFolder(out / source)
+        weights = run.load_checkpoint(run.state().best[0].name)
+        conv = [name for name in weights if name.endswith("conv.weight")]
+        assert len(conv) == 4
+        for name in conv:
+            assert torch.equal(starts[target][name], weights[name])
+    assert not starts["maml++"]["model.head.weight"].any()
+    assert starts["classifier-84"]["model.head.weight"].any()
+
+    found = json.loads((out / "table.json").read_text())["runs"]
+    assert [len(scores) for scores in found.values()] == [1, 1, 4]
+    table = (out / "table.md").read_text()
+    for name, row, score in (
+        ("classifier-84", "images of the training classes held out", found["classifier-84"][0]),
+        ("maml++", "one model", found["maml++"][0]),
+        ("maml++", "by running statistics", found["maml++"][3]),
+    ):
+        assert f"| {name}, {row} | {100 * score['mean']:.2f} ± " in table
+    assert found["maml++"][3]["statistics"].startswith("running")
+    assert "| paper, from drawn parameters | - | |" in table
+    with Image.open(out / "curves.png") as picture:
+        assert picture.size > (400, 200)
+    assert f"fewstep predict {out / 'maml++'}" in capsys.readouterr().out.replace("\n", "")
+
+    monkeypatch.setattr(Trainer, "train", lambda self: pytest.fail("trained again"))
+    experiment.run(Console(quiet=True))
+    assert json.loads((out / "table.json").read_text())["runs"] == found
+
+
+def test_an_interrupted_one_goes_on(experiment, monkeypatch, capsys):
+    train = Trainer.train
+
+    def stops(self):
+        state = train(self)
+        return replace(state, iteration=1) if self.run.path.name == "classifier-84" else state
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", stops)
+        experiment.run(Console())
+    assert "is not done yet; the same command goes on" in capsys.readouterr().out.replace("\n", " ")
+    assert not (experiment.out / "table.json").exists()
+    experiment.run(Console(quiet=True))
+    assert (experiment.out / "table.json").exists()
+    initial = load_config(experiment.out / "maml++" / "config.toml").initial
+    assert initial == experiment.out / "classifier-84"
+
+
+def test_the_settings_are_those_that_were_measured():
+    small, large, few_shot = MamlPlusPlusFromClassifier(shots=5).stages().values()
+    assert (small.data.size, large.data.size, few_shot.data.size) == (42, 84, 84)
+    assert (small.iterations, large.iterations, few_shot.iterations) == (7_000, 8_000, 3_600)
+    assert (few_shot.episodes.ways, few_shot.episodes.shots) == (5, 5)
+    assert (few_shot.episodes.queries, few_shot.episodes.eval_queries) == (8, 15)
+    for config in (small, large, few_shot):
+        assert config.model.spatial_mean
+        assert config.model.unit_features
+        assert config.episodes.flips
+        assert config.episodes.shifts == 0
+    classifier, few_shot = MamlPlusPlusFromClassifier(dataset="omniglot").stages().values()
+    assert (classifier.iterations, few_shot.iterations) == (9_000, 9_000)
+    assert (few_shot.episodes.ways, few_shot.episodes.shots) == (20, 1)
+    assert classifier.data == few_shot.data
+    assert few_shot.algorithm.first_order_epochs == few_shot.algorithm.multi_step_epochs == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"classifier_iterations": 1}, "classifier_iterations=1 must be at least 2"),
+        ({"iterations": 0}, "iterations=0 must be at least 1"),
+        ({"tasks": 0}, "tasks=0 must be at least 1"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_trained(experiment, changes, message):
+    with pytest.raises(InputError, match=message):
+        replace(experiment, **changes).run(Console(quiet=True))
+    assert not experiment.out.exists()
