@@ -43,7 +43,7 @@ class MamlPlusPlusFromClassifier:
 
     Not the paper's recipe: MAML++ takes a fifth of the tasks then, or fewer. On mini-ImageNet the
     classifier sees images of 42 pixels first, at a third of the cost, and the head gets the spatial
-    mean of the last map, scaled to unit length; one setting for 1 and 5 shots.
+    mean of the last map, scaled to unit length. The settings were chosen with one shot.
 
     The classifier is for one process; under torchrun, the same command shares MAML++'s tasks among
     processes once it is trained.

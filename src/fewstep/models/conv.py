@@ -218,12 +218,16 @@ class Conv4(nn.Sequential):
         super().__init__()
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(filters * resolution**2, ways)
-        if initialisation != "torch":
-            self.apply(_xavier)
-        if initialisation == "finn":
-            nn.init.normal_(self.head.weight)
-        elif initialisation == "zero-head":
-            nn.init.zeros_(self.head.weight)
+        _initialise(self, initialisation)
+
+
+def _initialise(model: Conv4, initialisation: Initialisation) -> None:
+    if initialisation != "torch":
+        model.apply(_xavier)
+    if initialisation == "finn":
+        nn.init.normal_(model.head.weight)
+    elif initialisation == "zero-head":
+        nn.init.zeros_(model.head.weight)
 
 
 def _xavier(module: nn.Module) -> None:
