@@ -221,6 +221,8 @@ def test_the_head_sees_the_spatial_mean_if_asked_of_images_of_any_size():
     assert own(torch.randn(2, 3, 48, 48)).shape == (2, 5)
     strided = Conv4(1, 5, 28, filters=4, downsample="stride", spatial_mean=False)
     assert strided.head.in_features == 4 * 2 * 2
+    assert Conv4(1, 5, 28, filters=4, downsample="stride").head.in_features == 4
+    assert Conv4(1, 5, 32, filters=4).head.in_features == 4 * 2 * 2
 
 
 def test_unit_features_leave_only_their_direction_to_the_head():
