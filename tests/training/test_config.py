@@ -1,3 +1,4 @@
+import inspect
 import io
 import sys
 from dataclasses import fields, is_dataclass, replace
@@ -6,13 +7,22 @@ from typing import get_args
 
 import pytest
 import tomli_w
+import torch
 
 import fewstep
 from fewstep.cli.runs import Train
 from fewstep.core.errors import InputError
 from fewstep.data.omniglot import Omniglot
+from fewstep.models import Conv4
 from fewstep.training.algorithm_options import AlgorithmOptions
-from fewstep.training.config import NETWORKS, SOURCES, Recipe, RunConfig, to_dict
+from fewstep.training.config import (
+    NETWORKS,
+    SOURCES,
+    Conv4Options,
+    Recipe,
+    RunConfig,
+    to_dict,
+)
 from fewstep.training.parse import load_config, parse, run_config
 from fewstep.training.presets import preset
 
@@ -196,3 +206,30 @@ def test_a_recipe_has_the_same_parts_here_and_in_python(name, recipe):
     algorithm = settings.build(iterations=6000)
     same_unit = {"iterations_per_epoch": 60}
     assert replace(algorithm, **same_unit) == replace(recipe(), **same_unit)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("filters", 6), ("norm", "layer"), ("downsample", "stride"), ("activation", "leaky-relu"),
+        ("conv_bias", True), ("initialisation", "finn"), ("spatial_mean", True),
+        ("unit_features", True),
+    ],
+)  # fmt: skip
+def test_every_option_of_conv4_reaches_it(name, value):
+    def described(network):
+        return repr(network), {name: t.tolist() for name, t in network.state_dict().items()}
+
+    torch.manual_seed(0)
+    own = Conv4Options(**{"filters": 4, name: value}).build((1, 32, 32), 3)
+    torch.manual_seed(0)
+    expected = Conv4(1, 3, 32, **{"filters": 4, "bias": False, name.removeprefix("conv_"): value})
+    torch.manual_seed(0)
+    plain = Conv4(1, 3, 32, filters=4)
+    assert described(own) == described(expected) != described(plain)
+
+
+def test_the_options_of_conv4_are_its_arguments():
+    named = {option.name.removeprefix("conv_") for option in fields(Conv4Options)}
+    arguments = inspect.signature(Conv4).parameters
+    assert named == arguments.keys() - {"in_channels", "ways", "size"}
