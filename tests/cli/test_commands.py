@@ -21,7 +21,7 @@ from fewstep.cli.main import COMMANDS, main
 from fewstep.cli.runs import _table
 from fewstep.data.folder import ImageFolder
 from fewstep.training.build import Experiment
-from fewstep.training.config import SOURCES
+from fewstep.training.config import SOURCES, Conv4Options
 from fewstep.training.load import load_learner
 from fewstep.training.parse import load_config
 from fewstep.training.run_folder import RunFolder
@@ -86,7 +86,8 @@ def test_train_evaluate_plot(empty_folder, capsys):
 def test_supervised_learning_and_a_run_that_starts_from_it(empty_folder, capsys):
     write_images(empty_folder / "mine", {f"c{i:02d}": 6 for i in range(20)})
     same = f"--dataset folder --root mine --size 16 --filters 4 {TINY}"
-    first = f"train --recipe supervised {same} --examples 8 --held-out 0.2 --shifts 2"
+    batches = "--examples 8 --held-out 0.2 --shifts 2"
+    first = f"train --recipe supervised {same} {batches} --head cosine --initialisation xavier"
     assert main(first.split()) == 0
     out = capsys.readouterr().out
     assert "0 inner steps" in out
@@ -108,9 +109,14 @@ def test_supervised_learning_and_a_run_that_starts_from_it(empty_folder, capsys)
     config = load_config(Path("runs/folder-maml-1/config.toml"))
     assert config.initial == run
     assert config.data == ImageFolder(Path("mine"), size=20)
-    assert (config.model.filters, config.model.initialisation) == (4, "zero-head")
+    assert config.model == Conv4Options(filters=4, initialisation="zero-head")
     out = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert f"starts from {run}; made anew: head.weight, head.bias run folder" in out
+
+    longer = f"train --initial {run} --recipe supervised {batches} {TINY}"
+    assert main(longer.split()) == 0
+    assert f"starts from {run}; made anew: nothing" in capsys.readouterr().out
+    assert load_config(Path("runs/folder-supervised-2/config.toml")).model.head == "cosine"
 
     shutil.rmtree(run)  # neither resuming nor scoring reads it again
     run = "runs/folder-maml-1"

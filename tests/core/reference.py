@@ -146,6 +146,7 @@ MODELS = {
     "Conv4 unit features": Case(
         lambda: Conv4(1, WAYS, 16, filters=4, unit_features=True), (1, 16, 16)
     ),
+    "Conv4 cosine head": Case(lambda: Conv4(1, WAYS, 16, filters=4, head="cosine"), (1, 16, 16)),
     "fully connected": Case(lambda: fully_connected(16, WAYS), (1, 4, 4)),
     "sinusoid MLP": Case(lambda: sinusoid_mlp(hidden=8), (1,), F.mse_loss),
 }

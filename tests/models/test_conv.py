@@ -240,6 +240,19 @@ def test_unit_features_leave_only_their_direction_to_the_head():
     assert torch.equal(dark, torch.zeros(1, 4))
 
 
+def test_a_cosine_head_sees_angles_alone():
+    torch.manual_seed(0)
+    own = Conv4(3, 5, 32, filters=4, head="cosine")
+    x = torch.randn(6, 3, 32, 32)
+    f, w = own.blocks(x).detach(), own.head.weight.detach()
+    cosine = torch.cosine_similarity(f[:, None], w[None], dim=2)
+    torch.testing.assert_close(own(x).detach(), 10 * cosine)
+    with torch.no_grad():
+        own.head.weight *= torch.arange(1, 6)[:, None]
+        own.head.scale.fill_(3)
+    torch.testing.assert_close(own.head(7 * f).detach(), 3 * cosine)
+
+
 @pytest.mark.parametrize(
     ("mistake", "quoted"),
     [
@@ -248,6 +261,7 @@ def test_unit_features_leave_only_their_direction_to_the_head():
         ({"filters": 0}, r"Conv4\(filters=0\)"),
         ({"ways": 0}, r"Conv4\(ways=0\)"),
         ({"in_channels": -1}, r"Conv4\(in_channels=-1\)"),
+        ({"head": "cosine", "initialisation": "zero-head"}, r"Conv4\(head='cosine', init"),
         ({"norm": "layers"}, "unknown norm 'layers'; did you mean 'layer'"),
         ({"downsample": "pool"}, "unknown downsample 'pool'; did you mean 'max-pool'"),
         ({"activation": "leaky"}, "unknown activation 'leaky'; did you mean 'leaky-relu'"),

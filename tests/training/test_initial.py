@@ -37,6 +37,16 @@ def test_a_bias_alone_is_no_head():
     assert torch.equal(own.blocks[3].conv.weight, source.blocks[3].conv.weight)
 
 
+@pytest.mark.parametrize("heads", [("cosine", "linear"), ("linear", "cosine")])
+def test_a_head_of_another_kind_is_left(heads):
+    source, own = (Conv4Options(4, head=head).build((1, 16, 16), 3) for head in heads)
+    before = {name: t.clone() for name, t in own.head.state_dict().items()}
+    start_from(own, source.state_dict())
+    for name, tensor in own.head.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert torch.equal(own.blocks[3].conv.weight, source.blocks[3].conv.weight)
+
+
 @pytest.mark.parametrize("recipe", ["maml", "maml++"])
 def test_a_run_starts_from_the_best_checkpoint_of_another(tmp_path, recipe, monkeypatch):
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path))

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fewstep.core.errors import InputError, check_name
 from fewstep.core.normalise import NormaliseBy
@@ -18,6 +19,7 @@ Norm = Literal["batch", "layer", "none"]
 Downsample = Literal["max-pool", "stride"]
 Activation = Literal["relu", "leaky-relu"]
 Initialisation = Literal["xavier", "finn", "zero-head", "torch"]
+Head = Literal["linear", "cosine"]
 
 
 class ConvBlock(nn.Module):
@@ -132,7 +134,8 @@ class UnitFeatures(nn.Module):
     Shapes: (examples, features) to the same.
 
     Reference: Gidaris and Komodakis, Dynamic few-shot visual learning without forgetting,
-        CVPR 2018, arXiv:1804.09458, whose cosine classifier fixes the lengths of weights too.
+        CVPR 2018, arXiv:1804.09458, whose cosine classifier (`CosineHead`) fixes the lengths of
+        weights too.
     """
 
     eps = 1e-5
@@ -142,8 +145,34 @@ class UnitFeatures(nn.Module):
         return f * torch.rsqrt((f * f).mean(-1, keepdim=True) + self.eps)
 
 
+class CosineHead(nn.Module):
+    """Scores by the angle between features and a direction for each class.
+
+    y_c = s <f, w_c> / (|f| |w_c|), with s and w learned; s starts at 10.
+
+    Args:
+        features: Length of f.
+        classes: Outputs.
+
+    Shapes: (examples, features) to (examples, classes).
+
+    Reference: Gidaris and Komodakis, Dynamic few-shot visual learning without forgetting,
+        CVPR 2018, arXiv:1804.09458, section 3.2.
+    """
+
+    def __init__(self, features: int, classes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(classes, features))
+        self.scale = nn.Parameter(torch.tensor(10.0))
+        nn.init.xavier_uniform_(self.weight)
+
+    def forward(self, f: Tensor) -> Tensor:
+        """Return the scores."""
+        return self.scale * F.linear(F.normalize(f), F.normalize(self.weight))
+
+
 class Conv4(nn.Sequential):
-    """Four convolutional blocks and a linear layer.
+    """Four convolutional blocks and a linear layer, or a `CosineHead`.
 
     Args:
         in_channels: Channels of the images.
@@ -162,10 +191,11 @@ class Conv4(nn.Sequential):
             under "max-pool", as for mini-ImageNet.
         unit_features: Scale the features of each image to a mean square of 1 before the head, which
             none of the papers on gradient-based meta-learning does.
+        head: "linear", or "cosine" (`CosineHead`), for a classifier whose features others take.
 
     Raises:
-        InputError: images too small for four halvings, `filters` or `ways` below 1, or a name that
-            is none of these.
+        InputError: images too small for four halvings, `filters` or `ways` below 1, a name that
+            is none of these, or a cosine head of zeros, which have no direction.
 
     Shapes: (examples, in_channels, size, size) to (examples, ways).
 
@@ -188,11 +218,18 @@ class Conv4(nn.Sequential):
         initialisation: Initialisation = "xavier",
         spatial_mean: bool | None = None,
         unit_features: bool = False,
+        head: Head = "linear",
     ) -> None:
         for name, value in (("filters", filters), ("ways", ways), ("in_channels", in_channels)):
             if value < 1:
                 raise InputError(f"Conv4({name}={value}) must be at least 1")
         check_name("initialisation", initialisation, get_args(Initialisation))
+        check_name("head", head, get_args(Head))
+        if (head, initialisation) == ("cosine", "zero-head"):
+            raise InputError(
+                "Conv4(head='cosine', initialisation='zero-head') has directions of length 0; use "
+                "another initialisation, or head='linear'"
+            )
         blocks: list[nn.Module] = []
         channels, resolution = in_channels, size
         for _ in range(4):
@@ -217,7 +254,8 @@ class Conv4(nn.Sequential):
             blocks.append(UnitFeatures())
         super().__init__()
         self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Linear(filters * resolution**2, ways)
+        of_kind = {"linear": nn.Linear, "cosine": CosineHead}[head]
+        self.head = of_kind(filters * resolution**2, ways)
         _initialise(self, initialisation)
 
 

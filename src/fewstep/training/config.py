@@ -18,7 +18,7 @@ from fewstep.data.glyphs import Glyphs
 from fewstep.data.labelled import TurnedClasses
 from fewstep.data.mini_imagenet import MiniImageNet
 from fewstep.data.omniglot import Omniglot
-from fewstep.models.conv import Activation, Conv4, Downsample, Initialisation, Norm
+from fewstep.models.conv import Activation, Conv4, Downsample, Head, Initialisation, Norm
 from fewstep.models.mlp import fully_connected, sinusoid_mlp
 from fewstep.training.algorithm_options import AlgorithmOptions
 
@@ -99,6 +99,8 @@ class Conv4Options:
     """Spatial mean before the linear layer; without a word, under stride only."""
     unit_features: bool = False
     """Scale each image's features to a mean square of 1 before the linear layer."""
+    head: Head = "linear"
+    """The last layer: linear, or by the cosine with a direction for each class."""
 
     def build(self, input_shape: tuple[int, ...], outputs: int) -> nn.Module:
         """Return the network for images of (channels, height, width)."""
@@ -117,6 +119,7 @@ class Conv4Options:
             initialisation=self.initialisation,
             spatial_mean=self.spatial_mean,
             unit_features=self.unit_features,
+            head=self.head,
         )
 
 

@@ -99,7 +99,8 @@ def run_config(arguments: Sequence[str]) -> RunConfig:
 def _going_on(run: Path, chosen: dict[str, str]) -> RunConfig:
     """Return the defaults of a run that starts from another: its data and its network.
 
-    The head starts at zero, so that what was learned before is not drowned by a drawn one.
+    A head that is to be adapted is linear; it starts at zero, so that what was learned before is
+    not drowned by a drawn one.
     """
     source = load_config(run / "config.toml")
     config = preset(**({"dataset": source.dataset, "network": source.network} | chosen))
@@ -107,8 +108,12 @@ def _going_on(run: Path, chosen: dict[str, str]) -> RunConfig:
         config = replace(config, data=source.data)
     if config.network == source.network:
         config = replace(config, model=source.model)
-    if isinstance(config.model, Conv4Options):
-        config = replace(config, model=replace(config.model, initialisation="zero-head"))
+    if isinstance(model := config.model, Conv4Options):
+        if config.recipe != "supervised":
+            model = replace(model, head="linear")
+        if model.head == "linear":
+            model = replace(model, initialisation="zero-head")
+        config = replace(config, model=model)
     return config
 
 
