@@ -150,3 +150,19 @@ def test_outer_update_descends_the_meta_gradient(batch):
     MetaLearner(module, algorithm, half_squares).step(batch)
     _, gradient = closed_form(before, batch, algorithm)
     assert_equal_to_1e10(before - module.theta.detach(), 0.01 * gradient)
+
+
+def test_momentum_and_decay_of_the_outer_update(batch):
+    module, outer = Point(), SGD(0.01, momentum=0.9, weight_decay=0.1)
+    algorithm = Algorithm(2, ConstantRate(ALPHA), outer=outer)
+    learner = MetaLearner(module, algorithm, half_squares)
+    expected, v = module.theta.detach().clone(), 0
+    for _ in range(3):
+        _, gradient = closed_form(expected, batch, algorithm)
+        g = gradient + 0.1 * expected
+        v = 0.9 * v + g
+        expected = expected - 0.01 * (g + 0.9 * v)
+        state = learner.state_tensors()
+        learner.load_state_tensors(state)  # which holds v
+        learner.step(batch)
+        assert_equal_to_1e10(module.theta.detach(), expected)

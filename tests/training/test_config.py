@@ -12,6 +12,7 @@ import torch
 import fewstep
 from fewstep.cli.runs import Train
 from fewstep.core.errors import InputError
+from fewstep.core.outer import SGD
 from fewstep.data.omniglot import Omniglot
 from fewstep.models import Conv4
 from fewstep.training.algorithm_options import AlgorithmOptions
@@ -49,6 +50,9 @@ def test_settings_survive_their_file(tmp_path, dataset, recipe):
     assert load_config(path) == config
 
 
+DECAY = ("algorithm.momentum", "algorithm.weight_decay")  # not beside outer_hyper_lr
+
+
 def test_every_changed_setting_survives_the_file(tmp_path):
     changed = (
         "--dataset omniglot --root /data/o --class-split finn --size 32 --ways 20 --shots 5 "
@@ -74,13 +78,13 @@ def test_every_changed_setting_survives_the_file(tmp_path):
     assert load_config(path) == settings
     default = preset("omniglot")
     for name, value in _leaves(settings):
-        if name not in ("dataset", "network"):
+        if name not in ("dataset", "network", *DECAY):
             assert value != dict(_leaves(default))[name], f"{name} was not changed"
 
 
 def test_every_changed_setting_of_supervised_batches_survives_the_file(tmp_path):
     changed = "--examples 3 --held-out 0.2 --rotations classes --flips True --shifts 4"
-    changed += " --crops 0.5 --colours 0.1"
+    changed += " --crops 0.5 --colours 0.1 --outer sgd --momentum 0.9 --weight-decay 0.01"
     settings = _train("--recipe", "supervised", *changed.split()).settings
     path = tmp_path / "config.toml"
     path.write_text(tomli_w.dumps(to_dict(settings)))
@@ -88,6 +92,16 @@ def test_every_changed_setting_of_supervised_batches_survives_the_file(tmp_path)
     default = dict(_leaves(preset(recipe="supervised").episodes))
     for name, value in _leaves(settings.episodes):
         assert value != default[name], f"{name} was not changed"
+    assert [dict(_leaves(settings))[name] for name in DECAY] == [0.9, 0.01]
+    assert settings.algorithm.build(10).outer == SGD(settings.algorithm.outer_lr, 0.9, 0.01)
+
+
+@pytest.mark.parametrize(
+    "other", [{"momentum": 0.5}, {"weight_decay": 0.5, "outer": "sgd", "outer_hyper_lr": 1e-3}]
+)
+def test_what_is_not_for_this_outer_optimiser_is_refused(other):
+    with pytest.raises(InputError, match=r"=0\.5 goes with outer='sgd' and no outer_h"):
+        AlgorithmOptions(**other)
 
 
 def _leaves(config):

@@ -142,18 +142,39 @@ class Adam:
 
 @dataclass(frozen=True)
 class SGD:
-    """Gradient descent: phi <- phi - beta * gradient; beta is `outer_lr`.
+    """Gradient descent, with Nesterov's momentum and decay of weights if asked.
+
+    v <- momentum * v + g
+    phi <- phi - outer_lr * (g + momentum * v),  g = gradient + weight_decay * phi
+
+    Args:
+        outer_lr: The rate, beta.
+        momentum: How much of the former direction stays.
+        weight_decay: Of all that it updates, learned inner rates and normalisation too.
 
     Raises:
-        InputError: `outer_lr` is not a positive finite number.
+        InputError: `outer_lr` is not a positive finite number, `momentum` is not in [0, 1), or
+            `weight_decay` is negative or not finite.
     """
 
     outer_lr: float
+    momentum: float = 0.0
+    weight_decay: float = 0.0
     owns_rate = False
 
     def __post_init__(self) -> None:
         check_outer_lr(self.outer_lr)
+        if not 0 <= self.momentum < 1:
+            raise InputError(f"SGD(momentum={self.momentum}) must be 0 or more, and below 1")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise InputError(f"SGD(weight_decay={self.weight_decay}) must be 0 or more")
 
     def __call__(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         """Return the optimiser."""
-        return torch.optim.SGD(parameters, lr=self.outer_lr)
+        return torch.optim.SGD(
+            parameters,
+            lr=self.outer_lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            nesterov=self.momentum > 0,
+        )

@@ -70,6 +70,10 @@ class AlgorithmOptions:
     """The outer optimiser."""
     outer_lr: float = 1e-3
     """Its rate."""
+    momentum: float = 0.0
+    """Nesterov's momentum of sgd."""
+    weight_decay: float = 0.0
+    """Decay of sgd, of all that it updates."""
     outer_hyper_lr: float | None = None
     """Let that rate follow its hypergradient, at this rate (Alpha MAML)."""
     hyper_step: Step = "additive"
@@ -89,6 +93,10 @@ class AlgorithmOptions:
         if self.multi_step_epochs < 0:
             raise InputError(f"multi_step_epochs={self.multi_step_epochs} must be 0 or more")
         check_outer_lr(self.outer_lr)
+        is_plain_sgd = self.outer == "sgd" and self.outer_hyper_lr is None
+        for name in ("momentum", "weight_decay"):
+            if (value := getattr(self, name)) and not is_plain_sgd:
+                raise InputError(f"{name}={value} goes with outer='sgd' and no outer_hyper_lr")
         if not 0 <= self.final_outer_lr <= self.outer_lr:
             raise InputError(
                 f"final_outer_lr={self.final_outer_lr} must be between 0 and "
@@ -146,7 +154,9 @@ class AlgorithmOptions:
 
     def _outer(self) -> OuterOptimiser:
         if self.outer_hyper_lr is None:
-            return Adam(self.outer_lr) if self.outer == "adam" else SGD(self.outer_lr)
+            if self.outer == "adam":
+                return Adam(self.outer_lr)
+            return SGD(self.outer_lr, self.momentum, self.weight_decay)
         make = HypergradientAdam if self.outer == "adam" else HypergradientSGD
         return make(self.outer_lr, self.outer_hyper_lr, self._guards())
 
