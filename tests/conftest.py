@@ -1,7 +1,11 @@
 """Every test starts from the same seed, on one thread: the tensors here are tiny."""
 
+from pathlib import Path
+
 import pytest
 import torch
+
+from fewstep.models.kernels import library
 
 torch.set_num_threads(1)
 
@@ -9,6 +13,18 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """Prepare data into a folder of its own; kernels, which take seconds to compile, are shared."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    if (kernels := library()) is not None:
+        compiled = Path(kernels._name)
+        (folder / compiled.name).symlink_to(compiled)
+    monkeypatch.setenv("FEWSTEP_CACHE", str(folder))
+    return folder
 
 
 @pytest.fixture

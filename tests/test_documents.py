@@ -32,7 +32,7 @@ def test_links_lead_somewhere(page):
 
 def test_the_ci_runs_the_readme_s_test_command():
     readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
-    for command in (".venv/bin/python -m pytest", '-c constraints.txt -e ".[dev]"'):
+    for command in (".venv/bin/python -m pytest -n auto", '-c constraints.txt -e ".[dev]"'):
         assert command in readme
         assert command in ci
 

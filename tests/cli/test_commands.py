@@ -32,8 +32,7 @@ SINUSOID = f"train --dataset sinusoid {TINY}"
 
 
 @pytest.fixture(autouse=True)
-def empty_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+def empty_folder(tmp_path, monkeypatch, own_cache):
     monkeypatch.delenv("FEWSTEP_DATA", raising=False)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -48,8 +48,7 @@ def test_a_head_of_another_kind_is_left(heads):
 
 
 @pytest.mark.parametrize("recipe", ["maml", "maml++"])
-def test_a_run_starts_from_the_best_checkpoint_of_another(tmp_path, recipe, monkeypatch):
-    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path))
+def test_a_run_starts_from_the_best_checkpoint_of_another(tmp_path, recipe, own_cache):
     source = Conv4Options(filters=16).build((1, 28, 28), 7)
     run = RunFolder.create(tmp_path, {})
     tensors = {f"model.{name}": t for name, t in source.state_dict().items()}

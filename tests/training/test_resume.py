@@ -25,11 +25,7 @@ PROBLEMS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
-
-
+pytestmark = pytest.mark.usefixtures("own_cache")
 _processes = multiprocessing.get_context("forkserver")
 # torch.optim imports torch._dynamo, which takes a second.
 _processes.set_forkserver_preload(["fewstep.cli.main", "torch._dynamo"])
