@@ -42,8 +42,9 @@ class MamlPlusPlusFromClassifier:
     """Train a classifier of the training classes, then MAML++ from its features.
 
     Not the paper's recipe: MAML++ takes a fifth of the tasks then, or fewer. On mini-ImageNet the
-    classifier sees images of 42 pixels first, at a third of the cost, and the head gets the spatial
-    mean of the last map, scaled to unit length. The settings were chosen with one shot.
+    classifier sees images of 42 pixels first, at a third of the cost, then those of 84, by Adam and
+    then by SGD with momentum and decay; the head gets the spatial mean of the last map, scaled to
+    unit length. The settings were chosen with one shot.
 
     The classifier is for one process; under torchrun, the same command shares MAML++'s tasks among
     processes once it is trained.
@@ -56,8 +57,8 @@ class MamlPlusPlusFromClassifier:
     shots: int = 1
     """Support images of each class."""
     classifier_iterations: int | None = None
-    """Batches of the classifier; None takes 9,000 for Omniglot, 15,000 for mini-ImageNet, of which
-    7 in 15 are small."""
+    """Batches of the classifier; None takes 9,000 for Omniglot, 24,000 for mini-ImageNet, of which
+    7 in 24 are small and the last 9 in 24 by SGD."""
     iterations: int | None = None
     """Outer updates of MAML++; None takes 9,000 for Omniglot, 3,600 for mini-ImageNet."""
     tasks: int = 4
@@ -113,8 +114,8 @@ class MamlPlusPlusFromClassifier:
 
     def stages(self) -> dict[str, RunConfig]:
         """Return the settings of the runs, by the names of their folders, in their order."""
-        if self._batches < 2:
-            raise InputError(f"classifier_iterations={self._batches} must be at least 2")
+        if self._batches < 3:
+            raise InputError(f"classifier_iterations={self._batches} must be at least 3")
         classifiers = self._mini_imagenet() if self._is_mini else self._omniglot()
         *_, last = classifiers
         few_shot = self._few_shot(classifiers[last])
@@ -131,7 +132,7 @@ class MamlPlusPlusFromClassifier:
     @property
     def _batches(self) -> int:
         given = self.classifier_iterations
-        return (15_000 if self._is_mini else 9_000) if given is None else given
+        return (24_000 if self._is_mini else 9_000) if given is None else given
 
     def _omniglot(self) -> dict[str, RunConfig]:
         model = Conv4Options(filters=self.filters, activation="leaky-relu")
@@ -152,7 +153,7 @@ class MamlPlusPlusFromClassifier:
             data=MiniImageNet(size=42),
             episodes=SupervisedOptions(flips=True, crops=0.4, colours=0.2),
             algorithm=replace(base.algorithm, outer_lr=2e-3, final_outer_lr=5e-4),
-            iterations=max(1, self._batches * 7 // 15),
+            iterations=max(1, self._batches * 7 // 24),
             val_every=1_000,
         )
         large = replace(
@@ -160,10 +161,18 @@ class MamlPlusPlusFromClassifier:
             initial=self.out / "classifier-42",
             episodes=SupervisedOptions(flips=True, crops=0.5, colours=0.2),
             algorithm=replace(base.algorithm, outer_lr=1.5e-3),
-            iterations=self._batches - small.iterations,
+            iterations=max(1, self._batches * 8 // 24),
             val_every=1_000,
         )
-        return {"classifier-42": small, "classifier-84": large}
+        last = replace(
+            large,
+            initial=self.out / "classifier-84",
+            algorithm=replace(
+                large.algorithm, outer="sgd", outer_lr=0.1, momentum=0.9, weight_decay=5e-4
+            ),
+            iterations=self._batches - small.iterations - large.iterations,
+        )
+        return {"classifier-42": small, "classifier-84": large, "classifier-84-sgd": last}
 
     def _classifier(self, model: Conv4Options) -> RunConfig:
         base = preset(self.dataset, recipe="supervised")
