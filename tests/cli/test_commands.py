@@ -21,8 +21,9 @@ from fewstep.cli.main import COMMANDS, main
 from fewstep.cli.runs import _table
 from fewstep.data.folder import ImageFolder
 from fewstep.training.build import Experiment
-from fewstep.training.config import SOURCES, Conv4Options
+from fewstep.training.config import SOURCES
 from fewstep.training.load import load_learner
+from fewstep.training.network_options import Conv4Options
 from fewstep.training.parse import load_config
 from fewstep.training.run_folder import RunFolder
 from tests.data.conftest import write_images

@@ -16,14 +16,8 @@ from fewstep.core.outer import SGD
 from fewstep.data.omniglot import Omniglot
 from fewstep.models import Conv4
 from fewstep.training.algorithm_options import AlgorithmOptions
-from fewstep.training.config import (
-    NETWORKS,
-    SOURCES,
-    Conv4Options,
-    Recipe,
-    RunConfig,
-    to_dict,
-)
+from fewstep.training.config import SOURCES, Recipe, RunConfig, to_dict
+from fewstep.training.network_options import NETWORKS, Conv4Options
 from fewstep.training.parse import load_config, parse, run_config
 from fewstep.training.presets import preset
 

@@ -6,8 +6,9 @@ from safetensors.torch import save_file
 
 from fewstep.core.errors import InputError
 from fewstep.training.build import Experiment
-from fewstep.training.config import ClassificationOptions, Conv4Options
+from fewstep.training.config import ClassificationOptions
 from fewstep.training.initial import read_initial, start_from
+from fewstep.training.network_options import Conv4Options
 from fewstep.training.presets import preset
 from fewstep.training.run_folder import RunFolder
 

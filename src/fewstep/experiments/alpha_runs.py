@@ -12,12 +12,9 @@ from typing import Any, Literal
 from fewstep.data.omniglot import Omniglot
 from fewstep.training.algorithm_options import AlgorithmOptions
 from fewstep.training.build import Problem, build_learner, build_problem
-from fewstep.training.config import (
-    ClassificationOptions,
-    Conv4Options,
-    RunConfig,
-)
+from fewstep.training.config import ClassificationOptions, RunConfig
 from fewstep.training.files import make_folder
+from fewstep.training.network_options import Conv4Options
 from fewstep.training.presets import preset
 from fewstep.training.run_folder import write_json
 

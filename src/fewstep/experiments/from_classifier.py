@@ -23,14 +23,10 @@ from fewstep.experiments.maml_plus_plus import (
 )
 from fewstep.experiments.sweep import Test, complete
 from fewstep.training.build import resolve_device
-from fewstep.training.config import (
-    ClassificationOptions,
-    Conv4Options,
-    RunConfig,
-    SupervisedOptions,
-)
+from fewstep.training.config import ClassificationOptions, RunConfig, SupervisedOptions
 from fewstep.training.display import say
 from fewstep.training.files import write_atomically
+from fewstep.training.network_options import Conv4Options
 from fewstep.training.presets import preset
 from fewstep.training.run_folder import RunFolder, command_line, environment, write_json
 

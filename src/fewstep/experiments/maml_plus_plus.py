@@ -18,13 +18,10 @@ from fewstep.experiments.sweep import Test, complete_all
 from fewstep.report.figure import new_figure, save_figure
 from fewstep.training.algorithm_options import AlgorithmOptions
 from fewstep.training.build import resolve_device
-from fewstep.training.config import (
-    ClassificationOptions,
-    Conv4Options,
-    RunConfig,
-)
+from fewstep.training.config import ClassificationOptions, RunConfig
 from fewstep.training.display import say
 from fewstep.training.files import write_atomically
+from fewstep.training.network_options import Conv4Options
 from fewstep.training.presets import preset
 from fewstep.training.run_folder import RunFolder, command_line, environment, write_json
 

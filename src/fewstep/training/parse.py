@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import tyro
 
 from fewstep.core.errors import InputError, check_name
-from fewstep.training.config import Conv4Options, RunConfig, option_arguments
+from fewstep.training.config import RunConfig, option_arguments
+from fewstep.training.network_options import Conv4Options
 from fewstep.training.presets import preset
 from fewstep.training.run_folder import read_toml
 

@@ -9,15 +9,14 @@ from typing import Any, get_args
 from fewstep.core.errors import check_name
 from fewstep.training.algorithm_options import AlgorithmOptions
 from fewstep.training.config import (
-    NETWORKS,
     SOURCES,
     ClassificationOptions,
-    Conv4Options,
     Recipe,
     RegressionOptions,
     RunConfig,
     SupervisedOptions,
 )
+from fewstep.training.network_options import NETWORKS, Conv4Options
 
 
 def preset(dataset: str = "glyphs", network: str | None = None, recipe: str = "maml") -> RunConfig:
