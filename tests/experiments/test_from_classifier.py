@@ -58,7 +58,10 @@ def test_every_run_starts_where_the_one_before_ended(experiment, monkeypatch, ca
         patch.setattr(Trainer, "train", watched)
         experiment.run(Console())
     out = experiment.out
-    assert list(starts) == ["classifier-42", "classifier-84", "classifier-84-sgd", "maml++"]
+    assert list(starts) == [
+        "classifier-42", "classifier-84", "classifier-84-sgd",
+        "classifier-84-shifts", "maml++",
+    ]  # fmt: skip
     for source, target in pairwise(starts):
         run = RunFolder(out / source)
         weights = run.load_checkpoint(run.state().best[0].name)
@@ -71,7 +74,7 @@ def test_every_run_starts_where_the_one_before_ended(experiment, monkeypatch, ca
     assert not starts["maml++"]["model.head.weight"].any()
 
     found = json.loads((out / "table.json").read_text())["runs"]
-    assert [len(scores) for scores in found.values()] == [1, 1, 1, 4]
+    assert [len(scores) for scores in found.values()] == [1, 1, 1, 1, 4]
     table = (out / "table.md").read_text()
     for name, row, score in (
         ("classifier-84", "images of the training classes held out", found["classifier-84"][0]),
@@ -105,16 +108,22 @@ def test_an_interrupted_one_goes_on(experiment, monkeypatch, capsys):
     experiment.run(Console(quiet=True))
     assert (experiment.out / "table.json").exists()
     initial = load_config(experiment.out / "maml++" / "config.toml").initial
-    assert initial == experiment.out / "classifier-84-sgd"
+    assert initial == experiment.out / "classifier-84-shifts"
 
 
-MINI_CLASSIFIERS = [f"supervised-mini-imagenet-{name}" for name in ("mean-42", "mean", "sgd")]
+MINI_CLASSIFIERS = [
+    f"supervised-mini-imagenet-{name}" for name in ("mean-42", "mean", "sgd", "shifts")
+]
 
 
 @pytest.mark.parametrize(
     ("options", "folders", "free"),
     [
-        ({}, [*MINI_CLASSIFIERS, "maml++-mini-5w1s-mean"], {"device", "initial"}),
+        (
+            {"iterations": 2_400},
+            [*MINI_CLASSIFIERS, "maml++-mini-5w1s-shifts"],
+            {"device", "initial", "val_every"},
+        ),
         (
             {"shots": 5, "tasks": 2, "iterations": 2_200},
             [*MINI_CLASSIFIERS, "maml++-mini-5w5s-sgd"],
@@ -134,7 +143,7 @@ def test_the_settings_are_those_that_were_measured(options, folders, free):
         own = replace(config, **{name: getattr(measured, name) for name in free})
         if folder in MINI_CLASSIFIERS[1:]:  # nothing but a head was drawn, at most
             model = replace(own.model, initialisation=measured.model.initialisation)
-            own = replace(own, model=model)
+            own = replace(own, model=model, keep_best=measured.keep_best)
         assert own == measured
 
 
@@ -148,7 +157,11 @@ def test_more_shots_change_the_tasks_alone():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"classifier_iterations": 2}, "classifier_iterations=2 must be at least 3"),
+        ({"classifier_iterations": 3}, "classifier_iterations=3 must be at least 4"),
+        (
+            {"dataset": "omniglot", "classifier_iterations": 0},
+            "classifier_iterations=0 must be at least 1",
+        ),
         ({"iterations": 0}, "iterations=0 must be at least 1"),
         ({"tasks": 0}, "tasks=0 must be at least 1"),
     ],

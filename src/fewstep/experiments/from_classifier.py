@@ -39,8 +39,8 @@ class MamlPlusPlusFromClassifier:
 
     Not the paper's recipe: MAML++ takes a fifth of the tasks then, or fewer. On mini-ImageNet the
     classifier sees images of 42 pixels first, at a third of the cost, then those of 84, by Adam and
-    then by SGD with momentum and decay; the head gets the spatial mean of the last map, scaled to
-    unit length. The settings were chosen with one shot.
+    then by SGD with momentum and decay, cropped and then shifted; the head gets the spatial mean of
+    the last map, scaled to unit length. The settings were chosen with one shot.
 
     The classifier is for one process; under torchrun, the same command shares MAML++'s tasks among
     processes once it is trained.
@@ -53,8 +53,8 @@ class MamlPlusPlusFromClassifier:
     shots: int = 1
     """Support images of each class."""
     classifier_iterations: int | None = None
-    """Batches of the classifier; None takes 9,000 for Omniglot, 24,000 for mini-ImageNet, of which
-    7 in 24 are small and the last 9 in 24 by SGD."""
+    """Batches of the classifier; None takes 9,000 for Omniglot, 36,000 for mini-ImageNet: 7 in 36
+    small, 8 by Adam, 9 by SGD, and 12 by SGD of images that are shifted, not cropped."""
     iterations: int | None = None
     """Outer updates of MAML++; None takes 9,000 for Omniglot, 3,600 for mini-ImageNet."""
     tasks: int = 4
@@ -110,8 +110,8 @@ class MamlPlusPlusFromClassifier:
 
     def stages(self) -> dict[str, RunConfig]:
         """Return the settings of the runs, by the names of their folders, in their order."""
-        if self._batches < 3:
-            raise InputError(f"classifier_iterations={self._batches} must be at least 3")
+        if self._batches < (least := 4 if self._is_mini else 1):
+            raise InputError(f"classifier_iterations={self._batches} must be at least {least}")
         classifiers = self._mini_imagenet() if self._is_mini else self._omniglot()
         *_, last = classifiers
         few_shot = self._few_shot(classifiers[last])
@@ -128,7 +128,7 @@ class MamlPlusPlusFromClassifier:
     @property
     def _batches(self) -> int:
         given = self.classifier_iterations
-        return (24_000 if self._is_mini else 9_000) if given is None else given
+        return (36_000 if self._is_mini else 9_000) if given is None else given
 
     def _omniglot(self) -> dict[str, RunConfig]:
         model = Conv4Options(filters=self.filters, activation="leaky-relu")
@@ -149,7 +149,7 @@ class MamlPlusPlusFromClassifier:
             data=MiniImageNet(size=42),
             episodes=SupervisedOptions(flips=True, crops=0.4, colours=0.2),
             algorithm=replace(base.algorithm, outer_lr=2e-3, final_outer_lr=5e-4),
-            iterations=max(1, self._batches * 7 // 24),
+            iterations=max(1, self._batches * 7 // 36),
             val_every=1_000,
         )
         large = replace(
@@ -157,18 +157,25 @@ class MamlPlusPlusFromClassifier:
             initial=self.out / "classifier-42",
             episodes=SupervisedOptions(flips=True, crops=0.5, colours=0.2),
             algorithm=replace(base.algorithm, outer_lr=1.5e-3),
-            iterations=max(1, self._batches * 8 // 24),
+            iterations=max(1, self._batches * 8 // 36),
             val_every=1_000,
         )
-        last = replace(
+        sgd = replace(
             large,
             initial=self.out / "classifier-84",
             algorithm=replace(
                 large.algorithm, outer="sgd", outer_lr=0.1, momentum=0.9, weight_decay=5e-4
             ),
-            iterations=self._batches - small.iterations - large.iterations,
+            iterations=max(1, self._batches * 9 // 36),
         )
-        return {"classifier-42": small, "classifier-84": large, "classifier-84-sgd": last}
+        earlier = {"classifier-42": small, "classifier-84": large, "classifier-84-sgd": sgd}
+        shifted = replace(
+            sgd,
+            initial=self.out / "classifier-84-sgd",
+            episodes=SupervisedOptions(flips=True, shifts=8, colours=0.4),
+            iterations=self._batches - sum(config.iterations for config in earlier.values()),
+        )
+        return {**earlier, "classifier-84-shifts": shifted}
 
     def _classifier(self, model: Conv4Options) -> RunConfig:
         base = preset(self.dataset, recipe="supervised")
