@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fewstep import InputError
 from fewstep.models import Conv4, ConvBlock
-from fewstep.models.conv import Initialisation, UnitFeatures
+from fewstep.models.conv import Initialisation, UnitFeatures, projection_of
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -238,6 +238,41 @@ def test_unit_features_leave_only_their_direction_to_the_head():
     assert own.state_dict().keys() == raw.state_dict().keys()
     dark = UnitFeatures()(torch.zeros(1, 4, requires_grad=True))
     assert torch.equal(dark, torch.zeros(1, 4))
+
+
+def test_a_projection_changes_nothing_until_it_is_learned():
+    torch.manual_seed(0)
+    own = Conv4(3, 5, 32, filters=4, projection=True, unit_features=True)
+    torch.manual_seed(0)
+    without = Conv4(3, 5, 32, filters=4, unit_features=True)
+    x = torch.randn(6, 3, 32, 32)
+    assert torch.equal(own(x), without(x))
+    torch.manual_seed(1)
+    mapped = torch.randn(16, 16)
+    with torch.no_grad():
+        own.blocks.projection.weight.copy_(mapped)
+    expected = UnitFeatures()(without.blocks[:-1](x) @ mapped.T)
+    torch.testing.assert_close(own.blocks(x), expected)
+
+
+def test_the_projection_of_a_head_is_the_fourth_root_of_its_metric():
+    torch.manual_seed(0)
+    head = torch.randn(40, 6)
+    own = projection_of(head + torch.randn(6))  # what all classes share tells none apart
+    v = head - head.mean(0)
+    metric = v.T @ v
+    fourth = torch.linalg.matrix_power(own, 4)
+    torch.testing.assert_close(fourth * (metric.trace() / fourth.trace()), metric)
+    torch.testing.assert_close(own, own.T)
+    assert torch.linalg.eigvalsh(own).min() > 0
+    assert own.square().sum() == pytest.approx(6)
+    torch.testing.assert_close(projection_of(7 * head), own)
+    orthogonal, _ = torch.linalg.qr(torch.randn(6, 6))  # other axes, the same map
+    torch.testing.assert_close(projection_of(head @ orthogonal), orthogonal.T @ own @ orthogonal)
+
+
+def test_a_head_that_tells_no_classes_apart_gives_the_identity():
+    assert torch.equal(projection_of(torch.ones(8, 4)), torch.eye(4))
 
 
 def test_a_cosine_head_sees_angles_alone():

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from fewstep.core.errors import InputError
+from fewstep.models.conv import projection_of
 from fewstep.training.build import Experiment
 from fewstep.training.config import ClassificationOptions
 from fewstep.training.initial import read_initial, start_from
@@ -46,6 +47,27 @@ def test_a_head_of_another_kind_is_left(heads):
     for name, tensor in own.head.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert torch.equal(own.blocks[3].conv.weight, source.blocks[3].conv.weight)
+
+
+@pytest.mark.parametrize(("classes", "taken"), [(4, True), (3, False)])
+def test_a_projection_is_taken_from_a_head_of_as_many_classes_as_features(classes, taken):
+    source = network(ways=classes)
+    own = Conv4Options(4, projection=True).build((1, 16, 16), 3)
+    start_from(own, source.state_dict())
+    expected = projection_of(source.head.weight.detach()) if taken else torch.eye(4)
+    assert torch.equal(own.blocks.projection.weight, expected)
+    assert torch.equal(own.blocks[3].conv.weight, source.blocks[3].conv.weight)
+
+
+def test_a_projection_that_was_learned_is_kept():
+    source, own = (Conv4Options(4, projection=True).build((1, 16, 16), 9) for _ in range(2))
+    torch.nn.init.normal_(source.blocks.projection.weight)
+    start_from(own, source.state_dict())
+    assert torch.equal(own.blocks.projection.weight, source.blocks.projection.weight)
+    with pytest.raises(
+        InputError, match=r"another network: `blocks\.projection\.weight`, \(4, 4\)"
+    ):
+        start_from(network(ways=9), source.state_dict())
 
 
 @pytest.mark.parametrize("recipe", ["maml", "maml++"])

@@ -21,6 +21,9 @@ Activation = Literal["relu", "leaky-relu"]
 Initialisation = Literal["xavier", "finn", "zero-head", "torch"]
 Head = Literal["linear", "cosine"]
 
+PROJECTION = "blocks.projection.weight"
+"""Name of the parameter of a `Conv4`'s projection."""
+
 
 class ConvBlock(nn.Module):
     """3x3 convolution, normalisation, activation, halving of the resolution.
@@ -145,6 +148,52 @@ class UnitFeatures(nn.Module):
         return f * torch.rsqrt((f * f).mean(-1, keepdim=True) + self.eps)
 
 
+class Projection(nn.Module):
+    """A square linear map of the features before the head, P f, at first the identity.
+
+    Behind it, the first inner step from a head of zeros compares query with support images by
+    <P f, P f'>, a metric that the outer loop learns. `projection_of` takes one from a classifier.
+
+    Args:
+        features: Length of f.
+
+    Shapes: (examples, features) to the same.
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(features))
+
+    def forward(self, f: Tensor) -> Tensor:
+        """Return the mapped features."""
+        return F.linear(f, self.weight)
+
+
+def projection_of(head: Tensor) -> Tensor:
+    """Return the map of features by which a classifier's head tells its classes apart.
+
+    P = |V|^(1/2) = (V^T V)^(1/4),  V = W - mean over classes of W,
+
+    so that <P f, P f'> = f^T |V| f'. The head's own metric would be f^T V^T V f', the inner product
+    of the classes' scores; the square root of it serves classes that the head has not seen better,
+    as the identity would less. P is scaled to a mean squared singular value of 1, as the identity
+    has.
+
+    Args:
+        head: W, (classes, features).
+
+    Returns:
+        P, (features, features), symmetric; the identity for a head that tells no classes apart.
+    """
+    v = (head - head.mean(0)).double()
+    if not v.any():
+        return torch.eye(head.shape[1], dtype=head.dtype)
+    squares, axes = torch.linalg.eigh(v.T @ v)
+    roots = squares.clamp(min=0) ** 0.25
+    projection: Tensor = (axes * roots) @ axes.T / roots.square().mean().sqrt()
+    return projection.to(head.dtype)
+
+
 class CosineHead(nn.Module):
     """Scores by the angle between features and a direction for each class.
 
@@ -189,8 +238,10 @@ class Conv4(nn.Sequential):
         spatial_mean: Give the head the spatial mean of the last map, whatever the size of the
             images, instead of all of it. None: under "stride", as MAML's code for Omniglot; not
             under "max-pool", as for mini-ImageNet.
+        projection: Map the features by a `Projection` before they are scaled and given to the head,
+            which none of the papers on gradient-based meta-learning does.
         unit_features: Scale the features of each image to a mean square of 1 before the head, which
-            none of the papers on gradient-based meta-learning does.
+            none of these papers does either.
         head: "linear", or "cosine" (`CosineHead`), for a classifier whose features others take.
 
     Raises:
@@ -217,6 +268,7 @@ class Conv4(nn.Sequential):
         bias: bool | None = None,
         initialisation: Initialisation = "xavier",
         spatial_mean: bool | None = None,
+        projection: bool = False,
         unit_features: bool = False,
         head: Head = "linear",
     ) -> None:
@@ -250,12 +302,15 @@ class Conv4(nn.Sequential):
             blocks.append(nn.AdaptiveAvgPool2d(1))
             resolution = 1
         blocks.append(nn.Flatten())
-        if unit_features:
-            blocks.append(UnitFeatures())
+        features = filters * resolution**2
         super().__init__()
         self.blocks = nn.Sequential(*blocks)
+        if projection:
+            self.blocks.add_module("projection", Projection(features))
+        if unit_features:
+            self.blocks.append(UnitFeatures())
         of_kind = {"linear": nn.Linear, "cosine": CosineHead}[head]
-        self.head = of_kind(filters * resolution**2, ways)
+        self.head = of_kind(features, ways)
         _initialise(self, initialisation)
 
 

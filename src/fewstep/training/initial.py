@@ -11,6 +11,7 @@ from torch import nn
 
 from fewstep.core.errors import InputError
 from fewstep.core.network import Tensors
+from fewstep.models.conv import PROJECTION, projection_of
 from fewstep.training.config import RunConfig, to_dict
 from fewstep.training.parse import load_config
 from fewstep.training.run_folder import RunFolder
@@ -68,7 +69,7 @@ def check_source(path: Path, config: RunConfig) -> None:
     if not path.is_dir():
         return
     source = load_config(RunFolder.open(path).path / "config.toml")
-    parts = [("model", {"initialisation", "head"}, "is of another network")]
+    parts = [("model", {"initialisation", "head", "projection"}, "is of another network")]
     if source.dataset == config.dataset:
         parts += [("data", {"root", "size"}, "may have been trained on what this run tests on")]
     for part, free, so_that in parts:
@@ -81,28 +82,51 @@ def check_source(path: Path, config: RunConfig) -> None:
                 )
 
 
-def fitting(module: nn.Module, initial: Tensors) -> list[str]:
-    """Return the names of the module's parameters and buffers that `initial` gives.
+def fitting(module: nn.Module, initial: Tensors) -> Tensors:
+    """Return what `initial` gives the module's parameters and buffers, by their names.
 
-    These are all, or all but those of the last layer, whose outputs are another task's classes.
+    These are all, or all but those of the last layer, whose outputs are another task's classes, and
+    of a projection, which a classifier's head gives if it can.
 
     Raises:
-        InputError: another one is missing or of another shape.
+        InputError: another one is missing or of another shape, or there are more.
     """
     own = module.state_dict()
     *_, last = (name for name, _ in module.named_parameters())
-    head = last.rpartition(".")[0] + "."
-    found = [n for n, t in own.items() if n in initial and initial[n].shape == t.shape]
+    free = [last.rpartition(".")[0] + "."]
+    if PROJECTION in own:
+        free.append(PROJECTION)
+        initial = _with_projection(initial)
+    found = {n: initial[n] for n, t in own.items() if n in initial and initial[n].shape == t.shape}
     for name, tensor in own.items():
-        if name not in found and not name.startswith(head):
+        if name not in found and not name.startswith(tuple(free)):
             there = f"{tuple(initial[name].shape)} there" if name in initial else "missing there"
             raise InputError(
                 f"initial parameters are of another network: `{name}`, {tuple(tensor.shape)} here, "
                 f"is {there}; give the same network, filters and normalisation"
             )
-    if any(name.startswith(head) and name not in found for name in own):
-        found = [name for name in found if not name.startswith(head)]  # a bias alone is no head
+    for name in initial:
+        if name not in own and not name.startswith(tuple(free)):
+            raise InputError(
+                f"initial parameters are of another network: `{name}`, "
+                f"{tuple(initial[name].shape)} there, is missing here; give the same network"
+            )
+    for layer in free:
+        if any(name.startswith(layer) and name not in found for name in own):  # a bias is no head
+            found = {name: t for name, t in found.items() if not name.startswith(layer)}
     return found
+
+
+def _with_projection(initial: Tensors) -> Tensors:
+    """Return `initial` and, if it has none, the projection of its classifier's head.
+
+    A head of fewer classes than features says too little of these: the projection then stays the
+    identity.
+    """
+    head = initial.get("head.weight")
+    if PROJECTION in initial or head is None or len(head) < head.shape[1]:
+        return initial
+    return {**initial, PROJECTION: projection_of(head)}
 
 
 def start_from(module: nn.Module, initial: Tensors) -> None:
@@ -113,5 +137,5 @@ def start_from(module: nn.Module, initial: Tensors) -> None:
     """
     own = module.state_dict()
     with torch.no_grad():
-        for name in fitting(module, initial):
-            own[name].copy_(initial[name])
+        for name, tensor in fitting(module, initial).items():
+            own[name].copy_(tensor)
