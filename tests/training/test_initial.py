@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from fewstep.core.errors import InputError
-from fewstep.models.conv import projection_of
+from fewstep.models.features import projection_of
 from fewstep.training.build import Experiment
 from fewstep.training.config import ClassificationOptions
 from fewstep.training.initial import read_initial, start_from

@@ -11,7 +11,8 @@ from torch import nn
 
 from fewstep.core.errors import InputError
 from fewstep.core.network import Tensors
-from fewstep.models.conv import PROJECTION, projection_of
+from fewstep.models.conv import PROJECTION
+from fewstep.models.features import projection_of
 from fewstep.training.config import RunConfig, to_dict
 from fewstep.training.parse import load_config
 from fewstep.training.run_folder import RunFolder
