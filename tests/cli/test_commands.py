@@ -26,36 +26,15 @@ from fewstep.training.load import load_learner
 from fewstep.training.network_options import Conv4Options
 from fewstep.training.parse import load_config
 from fewstep.training.run_folder import RunFolder
+from tests.cli.conftest import SINUSOID, TINY, refused, train_on_images
 from tests.data.conftest import write_images
 
-TINY = "--iterations 4 --val-every 2 --val-tasks 3 --test-tasks 3 --tasks 2 --device cpu"
-SINUSOID = f"train --dataset sinusoid {TINY}"
-
-
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path, monkeypatch, own_cache):
-    monkeypatch.delenv("FEWSTEP_DATA", raising=False)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def _images(root: Path) -> str:
-    write_images(root, {f"c{i:02d}": 6 for i in range(20)})
-    options = "--ways 2 --queries 2 --eval-queries 2 --size 16 --filters 4 --rotations episode"
-    return f"train --dataset folder --root {root} {options} {TINY}"
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 def _size(picture: Path | str) -> tuple[int, int]:
     with Image.open(picture) as image:
         return image.size
-
-
-def _refused(capsys, command: str) -> str:
-    assert main(command.split()) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "Traceback" not in error
-    return error
 
 
 def test_train_evaluate_plot(empty_folder, capsys):
@@ -96,7 +75,7 @@ def test_supervised_learning_and_a_run_that_starts_from_it(empty_folder, capsys)
     assert main(f"evaluate {run} --split val --tasks 3".split()) == 0
     options = "--support mine --query mine/c00"
     for command in (f"evaluate {run} --shots 2", f"predict {run} {options}"):
-        error = _refused(capsys, command)
+        error = refused(capsys, command)
         assert "have no shots; leave it out" in error or f"--initial {run}" in error
 
     second = f"train --initial {run} {TINY} --size 20 --ways 2 --queries 2 --eval-queries 2"
@@ -104,7 +83,7 @@ def test_supervised_learning_and_a_run_that_starts_from_it(empty_folder, capsys)
         ("--norm layer", "has norm='batch' where this run has 'layer', so that it is of another n"),
         ("--fractions 0.5 0.2 0.3", "so that it may have been trained on what this r"),
     ):
-        assert words in _refused(capsys, f"{second} {other}")
+        assert words in refused(capsys, f"{second} {other}")
     assert main(second.split()) == 0
     config = load_config(Path("runs/folder-maml-1/config.toml"))
     assert config.initial == run
@@ -134,7 +113,7 @@ def test_bars_on_a_terminal(empty_folder, capsys, monkeypatch):
 
 
 def test_images_of_your_own(empty_folder, capsys):
-    assert main(_images(empty_folder / "mine").split()) == 0
+    assert main(train_on_images(empty_folder / "mine").split()) == 0
     assert "normalisation statistics: batch (transductive)" in capsys.readouterr().out
     run = Path("runs/folder-maml-1")
     assert main(f"evaluate {run} --tasks 3 --queries 3 --rotations classes".split()) == 0
@@ -152,7 +131,7 @@ def test_images_of_your_own(empty_folder, capsys):
 
 def test_every_part_of_maml_plus_plus(empty_folder, capsys):
     options = "--recipe maml++ --num-steps 2 --eval-steps 2 --keep-best 9 --out plus"
-    assert main(f"{_images(empty_folder / 'mine')} {options}".split()) == 0
+    assert main(f"{train_on_images(empty_folder / 'mine')} {options}".split()) == 0
     out = capsys.readouterr().out
     assert "normalisation statistics: running averages of each step" in out
     assert "test, ensemble of 2: accuracy" in out
@@ -174,14 +153,14 @@ def test_every_part_of_maml_plus_plus(empty_folder, capsys):
     )
     assert "normalisation statistics: support set" in capsys.readouterr().out
     assert Path("plus/evaluation-test-ensemble-2-steps-statistics-support.json").exists()
-    error = _refused(capsys, "evaluate plus --steps 3 --tasks 3")
+    error = refused(capsys, "evaluate plus --steps 3 --tasks 3")
     assert "num_steps=3 is more than the 2" in error
 
 
 def test_a_memory_budget_chooses_chunks_and_checkpoints(empty_folder, capsys):
     # First order until the third iteration: the budget must hold for the second order too.
     schedule = "--num-steps 3 --eval-steps 3 --first-order-epochs 2 --epoch-length 1"
-    train = f"{_images(empty_folder / 'images')} {schedule}"
+    train = f"{train_on_images(empty_folder / 'images')} {schedule}"
     chosen = {}
     for budget in (100, 0.3, 0.2):
         assert main(f"{train} --memory-budget {budget} --out run-{budget}".split()) == 0
@@ -192,13 +171,11 @@ def test_a_memory_budget_chooses_chunks_and_checkpoints(empty_folder, capsys):
         0.3: "chunk_size=2, checkpoint_every=1",
         0.2: "chunk_size=1, checkpoint_every=1",
     }
-    assert "memory budget of 0.001 MiB is below" in _refused(
-        capsys, f"{train} --memory-budget 1e-3"
-    )
+    assert "memory budget of 0.001 MiB is below" in refused(capsys, f"{train} --memory-budget 1e-3")
 
 
 def test_data_commands(empty_folder, capsys):
-    _images(empty_folder / "mine")
+    train_on_images(empty_folder / "mine")
     assert main(["data", "list"]) == 0
     assert main(f"data prepare --dataset folder --root {empty_folder}/mine --size 16".split()) == 0
     options = "--size 16 --shots 2 --queries 2 --count 2"
@@ -261,123 +238,6 @@ def test_a_terminal_without_unicode():
     assert b"test: loss" in run.stdout
 
 
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        ("trian", "unknown command 'trian'; did you mean 'train'?"),
-        ("data shwo", "unknown command 'data shwo'; did you mean 'data show'?"),
-        (f"{SINUSOID} --itrations=3", "unknown option '--itrations'; did you mean '--iterations'?"),
-        (f"{SINUSOID} --device cuda:99", "device 'cuda:99' cannot be used"),
-        (f"{SINUSOID} --num-steps -1", "num_steps=-1 must be 0 or more"),
-        (f"{SINUSOID} --inner-lr nan", "inner_lr=nan must be a finite number"),
-        (f"{SINUSOID} --outer-lr 0", "outer_lr=0.0 must be a positive number"),
-        (f"{SINUSOID} --shots 0", "shots=0 must be at least 1"),
-        (f"{SINUSOID} --not-adapted nothing.*", "pattern 'nothing.*' matches no parameter"),
-        ("train --dataset omniglot --root nowhere", "nowhere lacks images_background.zip"),
-        ("train --dataset mini-imagenet", "ImageNet's terms allow no download"),
-        ("train --dataset folder", "pass --root"),
-        ("train --config absent.toml", "cannot read absent.toml"),
-        ("evaluate nowhere", "nowhere holds no run"),
-        ("resume nowhere", "nowhere holds no run"),
-        ("plot nowhere", "nowhere holds no run"),
-        ("plot", "plot needs at least one run folder"),
-        ("data show --dataset sinusoid", "dataset 'sinusoid' has no images"),
-    ],
-)
-def test_bad_input_is_one_line_and_code_2(capsys, command, message):
-    assert message in _refused(capsys, command)
-    assert not list(Path("runs").glob("*/checkpoints/*"))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("--ways 14", "ways=14 asks for more classes than the 13 of the train split"),
-        ("--shots 5", "shots=5 and queries=2 need 7 images of every class, but class c"),
-        ("--eval-queries 9", "queries=9 need 10 images of every class, but class c"),
-        ("--size 8", "cannot be halved 4 times"),
-    ],
-)
-def test_episodes_that_the_images_cannot_fill(empty_folder, capsys, options, message):
-    command = _images(empty_folder / "mine").replace("--rotations episode", "")
-    assert message in _refused(capsys, f"{command} {options}")
-
-
-def test_two_runs_in_one_folder(capsys):
-    assert main([*SINUSOID.split(), "--out", "here"]) == 0
-    before = {
-        p: p.read_bytes() for p in Path("here").rglob("*") if p.is_file() and p.name != "lock"
-    }
-    capsys.readouterr()
-    assert "here already holds a run; continue it with" in _refused(
-        capsys, f"{SINUSOID} --out here"
-    )
-    assert {p: p.read_bytes() for p in before} == before
-
-
-def test_two_runs_in_one_folder_at_once(empty_folder, capsys):
-    """The second is refused while the first goes on."""
-    command = f"{SINUSOID} --iterations 100000 --out here"
-    first = subprocess.Popen(
-        [sys.executable, "-m", "fewstep", *command.split()], stdout=subprocess.DEVNULL
-    )
-    try:
-        while not Path("here/metrics.jsonl").exists():
-            assert first.poll() is None
-        error = _refused(capsys, "resume here")
-        assert f"here is in use by process {first.pid}" in error
-    finally:
-        first.kill()
-        first.wait()
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(capsys):
-    command = f"{SINUSOID} --num-steps 3 --inner-lr 1e30 --out here"
-    assert main(command.split()) == 1
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    for part in ("iteration 1: the support loss of task 0 at step 1 is", "iteration 0 is kept"):
-        assert part in error
-    assert len(list(Path("here/checkpoints").iterdir())) == 1
-
-
-@pytest.mark.parametrize("file", ["checkpoint", "state", "metrics"])
-def test_a_full_disk_keeps_the_old_checkpoint(monkeypatch, capsys, file):
-    """A write of iteration 2 meets a full disk; the run goes on from the start's checkpoint."""
-    folder = {"checkpoint": "here/checkpoints", "state": "here", "metrics": "here/metrics.jsonl"}
-    write, metrics_written = os.fsync, []
-
-    def fills_up(descriptor):
-        target = Path(f"/proc/self/fd/{descriptor}").readlink()
-        name = str(target.parent if target.name.startswith(".new-") else target)
-        metrics_written.extend(["yes"] * name.endswith("metrics.jsonl"))
-        if metrics_written and name.endswith(folder[file]) and not target.is_dir():
-            raise OSError(28, "No space left on device")
-        write(descriptor)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", fills_up)
-        error = _refused(capsys, f"{SINUSOID} --out here")
-    assert "o space left" in error
-    assert "intact" in error
-    state = json.loads(Path("here/state.json").read_text())
-    assert state["iteration"] == 0
-    assert (Path("here/checkpoints") / state["last"]).exists()
-    assert not list(Path("here").rglob(".new-*"))
-    assert main(["resume", "here"]) == 0
-
-
-@pytest.mark.parametrize("damage", ["state.json", "checkpoints"])
-def test_a_damaged_run_is_named(capsys, damage):
-    assert main([*SINUSOID.split(), "--out", "here"]) == 0
-    capsys.readouterr()
-    for file in (
-        [Path("here/state.json")] if damage == "state.json" else Path("here/checkpoints").iterdir()
-    ):
-        file.write_bytes(file.read_bytes()[:20])
-    assert "here" in _refused(capsys, "evaluate here")
-
-
 def test_a_reader_that_leaves_early_is_no_error():
     with subprocess.Popen(
         [sys.executable, "-u", "-m", "fewstep", "train", "--help"],
@@ -400,7 +260,7 @@ def _own_classes(root: Path) -> str:
 
 def test_predict_without_the_data(empty_folder, capsys):
     root = empty_folder / "mine"
-    assert main(_images(root).split()) == 0
+    assert main(train_on_images(root).split()) == 0
     options = _own_classes(empty_folder)
     shutil.rmtree(root)
     shutil.rmtree(empty_folder / "cache")
@@ -435,21 +295,21 @@ def test_predict_without_the_data(empty_folder, capsys):
 
 
 def test_predict_refuses_what_it_cannot_read(empty_folder, capsys):
-    assert main(_images(empty_folder / "mine").split()) == 0
+    assert main(train_on_images(empty_folder / "mine").split()) == 0
     assert main(SINUSOID.split()) == 0
     options = _own_classes(empty_folder)
     run = "runs/folder-maml-1"
-    assert "needs images" in _refused(capsys, f"predict runs/sinusoid-maml-1 {options}")
+    assert "needs images" in refused(capsys, f"predict runs/sinusoid-maml-1 {options}")
     missing = options.replace("/what", "/where")
-    assert "no image or folder" in _refused(capsys, f"predict {run} {missing}")
+    assert "no image or folder" in refused(capsys, f"predict {run} {missing}")
     (empty_folder / "support" / "third").mkdir()
-    assert "holds 3 folders" in _refused(capsys, f"predict {run} {options}")
+    assert "holds 3 folders" in refused(capsys, f"predict {run} {options}")
     shutil.rmtree(empty_folder / "support" / "[light]")
-    assert "third holds no image" in _refused(capsys, f"predict {run} {options}")
+    assert "third holds no image" in refused(capsys, f"predict {run} {options}")
 
 
 def test_a_loaded_learner_scores_as_the_run_did(empty_folder):
-    assert main(_images(empty_folder / "mine").split()) == 0
+    assert main(train_on_images(empty_folder / "mine").split()) == 0
     run = RunFolder.open(Path("runs/folder-maml-1"))
     experiment = Experiment.build(load_config(run.path / "config.toml"))
     saved = json.loads((run.path / "evaluation-test-best-10-steps.json").read_text())

@@ -10,6 +10,7 @@ from fewstep import paired_difference
 from fewstep.cli.main import main
 from fewstep.data.sinusoid import SinusoidEpisodes
 from fewstep.training.load import load_learner
+from tests.cli.conftest import refused
 
 SINUSOID = (
     "train --dataset sinusoid --iterations 40 --val-every 40 --val-tasks 3 --test-tasks 30 "
@@ -47,13 +48,6 @@ def runs(capsys):
 def _write(name: str, **changes: object) -> None:
     episodes = {"episodes": TASKS["episodes"] | changes.pop("episodes", {})}
     Path(name).write_text(json.dumps(TASKS | episodes | changes))
-
-
-def _refused(capsys, command: str) -> str:
-    assert main(command.split()) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    return error
 
 
 def test_runs_are_compared_on_the_tasks_of_their_tests(runs, capsys):
@@ -103,10 +97,10 @@ def test_what_changes_no_task_of_a_test_may_differ(capsys):
         ({"episodes": {"eval_rotations": "classes"}}, "rotations='classes'"),
     ],
 )
-def test_scores_of_other_tasks_are_refused(changes, says, capsys):
+def test_scores_of_other_tasks_arerefused(changes, says, capsys):
     _write("a.json")
     _write("b.json", **changes)
-    error = _refused(capsys, "compare a.json b.json")
+    error = refused(capsys, "compare a.json b.json")
     assert f"b.json has {says}, a.json" in error
     assert "only scores of the same tasks compare" in error
 
@@ -117,27 +111,27 @@ def test_scores_of_other_tasks_are_refused(changes, says, capsys):
 def test_tasks_of_training_follow_from_the_seed_and_its_own_options(changes, capsys):
     _write("a.json", split="train")
     _write("b.json", split="train", **changes)
-    assert "only scores of the same tasks" in _refused(capsys, "compare a.json b.json")
+    assert "only scores of the same tasks" in refused(capsys, "compare a.json b.json")
 
 
 def test_folders_of_images_are_told_apart_by_where_they_are(capsys):
     for name in ("a", "b"):
         _write(f"{name}.json", dataset="folder", data={"root": name, "size": 28})
-    assert "root='b'" in _refused(capsys, "compare a.json b.json")
+    assert "root='b'" in refused(capsys, "compare a.json b.json")
 
 
 def test_what_cannot_be_compared_is_refused_in_one_line(runs, capsys):
-    assert "needs two runs" in _refused(capsys, "compare maml")
-    assert "cannot read nothing.json" in _refused(capsys, "compare maml nothing.json")
+    assert "needs two runs" in refused(capsys, "compare maml")
+    assert "cannot read nothing.json" in refused(capsys, "compare maml nothing.json")
     Path("empty").mkdir()
-    assert "holds no run" in _refused(capsys, "compare maml empty")
+    assert "holds no run" in refused(capsys, "compare maml empty")
     Path("torn.json").write_text("{")
-    assert "torn.json is not JSON" in _refused(capsys, "compare maml torn.json")
+    assert "torn.json is not JSON" in refused(capsys, "compare maml torn.json")
     shutil.copytree("maml", "old")
     file = Path("old/evaluation-test-best-10-steps.json")
     values = json.loads(file.read_text())
     del values["per_task"]
     file.write_text(json.dumps(values))
-    assert "write it anew with `fewstep evaluate" in _refused(capsys, "compare maml old")
+    assert "write it anew with `fewstep evaluate" in refused(capsys, "compare maml old")
     file.unlink()
-    assert "`fewstep evaluate old`" in _refused(capsys, "compare maml old")
+    assert "`fewstep evaluate old`" in refused(capsys, "compare maml old")

@@ -1,0 +1,34 @@
+"""What the tests of the commands share."""
+
+from pathlib import Path
+
+import pytest
+
+from fewstep.cli.main import main
+from tests.data.conftest import write_images
+
+TINY = "--iterations 4 --val-every 2 --val-tasks 3 --test-tasks 3 --tasks 2 --device cpu"
+SINUSOID = f"train --dataset sinusoid {TINY}"
+
+
+@pytest.fixture
+def empty_folder(tmp_path, monkeypatch, own_cache):
+    monkeypatch.delenv("FEWSTEP_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def train_on_images(root: Path) -> str:
+    """Write images of twenty classes, and return the command that trains on them."""
+    write_images(root, {f"c{i:02d}": 6 for i in range(20)})
+    options = "--ways 2 --queries 2 --eval-queries 2 --size 16 --filters 4 --rotations episode"
+    return f"train --dataset folder --root {root} {options} {TINY}"
+
+
+def refused(capsys, command: str) -> str:
+    """Return the one line that a command is refused with."""
+    assert main(command.split()) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+    return error

@@ -1,0 +1,129 @@
+"""What a command cannot do it says in one line, and what was saved stays."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fewstep.cli.main import main
+from tests.cli.conftest import SINUSOID, refused, train_on_images
+
+pytestmark = pytest.mark.usefixtures("empty_folder")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("trian", "unknown command 'trian'; did you mean 'train'?"),
+        ("data shwo", "unknown command 'data shwo'; did you mean 'data show'?"),
+        (f"{SINUSOID} --itrations=3", "unknown option '--itrations'; did you mean '--iterations'?"),
+        (f"{SINUSOID} --device cuda:99", "device 'cuda:99' cannot be used"),
+        (f"{SINUSOID} --num-steps -1", "num_steps=-1 must be 0 or more"),
+        (f"{SINUSOID} --inner-lr nan", "inner_lr=nan must be a finite number"),
+        (f"{SINUSOID} --outer-lr 0", "outer_lr=0.0 must be a positive number"),
+        (f"{SINUSOID} --shots 0", "shots=0 must be at least 1"),
+        (f"{SINUSOID} --not-adapted nothing.*", "pattern 'nothing.*' matches no parameter"),
+        ("train --dataset omniglot --root nowhere", "nowhere lacks images_background.zip"),
+        ("train --dataset mini-imagenet", "ImageNet's terms allow no download"),
+        ("train --dataset folder", "pass --root"),
+        ("train --config absent.toml", "cannot read absent.toml"),
+        ("evaluate nowhere", "nowhere holds no run"),
+        ("resume nowhere", "nowhere holds no run"),
+        ("plot nowhere", "nowhere holds no run"),
+        ("plot", "plot needs at least one run folder"),
+        ("data show --dataset sinusoid", "dataset 'sinusoid' has no images"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(capsys, command, message):
+    assert message in refused(capsys, command)
+    assert not list(Path("runs").glob("*/checkpoints/*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--ways 14", "ways=14 asks for more classes than the 13 of the train split"),
+        ("--shots 5", "shots=5 and queries=2 need 7 images of every class, but class c"),
+        ("--eval-queries 9", "queries=9 need 10 images of every class, but class c"),
+        ("--size 8", "cannot be halved 4 times"),
+    ],
+)
+def test_episodes_that_the_images_cannot_fill(empty_folder, capsys, options, message):
+    command = train_on_images(empty_folder / "mine").replace("--rotations episode", "")
+    assert message in refused(capsys, f"{command} {options}")
+
+
+def test_two_runs_in_one_folder(capsys):
+    assert main([*SINUSOID.split(), "--out", "here"]) == 0
+    before = {
+        p: p.read_bytes() for p in Path("here").rglob("*") if p.is_file() and p.name != "lock"
+    }
+    capsys.readouterr()
+    assert "here already holds a run; continue it with" in refused(capsys, f"{SINUSOID} --out here")
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_two_runs_in_one_folder_at_once(empty_folder, capsys):
+    """The second is refused while the first goes on."""
+    command = f"{SINUSOID} --iterations 100000 --out here"
+    first = subprocess.Popen(
+        [sys.executable, "-m", "fewstep", *command.split()], stdout=subprocess.DEVNULL
+    )
+    try:
+        while not Path("here/metrics.jsonl").exists():
+            assert first.poll() is None
+        error = refused(capsys, "resume here")
+        assert f"here is in use by process {first.pid}" in error
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(capsys):
+    command = f"{SINUSOID} --num-steps 3 --inner-lr 1e30 --out here"
+    assert main(command.split()) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    for part in ("iteration 1: the support loss of task 0 at step 1 is", "iteration 0 is kept"):
+        assert part in error
+    assert len(list(Path("here/checkpoints").iterdir())) == 1
+
+
+@pytest.mark.parametrize("file", ["checkpoint", "state", "metrics"])
+def test_a_full_disk_keeps_the_old_checkpoint(monkeypatch, capsys, file):
+    """A write of iteration 2 meets a full disk; the run goes on from the start's checkpoint."""
+    folder = {"checkpoint": "here/checkpoints", "state": "here", "metrics": "here/metrics.jsonl"}
+    write, metrics_written = os.fsync, []
+
+    def fills_up(descriptor):
+        target = Path(f"/proc/self/fd/{descriptor}").readlink()
+        name = str(target.parent if target.name.startswith(".new-") else target)
+        metrics_written.extend(["yes"] * name.endswith("metrics.jsonl"))
+        if metrics_written and name.endswith(folder[file]) and not target.is_dir():
+            raise OSError(28, "No space left on device")
+        write(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fills_up)
+        error = refused(capsys, f"{SINUSOID} --out here")
+    assert "o space left" in error
+    assert "intact" in error
+    state = json.loads(Path("here/state.json").read_text())
+    assert state["iteration"] == 0
+    assert (Path("here/checkpoints") / state["last"]).exists()
+    assert not list(Path("here").rglob(".new-*"))
+    assert main(["resume", "here"]) == 0
+
+
+@pytest.mark.parametrize("damage", ["state.json", "checkpoints"])
+def test_a_damaged_run_is_named(capsys, damage):
+    assert main([*SINUSOID.split(), "--out", "here"]) == 0
+    capsys.readouterr()
+    for file in (
+        [Path("here/state.json")] if damage == "state.json" else Path("here/checkpoints").iterdir()
+    ):
+        file.write_bytes(file.read_bytes()[:20])
+    assert "here" in refused(capsys, "evaluate here")
