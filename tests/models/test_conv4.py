@@ -87,7 +87,7 @@ def test_unit_features_leave_only_their_direction_to_the_head():
     x = torch.randn(6, 3, 32, 32)
     f = raw.blocks(x).detach()
     unit = f / (f.square().mean(1, keepdim=True)).sqrt()
-    torch.testing.assert_close(own.blocks(x).detach(), unit, rtol=1e-4, atol=0)
+    torch.testing.assert_close(own.unit_features(own.blocks(x)).detach(), unit, rtol=1e-4, atol=0)
     torch.testing.assert_close(own(x), own.head(unit), rtol=1e-4, atol=1e-5)
     assert own.state_dict().keys() == raw.state_dict().keys()
     dark = UnitFeatures()(torch.zeros(1, 4, requires_grad=True))
@@ -105,8 +105,21 @@ def test_a_projection_changes_nothing_until_it_is_learned():
     mapped = torch.randn(16, 16)
     with torch.no_grad():
         own.blocks.projection.weight.copy_(mapped)
-    expected = UnitFeatures()(without.blocks[:-1](x) @ mapped.T)
-    torch.testing.assert_close(own.blocks(x), expected)
+    expected = UnitFeatures()(without.blocks(x) @ mapped.T)
+    torch.testing.assert_close(own.unit_features(own.blocks(x)), expected)
+
+
+def test_mirrored_features_are_those_of_the_mirror_image():
+    torch.manual_seed(0)
+    own = Conv4(3, 5, 32, filters=4, mirrored=True, unit_features=True)
+    torch.manual_seed(0)
+    without = Conv4(3, 5, 32, filters=4)
+    assert own.state_dict().keys() == without.state_dict().keys()
+    x = torch.randn(6, 3, 32, 32)
+    mean = (without.blocks(x) + without.blocks(x.flip(3))) / 2
+    torch.testing.assert_close(own.unit_features(own.blocks(x)), UnitFeatures()(mean))
+    torch.testing.assert_close(own(x.flip(3)), own(x))
+    assert not torch.allclose(own(x.flip(2)), own(x))
 
 
 def test_the_projection_of_a_head_is_the_fourth_root_of_its_metric():
