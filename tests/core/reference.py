@@ -143,8 +143,9 @@ MODELS = {
     "Conv4 layer norm": Case(
         lambda: Conv4(1, WAYS, 16, filters=4, norm="layer", activation="leaky-relu"), (1, 16, 16)
     ),
-    "Conv4 unit features": Case(
-        lambda: Conv4(1, WAYS, 16, filters=4, unit_features=True), (1, 16, 16)
+    "Conv4 features": Case(
+        lambda: Conv4(1, WAYS, 16, filters=4, mirrored=True, projection=True, unit_features=True),
+        (1, 16, 16),
     ),
     "Conv4 cosine head": Case(lambda: Conv4(1, WAYS, 16, filters=4, head="cosine"), (1, 16, 16)),
     "fully connected": Case(lambda: fully_connected(16, WAYS), (1, 4, 4)),

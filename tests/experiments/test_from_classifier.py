@@ -12,6 +12,7 @@ from rich.console import Console
 
 from fewstep.core.errors import InputError
 from fewstep.experiments.from_classifier import MamlPlusPlusFromClassifier
+from fewstep.models.features import projection_of
 from fewstep.training.config import SupervisedOptions
 from fewstep.training.parse import load_config
 from fewstep.training.run_folder import RunFolder
@@ -72,6 +73,9 @@ def test_every_run_starts_where_the_one_before_ended(experiment, monkeypatch, ca
         for name in taken:
             assert torch.equal(starts[target][name], weights[name])
     assert not starts["maml++"]["model.head.weight"].any()
+    projection = starts["maml++"]["model.blocks.projection.weight"]
+    assert torch.equal(projection, projection_of(weights["model.head.weight"]))
+    assert not torch.equal(projection, torch.eye(4))
 
     found = json.loads((out / "table.json").read_text())["runs"]
     assert [len(scores) for scores in found.values()] == [1, 1, 1, 1, 4]
@@ -121,13 +125,13 @@ MINI_CLASSIFIERS = [
     [
         (
             {"iterations": 2_400},
-            [*MINI_CLASSIFIERS, "maml++-mini-5w1s-shifts"],
+            [*MINI_CLASSIFIERS, "maml++-mini-5w1s-projection"],
             {"device", "initial", "val_every"},
         ),
         (
-            {"shots": 5, "tasks": 2, "iterations": 2_200},
-            [*MINI_CLASSIFIERS, "maml++-mini-5w5s-sgd"],
-            {"device", "initial"},
+            {"shots": 5, "tasks": 2, "iterations": 1_400},
+            [*MINI_CLASSIFIERS, "maml++-mini-5w5s-projection"],
+            {"device", "initial", "val_every"},
         ),
         (
             {"dataset": "omniglot"},

@@ -40,7 +40,8 @@ class MamlPlusPlusFromClassifier:
     Not the paper's recipe: MAML++ takes a fifth of the tasks then, or fewer. On mini-ImageNet the
     classifier sees images of 42 pixels first, at a third of the cost, then those of 84, by Adam and
     then by SGD with momentum and decay, cropped and then shifted; the head gets the spatial mean of
-    the last map, scaled to unit length. The settings were chosen with one shot.
+    the last map, scaled to unit length. MAML++ maps it by what the classifier's head knows of it
+    first. The settings were chosen with one shot.
 
     The classifier is for one process; under torchrun, the same command shares MAML++'s tasks among
     processes once it is trained.
@@ -194,11 +195,8 @@ class MamlPlusPlusFromClassifier:
             precision=self.precision,
         ).config("MAML++", self.seed)
         assert isinstance(classifier.model, Conv4Options)
-        base = replace(
-            base,
-            model=replace(classifier.model, initialisation="zero-head"),
-            val_every=max(1, base.iterations // 8),
-        )
+        model = replace(classifier.model, initialisation="zero-head", projection=self._is_mini)
+        base = replace(base, model=model, val_every=max(1, base.iterations // 8))
         if not self._is_mini:
             algorithm = replace(base.algorithm, multi_step_epochs=0, first_order_epochs=0)
             return replace(base, algorithm=algorithm)
