@@ -183,13 +183,7 @@ class Conv4(nn.Sequential):
         for name, value in (("filters", filters), ("ways", ways), ("in_channels", in_channels)):
             if value < 1:
                 raise InputError(f"Conv4({name}={value}) must be at least 1")
-        check_name("initialisation", initialisation, get_args(Initialisation))
-        check_name("head", head, get_args(Head))
-        if (head, initialisation) == ("cosine", "zero-head"):
-            raise InputError(
-                "Conv4(head='cosine', initialisation='zero-head') has directions of length 0; use "
-                "another initialisation, or head='linear'"
-            )
+        _check_head(head, initialisation)
         blocks: list[nn.Module] = []
         channels, resolution = in_channels, size
         for _ in range(4):
@@ -220,6 +214,16 @@ class Conv4(nn.Sequential):
         of_kind = {"linear": nn.Linear, "cosine": CosineHead}[head]
         self.head = of_kind(features, ways)
         _initialise(self, initialisation)
+
+
+def _check_head(head: Head, initialisation: Initialisation) -> None:
+    check_name("initialisation", initialisation, get_args(Initialisation))
+    check_name("head", head, get_args(Head))
+    if (head, initialisation) == ("cosine", "zero-head"):
+        raise InputError(
+            "Conv4(head='cosine', initialisation='zero-head') has directions of length 0; use "
+            "another initialisation, or head='linear'"
+        )
 
 
 def _initialise(model: Conv4, initialisation: Initialisation) -> None:
