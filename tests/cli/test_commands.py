@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from torch.nn import functional as F
 
 from fewstep import Scores
 from fewstep.cli.main import COMMANDS, main
@@ -127,6 +128,34 @@ def test_images_of_your_own(empty_folder, capsys):
     assert (run / "evaluation-test-best-10-steps.json").read_bytes() == before
     saved = json.loads((run / "evaluation-test-best-10-steps-tasks-4.json").read_text())
     assert saved["num_tasks"] == 4
+
+
+def test_views_of_images(empty_folder, capsys):
+    command = train_on_images(empty_folder / "mine")
+    noise = np.random.default_rng(0)
+    for file in sorted(Path("mine").rglob("*.png")):  # of one grey so far, however turned
+        Image.fromarray(noise.integers(0, 256, (16, 16), np.uint8)).save(file)
+    assert main(command.split()) == 0
+    run = Path("runs/folder-maml-1")
+    losses = []
+    for views in ("mirrored", "turned"):
+        assert main(f"evaluate {run} --tasks 3 --views {views}".split()) == 0
+        saved = json.loads((run / f"evaluation-test-best-10-steps-views-{views}.json").read_text())
+        assert saved["views"] == views
+        assert (saved["checkpoint"], saved["after"]) == ("best", [10])
+        losses.append(saved["loss_curve"][-1])
+    learner = load_learner(run, device="cpu")
+    experiment = Experiment.build(load_config(run / "config.toml"))
+    tasks = experiment.problem.episodes["test"].batch(0, 3)
+    seen = [tasks.seen(lambda x, k=k: x.rot90(k, (-2, -1))) for k in range(4)]
+    outputs = sum(learner.predict(each, 3, num_steps=10)[:, -1] for each in seen) / 4
+    loss = F.cross_entropy(outputs.flatten(0, 1), tasks.y_query.flatten())
+    assert losses[1] == pytest.approx(float(loss), rel=1e-5)
+    assert losses[0] != losses[1]
+
+    assert main(SINUSOID.split()) == 0
+    error = refused(capsys, "evaluate runs/sinusoid-maml-1 --views turned")
+    assert "have no images; leave it out" in error
 
 
 def test_every_part_of_maml_plus_plus(empty_folder, capsys):

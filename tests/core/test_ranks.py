@@ -50,7 +50,9 @@ def work(name: str, dtype: torch.dtype, ranks: Ranks) -> dict[str, torch.Tensor]
         found |= {f"{i} {k}": t for k, t in enumerate(numbers(metrics))}
     scores = learner.evaluate(tasks, TASKS)
     states = [learner.state_tensors(), learner.state_tensors()]
-    ensemble = learner.evaluate_ensemble(states, tasks, TASKS)
+    ensemble = learner.evaluate_ensemble(
+        states, tasks, TASKS, views=[torch.Tensor.neg, torch.Tensor.exp]
+    )
     found |= {"loss": scores.loss, "metric": scores.metric, "ensemble": ensemble.loss}
     found["outputs"] = learner.predict(tasks, TASKS)
     return found | learner.state_tensors()

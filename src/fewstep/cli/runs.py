@@ -19,10 +19,11 @@ from fewstep.core.norm import Use
 from fewstep.core.ranks import ALONE, Ranks
 from fewstep.core.scores import Scores
 from fewstep.data.episodes import Rotations
+from fewstep.data.views import Views
 from fewstep.report.curves import plot_runs
 from fewstep.report.sinusoid_fits import plot_sinusoid_fits
 from fewstep.training.build import Experiment, resolve_device
-from fewstep.training.config import EpisodeOptions, RunConfig, Split, to_dict
+from fewstep.training.config import EpisodeOptions, RunConfig, SinusoidData, Split, to_dict
 from fewstep.training.display import say
 from fewstep.training.evaluate import Checkpoint, evaluate_run
 from fewstep.training.files import locked, make_folder
@@ -123,6 +124,9 @@ class Evaluate:
     """Quarter turns of the images; the run's if not given."""
     statistics: Use | None = None
     """What batch normalisation normalises by; the run's if not given."""
+    views: Views | None = None
+    """Take the mean of the outputs for each task as it is and with all its images mirrored, or
+    turned by 1 to 3 quarters, each adapted to on its own; scored after the last step alone."""
     device: str = "auto"
     """"cpu", "cuda", ...; "auto" takes a GPU where there is one."""
 
@@ -133,6 +137,13 @@ class Evaluate:
         episodes, changes = self._episodes(config.episodes)
         if self.tasks != config.test_tasks:
             changes.append(f"tasks-{self.tasks}")
+        if self.views is not None:
+            changes.append(f"views-{self.views}")
+            if isinstance(config.data, SinusoidData):
+                raise InputError(
+                    f"--views {self.views}: the tasks of {self.run_folder} have no images; "
+                    "leave it out"
+                )
         config = replace(config, episodes=episodes, device=resolve_device(self.device))
         ranks = Ranks.of_torchrun(config.device)
         scores = evaluate_run(
@@ -144,6 +155,7 @@ class Evaluate:
             num_tasks=self.tasks,
             num_steps=config.algorithm.eval_steps if self.steps is None else self.steps,
             statistics=self.statistics,
+            views=self.views,
             changes=changes,
         )
         ranks.part()

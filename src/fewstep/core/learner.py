@@ -24,7 +24,7 @@ from fewstep.core.precision import Precision
 from fewstep.core.ranks import ALONE, Ranks
 from fewstep.core.replay import Replay
 from fewstep.core.scores import Scores
-from fewstep.core.tasks import Episodes, TaskBatch
+from fewstep.core.tasks import Episodes, TaskBatch, View, as_they_are
 from fewstep.core.testing import Read, losses_and_metrics, outputs_of, test
 
 
@@ -262,8 +262,11 @@ class MetaLearner:
         *,
         num_steps: int | None = None,
         statistics: Use | None = None,
+        views: Sequence[View] = (as_they_are,),
     ) -> Scores:
         """Score the mean of the outputs (logits) that several trained states end with.
+
+        y = mean over states s and views v of f_s adapted to the task seen by v
 
         Args:
             states: Each as `state_tensors` gave it; the learner's own state is left as it is.
@@ -271,14 +274,16 @@ class MetaLearner:
             num_tasks: How many tasks.
             num_steps: Inner steps.
             statistics: What batch normalisation normalises by.
+            views: What to make of the inputs, support and query alike, before a state adapts to
+                them: one adaptation for each view.
 
         Raises:
-            InputError: no state, another model's, or as in `evaluate`.
+            InputError: no state or view, another model's state, or as in `evaluate`.
         """
-        if not states or num_tasks < 2:
+        if not states or not views or num_tasks < 2:
             raise InputError(
-                f"an ensemble of {len(states)} states on num_tasks={num_tasks} needs at least 1 "
-                "state and 2 tasks"
+                f"an ensemble of {len(states)} states and {len(views)} views on "
+                f"num_tasks={num_tasks} needs at least 1 of each and 2 tasks"
             )
         norm = self._norm_statistics(statistics)
         before = self.state_tensors()
@@ -288,11 +293,13 @@ class MetaLearner:
         try:
             for start in range(own.start, own.stop, self.chunk_size):
                 chunk = episodes.batch(start, min(self.chunk_size, own.stop - start))
+                everything = slice(0, len(chunk))
                 outputs = []
                 for state in states:
                     self.load_state_tensors(state)
-                    everything = slice(0, len(chunk))
-                    outputs.append(self._test(chunk, everything, after, norm.use, outputs_of))
+                    for view in views:
+                        seen = chunk.seen(view)
+                        outputs.append(self._test(seen, everything, after, norm.use, outputs_of))
                 loss, metric = self._network.score(torch.stack(outputs).mean(0), chunk.y_query)
                 losses.append(loss)
                 metrics.append(metric)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,6 +10,13 @@ import torch
 from torch import Tensor
 
 from fewstep.core.errors import InputError
+
+View = Callable[[Tensor], Tensor]
+
+
+def as_they_are(x: Tensor) -> Tensor:
+    """Return the same inputs: the view that changes nothing."""
+    return x
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,11 @@ class TaskBatch:
             return [self]
         parts = [torch.split(t, tasks) for t in self.tensors()]
         return [TaskBatch(*chunk) for chunk in zip(*parts, strict=True)]
+
+    def seen(self, view: View) -> TaskBatch:
+        """Return the same tasks with their inputs changed, those of both sets alike."""
+        x_support, y_support, x_query, y_query = self.tensors()
+        return TaskBatch(view(x_support), y_support, view(x_query), y_query)
 
     def to(self, device: torch.device | str) -> TaskBatch:
         """Return the same tasks on `device`."""

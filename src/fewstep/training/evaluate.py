@@ -13,6 +13,7 @@ from rich.console import Console
 from fewstep.core.errors import InputError
 from fewstep.core.norm import Use
 from fewstep.core.scores import Scores
+from fewstep.data.views import Views, views_of
 from fewstep.training.build import Experiment
 from fewstep.training.config import Split, to_dict
 from fewstep.training.display import bars, counting
@@ -31,6 +32,7 @@ def evaluate_run(
     num_tasks: int,
     num_steps: int,
     statistics: Use | None = None,
+    views: Views | None = None,
     changes: Sequence[str] = (),
 ) -> Scores:
     """Score a checkpoint on a split and write the scores into the run folder.
@@ -47,6 +49,8 @@ def evaluate_run(
         num_tasks: How many tasks.
         num_steps: Inner steps.
         statistics: What batch normalisation normalises by; None takes the run's.
+        views: How to see each task besides; the outputs are the mean of all, after the last step
+            alone.
         changes: How the episodes differ from the run's own, for the file name.
 
     Raises:
@@ -60,9 +64,14 @@ def evaluate_run(
     started = time.perf_counter()
     own = learner.ranks.count(num_tasks)
     with bars(console) as progress, counting(progress, split, episodes, own) as counted:
-        if checkpoint == "ensemble":
+        if checkpoint == "ensemble" or views is not None:
             scores = learner.evaluate_ensemble(
-                states, counted, num_tasks, num_steps=num_steps, statistics=statistics
+                states,
+                counted,
+                num_tasks,
+                num_steps=num_steps,
+                statistics=statistics,
+                views=views_of(views),
             )
         else:
             learner.load_state_tensors(states[0])
@@ -77,6 +86,7 @@ def evaluate_run(
         "split": split,
         "checkpoint": checkpoint,
         "iterations": [each.iteration for each in kept],
+        "views": views,
         "seed": experiment.config.seed,
         "dataset": experiment.config.dataset,
         "data": to_dict(experiment.config.data),
