@@ -11,11 +11,11 @@ from fewstep.data.store import ClassStore
 FLIPS = Augmentation(flips=True)
 COUNTS = [4, 9, 6, 12, 5, 7]
 CLASS_OF_IMAGE = torch.arange(len(COUNTS)).repeat_interleave(torch.tensor(COUNTS))
-CORNER = torch.tensor([[255, 0], [0, 0]], dtype=torch.uint8)  # shows how an image was turned
+CORNER = torch.tensor([[255, 51], [0, 0]], dtype=torch.uint8)  # shows how an image was turned
 
 
 def store_of(counts=COUNTS) -> ClassStore:
-    """Image i has one grey of value i in channel 0, and a bright corner in channel 1."""
+    """Image i has one grey of value i in channel 0, and a corner in channel 1."""
     images = torch.arange(sum(counts), dtype=torch.uint8)[:, None, None, None].repeat(1, 2, 2, 2)
     images[:, 1] = CORNER
     return ClassStore.from_counts(images, counts, [f"class-{c}" for c in range(len(counts))])
@@ -33,8 +33,10 @@ def drawn(x: torch.Tensor) -> torch.Tensor:
 
 
 def turns(x: torch.Tensor) -> torch.Tensor:
-    """Return by how many quarters each image is turned, (tasks, examples)."""
-    turned = torch.stack([CORNER.rot90(k).flatten() for k in range(4)]) / 255
+    """Return by how many quarters each image is turned, 4 more if mirrored, (tasks, examples)."""
+    quarters = [CORNER.rot90(k) for k in range(4)]
+    turned = torch.stack([each.flatten() for each in (*quarters, *(q.flip(1) for q in quarters))])
+    turned = turned / 255
     return (x[:, :, 1].flatten(2)[:, :, None] == turned).all(-1).long().argmax(-1)
 
 
@@ -97,8 +99,8 @@ def test_composition_of_an_episode(rotations, ways, shots, queries):
     ordered = images.sort().values
     assert (ordered[..., 1:] > ordered[..., :-1]).all(), "no image twice, support or query"
     drawn_classes = classes[..., 0]
-    if rotations == "classes":  # where a turned class is another class
-        drawn_classes = drawn_classes * 4 + turns(batch.x_support)[:, ::shots]
+    if rotations in ("classes", "mirrored-classes"):  # where a turned class is another class
+        drawn_classes = drawn_classes * 8 + turns(batch.x_support)[:, ::shots]
     ordered = drawn_classes.sort().values
     assert (ordered[:, 1:] > ordered[:, :-1]).all(), "no class twice"
 
@@ -106,7 +108,7 @@ def test_composition_of_an_episode(rotations, ways, shots, queries):
 def test_pixels_are_scaled_to_one():
     x = episodes().batch(0, 50).x_query
     assert x.dtype == torch.float32
-    assert x[:, :, 1].unique().tolist() == [0.0, 1.0]
+    assert x[:, :, 1].mul(5).unique().tolist() == [0, 1, 5]
     assert torch.equal(x[:, :, 0, 0, 0], drawn(x) / 255)
 
 
@@ -133,9 +135,12 @@ def test_a_class_is_turned_as_a_whole(rotations):
     query = turns(batch.x_query).unflatten(1, (3, 2))
     both = torch.cat([support, query], dim=2)
     assert (both == both[..., :1]).all()
+    ways_to_turn = 8 if rotations == "mirrored-classes" else 4
+    expected = 1000 / ways_to_turn
     for way in range(3):
-        counts = torch.bincount(both[:, way, 0], minlength=4)
-        assert (counts - 250).abs().max() < 5 * 250**0.5
+        counts = torch.bincount(both[:, way, 0], minlength=ways_to_turn)
+        assert len(counts) == ways_to_turn
+        assert (counts - expected).abs().max() < 5 * expected**0.5
     alike = (both[:, 0, 0] == both[:, 1, 0]).double().mean()
     assert alike == 1 if rotations == "together" else alike < 0.3, "each on its own"
 
@@ -180,10 +185,11 @@ def test_nothing_is_turned_by_default():
     assert not turns(batch.x_query).any()
 
 
-def test_turned_classes_are_four_times_as_many():
-    assert len(episodes(ways=24, rotations="classes").batch(0, 2)) == 2
-    with pytest.raises(InputError, match=r"^ways=25 asks for more classes than the 24 .*$"):
-        episodes(ways=25, rotations="classes")
+@pytest.mark.parametrize(("rotations", "classes"), [("classes", 24), ("mirrored-classes", 48)])
+def test_turned_classes_are_four_or_eight_times_as_many(rotations, classes):
+    assert len(episodes(ways=classes, rotations=rotations).batch(0, 2)) == 2
+    with pytest.raises(InputError, match=f"^ways={classes + 1} asks .* than the {classes} .*$"):
+        episodes(ways=classes + 1, rotations=rotations)
 
 
 def test_a_part_of_a_store_holds_its_own_classes():

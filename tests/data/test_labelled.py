@@ -58,15 +58,19 @@ def test_each_image_is_changed_for_itself_and_keeps_its_label():
     assert len(of_one_class.unique(dim=0)) > 10
 
 
-def test_quarter_turns_are_classes_of_their_own():
-    batch = LabelledImages(store_of(), "train", examples=500, rotations="classes").batch(0, 1)
+@pytest.mark.parametrize(("rotations", "ways"), [("classes", 4), ("mirrored-classes", 8)])
+def test_turned_images_are_classes_of_their_own(rotations, ways):
+    images = LabelledImages(store_of(), "train", examples=1000, rotations=rotations)
+    assert images.classes == 4 * ways
+    batch = images.batch(0, 1)
     image = (255 * batch.x_query[:, :, 0, 0, 0]).round().long()
     assert torch.equal(batch.y_query % 4, CLASS_OF_IMAGE[image])
-    row = (255 * batch.x_query[0, :, 1]).round().long()
-    at = torch.arange(SIDE)[:, None].expand(SIDE, SIDE)
-    for example, label in zip(row, batch.y_query[0], strict=True):
-        assert torch.equal(example, at.rot90(int(label) // 4))
-    assert set(batch.y_query.unique().tolist()) == set(range(16))
+    row, column = (255 * batch.x_query[0, :, 1:]).round().long().unbind(1)
+    at = torch.arange(SIDE)[:, None] * SIDE + torch.arange(SIDE)
+    for example, label in zip(row * SIDE + column, batch.y_query[0], strict=True):
+        expected = at.rot90(int(label) // 4 % 4)
+        assert torch.equal(example, expected.flip(1) if label >= 16 else expected)
+    assert set(batch.y_query.unique().tolist()) == set(range(4 * ways))
 
 
 def test_held_out_images_are_nobody_else_s():

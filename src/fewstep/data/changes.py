@@ -14,6 +14,11 @@ def turn(x: Tensor, quarters: Tensor) -> Tensor:
     return x
 
 
+def orient(x: Tensor, number: Tensor) -> Tensor:
+    """Turn each image by `number` quarter turns, or by `number` - 4 and then mirror it; 0 to 7."""
+    return mirror(turn(x, number % 4), number >= 4)
+
+
 def mirror(x: Tensor, which: Tensor) -> Tensor:
     """Mirror the images that `which` marks left to right."""
     return torch.where(which[..., None, None, None], x.flip(-1), x)

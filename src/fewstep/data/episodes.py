@@ -9,11 +9,16 @@ import torch
 from fewstep.core.errors import InputError, check_name
 from fewstep.core.tasks import TaskBatch
 from fewstep.data.augmentation import UNCHANGED, Augmentation
-from fewstep.data.changes import turn
+from fewstep.data.changes import orient, turn
 from fewstep.data.counter_random import key_from_name, random_bits, random_subset
 from fewstep.data.store import ClassStore
 
-Rotations = Literal["none", "classes", "episode", "together"]
+Rotations = Literal["none", "classes", "mirrored-classes", "episode", "together"]
+
+
+def classes_of_each(rotations: Rotations) -> int:
+    """Return how many classes each class of a store makes."""
+    return {"classes": 4, "mirrored-classes": 8}.get(rotations, 1)
 
 
 def check_square(store: ClassStore, rotations: Rotations) -> None:
@@ -44,9 +49,10 @@ class ClassificationEpisodes:
         shots: Support images of each class.
         queries: Query images of each class.
         rotations: "none"; "classes", each quarter turn of a class is a class of its own;
-            "episode", each drawn class of an episode is turned as a whole by a random quarter; or
-            "together", all classes of an episode are turned by the same random quarter, so that
-            none can be told from another by how it stands.
+            "mirrored-classes", and so are their mirror images; "episode", each drawn class of an
+            episode is turned as a whole by a random quarter; or "together", all classes of an
+            episode are turned by the same random quarter, so that none can be told from another by
+            how it stands.
         augmentation: What chance does to each image after that, whatever its class.
         seed: Any integer.
 
@@ -77,7 +83,7 @@ class ClassificationEpisodes:
             if value < 1:
                 raise InputError(f"{name}={value} must be at least 1")
         check_name("rotations", rotations, get_args(Rotations))
-        self._classes = len(store) * (4 if rotations == "classes" else 1)
+        self._classes = len(store) * classes_of_each(rotations)
         if ways > self._classes:
             raise InputError(
                 f"ways={ways} asks for more classes than the {self._classes} of the {split} split; "
@@ -121,8 +127,8 @@ class ClassificationEpisodes:
         )
         index = self.store.starts[classes][..., None] + images
         x = self.store.images[index]  # (tasks, ways, shots + queries, channels, height, width)
-        if self.rotations == "classes":
-            x = turn(x, drawn[..., None] // len(self.store))
+        if self.rotations in ("classes", "mirrored-classes"):
+            x = orient(x, drawn[..., None] // len(self.store))
         elif self.rotations == "episode":
             bits = random_bits(self._key_turns, episode[:, None], way)
             x = turn(x, bits[..., None] % 4)

@@ -10,12 +10,12 @@ import torch
 from fewstep.core.errors import InputError, check_name
 from fewstep.core.tasks import TaskBatch
 from fewstep.data.augmentation import UNCHANGED, Augmentation
-from fewstep.data.changes import turn
+from fewstep.data.changes import orient
 from fewstep.data.counter_random import key_from_name, random_bits
-from fewstep.data.episodes import check_square
+from fewstep.data.episodes import check_square, classes_of_each
 from fewstep.data.store import ClassStore
 
-TurnedClasses = Literal["none", "classes"]
+TurnedClasses = Literal["none", "classes", "mirrored-classes"]
 
 
 def hold_out(store: ClassStore, share: float) -> dict[str, ClassStore]:
@@ -55,7 +55,8 @@ class LabelledImages:
         split: Name of the split, which separates its tasks from other splits'.
         examples: Images of a batch, of classes and images drawn with replacement.
         rotations: "classes" makes each quarter turn of class c a class of its own, c + n, c + 2 n
-            and c + 3 n of n classes; or "none".
+            and c + 3 n of n classes; "mirrored-classes" their mirror images too, c + 4 n to
+            c + 7 n; or "none".
         augmentation: What chance does to each image, after its turn.
         seed: Any integer.
 
@@ -63,8 +64,8 @@ class LabelledImages:
         (tasks, 1 or examples).
 
     Raises:
-        InputError: `examples` is below 1, `rotations` is neither, or images that are not square
-            would be turned, or a shift is as wide as they are.
+        InputError: `examples` is below 1, `rotations` is none of these, or images that are not
+            square would be turned, or a shift is as wide as they are.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class LabelledImages:
         augmentation.check_fits(store.image_shape)
         self.store = store
         self.examples, self.rotations, self.augmentation = examples, rotations, augmentation
-        self.classes = len(store) * (4 if rotations == "classes" else 1)
+        self.classes = len(store) * classes_of_each(rotations)
         self._key = key_from_name(seed, f"{split}/labelled")
         self._key_augmentation = key_from_name(seed, f"{split}/augmentation")
 
@@ -98,9 +99,9 @@ class LabelledImages:
             for draw in range(2)
         )
         y = of_class % self.classes
-        drawn, quarters = y % len(self.store), y // len(self.store)
+        drawn, orientation = y % len(self.store), y // len(self.store)
         x = self.store.images[self.store.starts[drawn] + of_image % self.store.counts[drawn]]
-        if self.rotations == "classes":
-            x = turn(x, quarters)
+        if self.rotations != "none":
+            x = orient(x, orientation)
         x = self.augmentation(x, self._key_augmentation, task, place)
         return TaskBatch(x[:, :1], y[:, :1], x, y)

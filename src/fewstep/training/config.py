@@ -50,8 +50,8 @@ class ClassificationOptions(Augmentation):
     eval_queries: int = 15
     """Query images of each class, in validation and test."""
     rotations: Rotations = "none"
-    """Training: turn no image, make every quarter turn a class, or turn the classes of an episode,
-    each by a quarter of its own or all together."""
+    """Training: turn no image, make every quarter turn a class, and its mirror image too, or turn
+    the classes of an episode, each by a quarter of its own or all together."""
     eval_rotations: Rotations = "none"
     """The same in validation and test."""
 
@@ -75,7 +75,7 @@ class SupervisedOptions(Augmentation):
     held_out: float = 0.05
     """Share of each class's images for validation, and as many for test."""
     rotations: TurnedClasses = "none"
-    """Make every quarter turn of a class a class of its own."""
+    """Make every quarter turn of a class a class of its own, and its mirror image too."""
 
 
 EpisodeOptions = ClassificationOptions | RegressionOptions | SupervisedOptions
