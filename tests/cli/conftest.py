@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from fewstep.cli.main import main
 from tests.data.conftest import write_images
@@ -23,6 +25,13 @@ def train_on_images(root: Path) -> str:
     write_images(root, {f"c{i:02d}": 6 for i in range(20)})
     options = "--ways 2 --queries 2 --eval-queries 2 --size 16 --filters 4 --rotations episode"
     return f"train --dataset folder --root {root} {options} {TINY}"
+
+
+def scribble(root: Path) -> None:
+    """Make all images of a folder noise, which looks another when turned or mirrored."""
+    noise = np.random.default_rng(0)
+    for file in sorted(root.rglob("*.png")):
+        Image.fromarray(noise.integers(0, 256, (16, 16), np.uint8)).save(file)
 
 
 def refused(capsys, command: str) -> str:

@@ -10,7 +10,6 @@ import sys
 import tomllib
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -27,7 +26,7 @@ from fewstep.training.load import load_learner
 from fewstep.training.network_options import Conv4Options
 from fewstep.training.parse import load_config
 from fewstep.training.run_folder import RunFolder
-from tests.cli.conftest import SINUSOID, TINY, refused, train_on_images
+from tests.cli.conftest import SINUSOID, TINY, refused, scribble, train_on_images
 from tests.data.conftest import write_images
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
@@ -132,9 +131,7 @@ def test_images_of_your_own(empty_folder, capsys):
 
 def test_views_of_images(empty_folder, capsys):
     command = train_on_images(empty_folder / "mine")
-    noise = np.random.default_rng(0)
-    for file in sorted(Path("mine").rglob("*.png")):  # of one grey so far, however turned
-        Image.fromarray(noise.integers(0, 256, (16, 16), np.uint8)).save(file)
+    scribble(Path("mine"))
     assert main(command.split()) == 0
     run = Path("runs/folder-maml-1")
     losses = []
@@ -278,63 +275,6 @@ def test_a_reader_that_leaves_early_is_no_error():
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 1
-
-
-def _own_classes(root: Path) -> str:
-    """Two classes to learn from, and three other images."""
-    write_images(root / "support", {"dark": 2, "[light]": 1})
-    write_images(root / "query", {"what": 3})
-    return f"--support {root / 'support'} --query {root / 'query' / 'what'} --device cpu"
-
-
-def test_predict_without_the_data(empty_folder, capsys):
-    root = empty_folder / "mine"
-    assert main(train_on_images(root).split()) == 0
-    options = _own_classes(empty_folder)
-    shutil.rmtree(root)
-    shutil.rmtree(empty_folder / "cache")
-    capsys.readouterr()
-    assert main(f"predict runs/folder-maml-1 {options}".split()) == 0
-    out = capsys.readouterr().out
-    assert "normalisation statistics: batch (transductive)" in " ".join(out.split())
-    lines = [line.split("│") for line in out.splitlines() if ".png" in line]
-    found = {cells[1].strip(): (cells[2].strip(), cells[3].strip()) for cells in lines}
-
-    learner = load_learner("runs/folder-maml-1", device="cpu")
-    data = ImageFolder(size=16)
-
-    def images(*folders: str) -> torch.Tensor:
-        files = [file for f in folders for file in sorted((empty_folder / f).iterdir())]
-        read = [data.pixels(file.read_bytes(), file.name) for file in files]
-        return torch.tensor(np.stack(read)) / 255
-
-    module = learner.adapt(
-        images("support/[light]", "support/dark"), torch.tensor([0, 1, 1]), num_steps=10
-    )
-    shares = module(images("query/what")).softmax(-1)
-    names = [("[light]", "dark")[int(row.argmax())] for row in shares]
-    expected = [(name, f"{row.max():.1%}") for name, row in zip(names, shares, strict=True)]
-    assert found == dict(zip(("000.png", "001.png", "002.png"), expected, strict=True))
-
-    one = options.replace("query/what", "query/what/001.png")
-    assert main(f"predict runs/folder-maml-1 {one} --statistics support".split()) == 0
-    out = capsys.readouterr().out
-    assert out.count(".png") == 1
-    assert "normalisation statistics: support set" in " ".join(out.split())
-
-
-def test_predict_refuses_what_it_cannot_read(empty_folder, capsys):
-    assert main(train_on_images(empty_folder / "mine").split()) == 0
-    assert main(SINUSOID.split()) == 0
-    options = _own_classes(empty_folder)
-    run = "runs/folder-maml-1"
-    assert "needs images" in refused(capsys, f"predict runs/sinusoid-maml-1 {options}")
-    missing = options.replace("/what", "/where")
-    assert "no image or folder" in refused(capsys, f"predict {run} {missing}")
-    (empty_folder / "support" / "third").mkdir()
-    assert "holds 3 folders" in refused(capsys, f"predict {run} {options}")
-    shutil.rmtree(empty_folder / "support" / "[light]")
-    assert "third holds no image" in refused(capsys, f"predict {run} {options}")
 
 
 def test_a_loaded_learner_scores_as_the_run_did(empty_folder):

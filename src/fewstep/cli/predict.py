@@ -19,6 +19,7 @@ from fewstep.core.errors import InputError
 from fewstep.core.norm import Use
 from fewstep.core.tasks import TaskBatch
 from fewstep.data.archives import is_image
+from fewstep.data.views import Views, views_of
 from fewstep.training.config import ClassificationOptions, Images, SinusoidData
 from fewstep.training.load import OneCheckpoint, check_few_shot, load_learner
 from fewstep.training.parse import load_config
@@ -42,6 +43,9 @@ class Predict:
     statistics: Use | None = None
     """What batch normalisation normalises by; the run's if not given. By "batch", the images of
     --query are normalised together, so that each answer depends on the others."""
+    views: Views | None = None
+    """Take the mean of the outputs for your images as they are and all of them mirrored, or turned
+    by 1 to 3 quarters, each adapted to on its own."""
     device: str = "auto"
     """"cpu", "cuda", ...; "auto" takes a GPU where there is one."""
 
@@ -66,8 +70,11 @@ class Predict:
             torch.zeros(1, len(queries), dtype=torch.int64),  # nobody knows; the loss is not used
         ).to(device)
         steps = config.algorithm.eval_steps if self.steps is None else self.steps
-        outputs = learner.predict(task, 1, num_steps=steps, statistics=self.statistics)
-        sure, found = outputs[0, -1].softmax(-1).cpu().max(-1)
+        outputs = [
+            learner.predict(task.seen(view), 1, num_steps=steps, statistics=self.statistics)[0, -1]
+            for view in views_of(self.views)
+        ]
+        sure, found = torch.stack(outputs).mean(0).softmax(-1).cpu().max(-1)
         norm = learner.algorithm.norm_statistics
         if self.statistics is not None:
             norm = replace(norm, use=self.statistics)

@@ -1,0 +1,106 @@
+"""Images of one's own, named by a run's model."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fewstep.cli.main import main
+from fewstep.data.folder import ImageFolder
+from fewstep.training.load import load_learner
+from tests.cli.conftest import SINUSOID, refused, scribble, train_on_images
+from tests.data.conftest import write_images
+
+pytestmark = pytest.mark.usefixtures("empty_folder")
+
+
+def _own_classes(root: Path) -> str:
+    """Two classes to learn from, and three other images."""
+    write_images(root / "support", {"dark": 2, "[light]": 1})
+    write_images(root / "query", {"what": 3})
+    return f"--support {root / 'support'} --query {root / 'query' / 'what'} --device cpu"
+
+
+def _named(out: str) -> dict[str, tuple[str, str]]:
+    """Return class and probability of each image in a printed table."""
+    lines = [line.split("│") for line in out.splitlines() if ".png" in line]
+    return {cells[1].strip(): (cells[2].strip(), cells[3].strip()) for cells in lines}
+
+
+def test_predict_without_the_data(empty_folder, capsys):
+    root = empty_folder / "mine"
+    assert main(train_on_images(root).split()) == 0
+    options = _own_classes(empty_folder)
+    shutil.rmtree(root)
+    shutil.rmtree(empty_folder / "cache")
+    capsys.readouterr()
+    assert main(f"predict runs/folder-maml-1 {options}".split()) == 0
+    out = capsys.readouterr().out
+    assert "normalisation statistics: batch (transductive)" in " ".join(out.split())
+    found = _named(out)
+
+    learner = load_learner("runs/folder-maml-1", device="cpu")
+    data = ImageFolder(size=16)
+
+    def images(*folders: str) -> torch.Tensor:
+        files = [file for f in folders for file in sorted((empty_folder / f).iterdir())]
+        read = [data.pixels(file.read_bytes(), file.name) for file in files]
+        return torch.tensor(np.stack(read)) / 255
+
+    module = learner.adapt(
+        images("support/[light]", "support/dark"), torch.tensor([0, 1, 1]), num_steps=10
+    )
+    shares = module(images("query/what")).softmax(-1)
+    names = [("[light]", "dark")[int(row.argmax())] for row in shares]
+    expected = [(name, f"{row.max():.1%}") for name, row in zip(names, shares, strict=True)]
+    assert found == dict(zip(("000.png", "001.png", "002.png"), expected, strict=True))
+
+    one = options.replace("query/what", "query/what/001.png")
+    assert main(f"predict runs/folder-maml-1 {one} --statistics support".split()) == 0
+    out = capsys.readouterr().out
+    assert out.count(".png") == 1
+    assert "normalisation statistics: support set" in " ".join(out.split())
+
+
+def test_predict_takes_the_mean_over_views(empty_folder, capsys):
+    command, options = train_on_images(empty_folder / "mine"), _own_classes(empty_folder)
+    scribble(empty_folder)
+    assert main(command.split()) == 0
+    capsys.readouterr()
+    run = "runs/folder-maml-1"
+    assert main(f"predict {run} {options} --views mirrored".split()) == 0
+    found = _named(capsys.readouterr().out)
+    learner = load_learner(run, device="cpu")
+    x_support, x_query = (
+        torch.stack([
+            torch.tensor(np.array(Image.open(file)))[None].repeat(3, 1, 1) / 255
+            for file in sorted(Path(folder).rglob("*.png"))
+        ])
+        for folder in ("support", "query")
+    )  # fmt: skip
+    y_support = torch.tensor([0, 1, 1])  # [light], dark, dark
+    outputs = sum(
+        learner.adapt(view(x_support), y_support, num_steps=10)(view(x_query))
+        for view in (torch.clone, lambda x: x.flip(-1))
+    )
+    shares = (outputs / 2).softmax(-1)
+    assert [share for _, share in found.values()] == [f"{row.max():.1%}" for row in shares]
+    assert main(f"predict {run} {options}".split()) == 0
+    assert _named(capsys.readouterr().out) != found
+
+
+def test_predict_refuses_what_it_cannot_read(empty_folder, capsys):
+    assert main(train_on_images(empty_folder / "mine").split()) == 0
+    assert main(SINUSOID.split()) == 0
+    options = _own_classes(empty_folder)
+    run = "runs/folder-maml-1"
+    assert "needs images" in refused(capsys, f"predict runs/sinusoid-maml-1 {options}")
+    missing = options.replace("/what", "/where")
+    assert "no image or folder" in refused(capsys, f"predict {run} {missing}")
+    (empty_folder / "support" / "third").mkdir()
+    assert "holds 3 folders" in refused(capsys, f"predict {run} {options}")
+    shutil.rmtree(empty_folder / "support" / "[light]")
+    assert "third holds no image" in refused(capsys, f"predict {run} {options}")
