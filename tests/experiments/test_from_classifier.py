@@ -78,15 +78,17 @@ def test_every_run_starts_where_the_one_before_ended(experiment, monkeypatch, ca
     assert not torch.equal(projection, torch.eye(4))
 
     found = json.loads((out / "table.json").read_text())["runs"]
-    assert [len(scores) for scores in found.values()] == [1, 1, 1, 1, 4]
+    assert [len(scores) for scores in found.values()] == [1, 1, 1, 1, 6]
     table = (out / "table.md").read_text()
     for name, row, score in (
         ("classifier-84", "images of the training classes held out", found["classifier-84"][0]),
         ("maml++", "one model", found["maml++"][0]),
         ("maml++", "by running statistics", found["maml++"][3]),
+        ("maml++", "ensemble of 5, mirrored views", found["maml++"][5]),
     ):
         assert f"| {name}, {row} | {100 * score['mean']:.2f} ± " in table
     assert found["maml++"][3]["statistics"].startswith("running")
+    assert [score["views"] for score in found["maml++"]] == [None] * 4 + ["mirrored"] * 2
     assert "| paper, from drawn parameters | - | |" in table
     with Image.open(out / "curves.png") as picture:
         assert picture.size > (400, 200)
@@ -135,7 +137,7 @@ MINI_CLASSIFIERS = [
         ),
         (
             {"dataset": "omniglot"},
-            ["supervised-omniglot", "maml++-20w1s-supervised-start"],
+            ["supervised-omniglot", "supervised-omniglot-mirrored", "maml++-20w1s-projection"],
             {"device", "initial", "val_every"},
         ),
     ],
@@ -165,8 +167,8 @@ def test_more_shots_change_the_tasks_alone():
     [
         ({"classifier_iterations": 3}, "classifier_iterations=3 must be at least 4"),
         (
-            {"dataset": "omniglot", "classifier_iterations": 0},
-            "classifier_iterations=0 must be at least 1",
+            {"dataset": "omniglot", "classifier_iterations": 1},
+            "classifier_iterations=1 must be at least 2",
         ),
         ({"iterations": 0}, "iterations=0 must be at least 1"),
         ({"tasks": 0}, "tasks=0 must be at least 1"),

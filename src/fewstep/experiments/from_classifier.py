@@ -14,6 +14,7 @@ from fewstep.core.precision import Precision
 from fewstep.core.ranks import Ranks
 from fewstep.data.mini_imagenet import MiniImageNet
 from fewstep.data.omniglot import Omniglot
+from fewstep.data.views import Views
 from fewstep.experiments.maml_plus_plus import (
     PAPER,
     TESTS,
@@ -22,6 +23,7 @@ from fewstep.experiments.maml_plus_plus import (
     plot_validation,
 )
 from fewstep.experiments.sweep import Test, complete
+from fewstep.training.algorithm_options import AlgorithmOptions
 from fewstep.training.build import resolve_device
 from fewstep.training.config import ClassificationOptions, RunConfig, SupervisedOptions
 from fewstep.training.display import say
@@ -37,11 +39,12 @@ _ROWS = ("one model", "ensemble of 5", "by support statistics", "by running stat
 class MamlPlusPlusFromClassifier:
     """Train a classifier of the training classes, then MAML++ from its features.
 
-    Not the paper's recipe: MAML++ takes a fifth of the tasks then, or fewer. On mini-ImageNet the
-    classifier sees images of 42 pixels first, at a third of the cost, then those of 84, by Adam and
-    then by SGD with momentum and decay, cropped and then shifted; the head gets the spatial mean of
-    the last map, scaled to unit length. MAML++ maps it by what the classifier's head knows of it
-    first. The settings were chosen with one shot.
+    Not the paper's recipe: MAML++ takes a fifth of the tasks then, or fewer. On Omniglot every
+    quarter turn of a character is a class, and then each of their mirror images too. On
+    mini-ImageNet the classifier sees images of 42 pixels first, at a third of the cost, then those
+    of 84, by Adam and then by SGD with momentum and decay, cropped and then shifted; the head gets
+    the spatial mean of the last map, scaled to unit length. MAML++ maps the features by what the
+    classifier's head knows of them first. The settings were chosen with one shot.
 
     The classifier is for one process; under torchrun, the same command shares MAML++'s tasks among
     processes once it is trained.
@@ -54,10 +57,11 @@ class MamlPlusPlusFromClassifier:
     shots: int = 1
     """Support images of each class."""
     classifier_iterations: int | None = None
-    """Batches of the classifier; None takes 9,000 for Omniglot, 36,000 for mini-ImageNet: 7 in 36
-    small, 8 by Adam, 9 by SGD, and 12 by SGD of images that are shifted, not cropped."""
+    """Batches of the classifier; None takes 33,000 for Omniglot, 9 in 33 by Adam and 24 by SGD, and
+    36,000 for mini-ImageNet: 7 in 36 small, 8 by Adam, 9 by SGD, and 12 by SGD of images that are
+    shifted, not cropped."""
     iterations: int | None = None
-    """Outer updates of MAML++; None takes 9,000 for Omniglot, 3,600 for mini-ImageNet."""
+    """Outer updates of MAML++; None takes 8,000 for Omniglot, 3,600 for mini-ImageNet."""
     tasks: int = 4
     """Tasks of an iteration."""
     filters: int = 64
@@ -84,7 +88,7 @@ class MamlPlusPlusFromClassifier:
         stages = self.stages()
         found: dict[str, list[dict[str, Any]]] = {}
         for name, config in stages.items():
-            tests = (Test("best"),) if isinstance(config.episodes, SupervisedOptions) else TESTS
+            tests = tuple(self._tests(name).values())
             path = self.out / name
             scores = complete(path, replace(config, device=device), tests, console, ranks)
             if scores is None:
@@ -111,7 +115,7 @@ class MamlPlusPlusFromClassifier:
 
     def stages(self) -> dict[str, RunConfig]:
         """Return the settings of the runs, by the names of their folders, in their order."""
-        if self._batches < (least := 4 if self._is_mini else 1):
+        if self._batches < (least := 4 if self._is_mini else 2):
             raise InputError(f"classifier_iterations={self._batches} must be at least {least}")
         classifiers = self._mini_imagenet() if self._is_mini else self._omniglot()
         *_, last = classifiers
@@ -129,16 +133,35 @@ class MamlPlusPlusFromClassifier:
     @property
     def _batches(self) -> int:
         given = self.classifier_iterations
-        return (36_000 if self._is_mini else 9_000) if given is None else given
+        return (36_000 if self._is_mini else 33_000) if given is None else given
+
+    def _tests(self, name: str) -> dict[str, Test]:
+        """Return the tests of a run, by their rows' names."""
+        if name != "maml++":
+            return {"images of the training classes held out": Test("best")}
+        views: Views = "mirrored" if self._is_mini else "turned"
+        return {
+            **dict(zip(_ROWS, TESTS, strict=True)),
+            f"one model, {views} views": Test("best", views=views),
+            f"ensemble of 5, {views} views": Test("ensemble", views=views),
+        }
 
     def _omniglot(self) -> dict[str, RunConfig]:
         model = Conv4Options(filters=self.filters, activation="leaky-relu")
-        classifier = replace(
-            self._classifier(model),
+        base = self._classifier(model)
+        first = replace(
+            base,
             data=Omniglot(class_split="maml++"),
-            iterations=self._batches,
+            iterations=max(1, self._batches * 9 // 33),
         )
-        return {"classifier": classifier}
+        sgd = replace(
+            first,
+            initial=self.out / "classifier",
+            episodes=SupervisedOptions(rotations="mirrored-classes", shifts=1),
+            algorithm=_by_sgd(base.algorithm),
+            iterations=self._batches - first.iterations,
+        )
+        return {"classifier": first, "classifier-sgd": sgd}
 
     def _mini_imagenet(self) -> dict[str, RunConfig]:
         model = Conv4Options(
@@ -164,9 +187,7 @@ class MamlPlusPlusFromClassifier:
         sgd = replace(
             large,
             initial=self.out / "classifier-84",
-            algorithm=replace(
-                large.algorithm, outer="sgd", outer_lr=0.1, momentum=0.9, weight_decay=5e-4
-            ),
+            algorithm=_by_sgd(large.algorithm),
             iterations=max(1, self._batches * 9 // 36),
         )
         earlier = {"classifier-42": small, "classifier-84": large, "classifier-84-sgd": sgd}
@@ -183,7 +204,7 @@ class MamlPlusPlusFromClassifier:
         return replace(base, model=model, precision=self.precision, seed=self.seed)
 
     def _few_shot(self, classifier: RunConfig) -> RunConfig:
-        iterations = 3_600 if self._is_mini else 9_000
+        iterations = 3_600 if self._is_mini else 8_000
         base = MamlPlusPlusAblation(
             dataset=self.dataset,
             ways=self._ways,
@@ -195,25 +216,19 @@ class MamlPlusPlusFromClassifier:
             precision=self.precision,
         ).config("MAML++", self.seed)
         assert isinstance(classifier.model, Conv4Options)
-        model = replace(classifier.model, initialisation="zero-head", projection=self._is_mini)
-        base = replace(base, model=model, val_every=max(1, base.iterations // 8))
-        if not self._is_mini:
-            algorithm = replace(base.algorithm, multi_step_epochs=0, first_order_epochs=0)
-            return replace(base, algorithm=algorithm)
+        assert isinstance(base.episodes, ClassificationOptions)
+        if self._is_mini:
+            episodes = replace(base.episodes, queries=8, flips=True, crops=0.6, colours=0.2)
+            algorithm = replace(base.algorithm, inner_lr=0.05, outer_lr=4e-4, clip_value=0.2)
+        else:
+            episodes = replace(base.episodes, queries=3, rotations="mirrored-classes")
+            algorithm = replace(base.algorithm, first_order_epochs=0, clip_value=0.05)
         return replace(
             base,
-            episodes=ClassificationOptions(
-                ways=self._ways,
-                shots=self.shots,
-                queries=8,
-                eval_queries=15,
-                flips=True,
-                crops=0.6,
-                colours=0.2,
-            ),
-            algorithm=replace(
-                base.algorithm, multi_step_epochs=0, inner_lr=0.05, outer_lr=4e-4, clip_value=0.2
-            ),
+            model=replace(classifier.model, initialisation="zero-head", projection=True),
+            episodes=episodes,
+            algorithm=replace(algorithm, multi_step_epochs=0),
+            val_every=max(1, base.iterations // 8),
         )
 
     def _markdown(self, found: Mapping[str, list[dict[str, Any]]]) -> str:
@@ -227,9 +242,13 @@ class MamlPlusPlusFromClassifier:
         ]
         for name, scores in found.items():
             minutes = f"{scores[0]['training_seconds'] / 60:.0f} min"
-            rows = _ROWS if name == "maml++" else ("images of the training classes held out",)
+            rows = self._tests(name)
             for row, score in zip(rows, scores, strict=True):
                 lines.append(f"| {name}, {row} | {cell(score)} | {minutes} |")
         paper = PAPER.get((self.dataset, self._ways, self.shots), {}).get("MAML++", "-")
         lines.append(f"| paper, from drawn parameters | {paper} | |")
         return "\n".join(lines) + "\n"
+
+
+def _by_sgd(algorithm: AlgorithmOptions) -> AlgorithmOptions:
+    return replace(algorithm, outer="sgd", outer_lr=0.1, momentum=0.9, weight_decay=5e-4)

@@ -12,7 +12,9 @@ from typing import Any
 from rich.console import Console
 
 from fewstep.core.errors import InputError
+from fewstep.core.norm import Use
 from fewstep.core.ranks import ALONE, Ranks
+from fewstep.data.views import Views
 from fewstep.experiments.pool import each
 from fewstep.training.build import Experiment
 from fewstep.training.config import RunConfig, to_dict
@@ -31,15 +33,18 @@ class Test:
     Args:
         checkpoint: Which checkpoint.
         statistics: What batch normalisation normalises by; None takes the run's.
+        views: How to see each task besides.
     """
 
     checkpoint: Checkpoint = "best"
-    statistics: Any = None
+    statistics: Use | None = None
+    views: Views | None = None
 
     @property
     def changes(self) -> tuple[str, ...]:
         """Return how it differs from the run's own test, for the file name."""
-        return () if self.statistics is None else (f"statistics-{self.statistics}",)
+        asked = {"statistics": self.statistics, "views": self.views}
+        return tuple(f"{name}-{value}" for name, value in asked.items() if value is not None)
 
 
 def complete(
@@ -85,7 +90,7 @@ def complete(
                 evaluate_run(
                     experiment, run, console, split="test", checkpoint=test.checkpoint,
                     num_tasks=config.test_tasks, num_steps=steps,
-                    statistics=test.statistics, changes=test.changes,
+                    statistics=test.statistics, views=test.views, changes=test.changes,
                 )  # fmt: skip
         return ranks.of_first(
             [] if run is None else [json.loads(_file(run, t, steps).read_text()) for t in tests]
