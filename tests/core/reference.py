@@ -144,7 +144,7 @@ MODELS = {
         lambda: Conv4(1, WAYS, 16, filters=4, norm="layer", activation="leaky-relu"), (1, 16, 16)
     ),
     "Conv4 features": Case(
-        lambda: Conv4(1, WAYS, 16, filters=4, mirrored=True, projection=True, unit_features=True),
+        lambda: Conv4(1, WAYS, 16, filters=4, projection=True, unit_features=True),
         (1, 16, 16),
     ),
     "Conv4 cosine head": Case(lambda: Conv4(1, WAYS, 16, filters=4, head="cosine"), (1, 16, 16)),

@@ -109,19 +109,6 @@ def test_a_projection_changes_nothing_until_it_is_learned():
     torch.testing.assert_close(own.unit_features(own.blocks(x)), expected)
 
 
-def test_mirrored_features_are_those_of_the_mirror_image():
-    torch.manual_seed(0)
-    own = Conv4(3, 5, 32, filters=4, mirrored=True, unit_features=True)
-    torch.manual_seed(0)
-    without = Conv4(3, 5, 32, filters=4)
-    assert own.state_dict().keys() == without.state_dict().keys()
-    x = torch.randn(6, 3, 32, 32)
-    mean = (without.blocks(x) + without.blocks(x.flip(3))) / 2
-    torch.testing.assert_close(own.unit_features(own.blocks(x)), UnitFeatures()(mean))
-    torch.testing.assert_close(own(x.flip(3)), own(x))
-    assert not torch.allclose(own(x.flip(2)), own(x))
-
-
 def test_the_projection_of_a_head_is_the_fourth_root_of_its_metric():
     torch.manual_seed(0)
     head = torch.randn(40, 6)

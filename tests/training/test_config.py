@@ -54,7 +54,7 @@ def test_every_changed_setting_survives_the_file(tmp_path):
         "--shifts 3 --crops 0.4 --colours 0.2 "
         "--filters 16 "
         "--norm layer --downsample stride --activation leaky-relu --conv-bias True "
-        "--initialisation torch --spatial-mean True --mirrored True --projection True "
+        "--initialisation torch --spatial-mean True --projection True "
         "--unit-features True --head cosine "
         "--recipe fomaml "
         "--num-steps 2 --eval-steps 4 --inner-lr 0.3 "
@@ -223,7 +223,7 @@ def test_a_recipe_has_the_same_parts_here_and_in_python(name, recipe):
     [
         ("filters", 6), ("norm", "layer"), ("downsample", "stride"), ("activation", "leaky-relu"),
         ("conv_bias", True), ("initialisation", "finn"), ("spatial_mean", True),
-        ("mirrored", True), ("projection", True), ("unit_features", True), ("head", "cosine"),
+        ("projection", True), ("unit_features", True), ("head", "cosine"),
     ],
 )  # fmt: skip
 def test_every_option_of_conv4_reaches_it(name, value):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fewstep.core.errors import InputError, check_name
 from fewstep.core.normalise import NormaliseBy
 from fewstep.models import fast_block
-from fewstep.models.features import CosineHead, Mirrored, Projection, UnitFeatures
+from fewstep.models.features import CosineHead, Projection, UnitFeatures
 from fewstep.models.form import Form
 from fewstep.models.of_tasks import one_vmap_at_most
 
@@ -145,9 +145,8 @@ class Conv4(nn.Sequential):
         spatial_mean: Give the head the spatial mean of the last map, whatever the size of the
             images, instead of all of it. None: under "stride", as MAML's code for Omniglot; not
             under "max-pool", as for mini-ImageNet.
-        mirrored: Give the head the mean of the features of an image and of its mirror image; this
-            and the next two are in none of the papers on gradient-based meta-learning.
-        projection: Map the features by a `Projection` before they are scaled and given to the head.
+        projection: Map the features by a `Projection` before they are scaled and given to the head;
+            this and the next two are in none of the papers on gradient-based meta-learning.
         unit_features: Scale the features of each image to a mean square of 1 before the head.
         head: "linear", or "cosine" (`CosineHead`), for a classifier whose features others take.
 
@@ -175,7 +174,6 @@ class Conv4(nn.Sequential):
         bias: bool | None = None,
         initialisation: Initialisation = "xavier",
         spatial_mean: bool | None = None,
-        mirrored: bool = False,
         projection: bool = False,
         unit_features: bool = False,
         head: Head = "linear",
@@ -206,7 +204,7 @@ class Conv4(nn.Sequential):
         blocks.append(nn.Flatten())
         features = filters * resolution**2
         super().__init__()
-        self.blocks = Mirrored(*blocks) if mirrored else nn.Sequential(*blocks)
+        self.blocks = nn.Sequential(*blocks)
         if projection:
             self.blocks.add_module("projection", Projection(features))
         if unit_features:

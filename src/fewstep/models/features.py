@@ -7,21 +7,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class Mirrored(nn.Sequential):
-    """Layers whose output is the mean over an image and its mirror image, left to right.
-
-    f(x) = (g(x) + g(mirror x)) / 2, at twice the time of the layers g; so f(mirror x) = f(x).
-
-    Shapes: (examples, channels, height, width) to (examples, features).
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the mean of both."""
-        g = super().forward
-        f: Tensor = (g(x) + g(x.flip(-1))) / 2  # type: ignore[no-untyped-call]
-        return f
-
-
 class UnitFeatures(nn.Module):
     """Each example's features scaled to a mean square of 1: f / sqrt(mean f^2 + eps).
 

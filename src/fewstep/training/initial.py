@@ -70,9 +70,7 @@ def check_source(path: Path, config: RunConfig) -> None:
     if not path.is_dir():
         return
     source = load_config(RunFolder.open(path).path / "config.toml")
-    parts = [
-        ("model", {"initialisation", "head", "mirrored", "projection"}, "is of another network")
-    ]
+    parts = [("model", {"initialisation", "head", "projection"}, "is of another network")]
     if source.dataset == config.dataset:
         parts += [("data", {"root", "size"}, "may have been trained on what this run tests on")]
     for part, free, so_that in parts:

@@ -29,8 +29,6 @@ class Conv4Options:
     """Initial weights: Xavier, with a normal head (MAML's code) or one of zeros, or PyTorch's."""
     spatial_mean: bool | None = None
     """Spatial mean before the linear layer; without a word, under stride only."""
-    mirrored: bool = False
-    """Average the features of an image and of its mirror image, at twice the time."""
     projection: bool = False
     """Map the features linearly, at first by the identity or by what a classifier's head knows."""
     unit_features: bool = False
@@ -54,7 +52,6 @@ class Conv4Options:
             bias=self.conv_bias,
             initialisation=self.initialisation,
             spatial_mean=self.spatial_mean,
-            mirrored=self.mirrored,
             projection=self.projection,
             unit_features=self.unit_features,
             head=self.head,
