@@ -293,14 +293,10 @@ class MetaLearner:
         try:
             for start in range(own.start, own.stop, self.chunk_size):
                 chunk = episodes.batch(start, min(self.chunk_size, own.stop - start))
-                everything = slice(0, len(chunk))
-                outputs = []
-                for state in states:
-                    self.load_state_tensors(state)
-                    for view in views:
-                        seen = chunk.seen(view)
-                        outputs.append(self._test(seen, everything, after, norm.use, outputs_of))
-                loss, metric = self._network.score(torch.stack(outputs).mean(0), chunk.y_query)
+                outputs = self._mean_outputs(
+                    states, [chunk.seen(v) for v in views], norm.use, after
+                )
+                loss, metric = self._network.score(outputs, chunk.y_query)
                 losses.append(loss)
                 metrics.append(metric)
         finally:
@@ -355,6 +351,16 @@ class MetaLearner:
             chunk_size=self.chunk_size,
             replay=self._test_replay,
         )
+
+    def _mean_outputs(
+        self, states: Sequence[Tensors], seen: Sequence[TaskBatch], use: Use, after: Sequence[int]
+    ) -> Tensor:
+        outputs = []
+        for state in states:
+            self.load_state_tensors(state)
+            for chunk in seen:
+                outputs.append(self._test(chunk, slice(0, len(chunk)), after, use, outputs_of))
+        return torch.stack(outputs).mean(0)
 
     def _differentiate(self, batch: TaskBatch) -> tuple[Tensors, Metrics, Tensors]:
         return meta_gradient(

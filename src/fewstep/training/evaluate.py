@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,19 +66,13 @@ def evaluate_run(
     own = learner.ranks.count(num_tasks)
     with bars(console) as progress, counting(progress, split, episodes, own) as counted:
         if checkpoint == "ensemble" or views is not None:
-            scores = learner.evaluate_ensemble(
-                states,
-                counted,
-                num_tasks,
-                num_steps=num_steps,
-                statistics=statistics,
-                views=views_of(views),
+            evaluate: Callable[..., Scores] = partial(
+                learner.evaluate_ensemble, states, views=views_of(views)
             )
         else:
             learner.load_state_tensors(states[0])
-            scores = learner.evaluate(
-                counted, num_tasks, num_steps=num_steps, statistics=statistics
-            )
+            evaluate = learner.evaluate
+        scores = evaluate(counted, num_tasks, num_steps=num_steps, statistics=statistics)
     if run is None:
         return scores
     # Nothing where a run was copied without its metrics.
