@@ -28,6 +28,8 @@ def test_an_ensemble_takes_the_mean_of_the_outputs():
     mean = sum(predictions)[:, -1:] / 3
     expected = (mean.argmax(-1) == batch.y_query[:, None]).double().mean(-1)
     torch.testing.assert_close(scores.metric, expected)
+    loss = F.cross_entropy(mean.flatten(0, 2), batch.y_query.flatten(), reduction="none")
+    torch.testing.assert_close(scores.loss[:, 0], loss.view(5, -1).mean(1))
     for name, tensor in learner.state_tensors().items():
         assert torch.equal(tensor, states[2][name])
     with pytest.raises(InputError, match="ensemble of 0 states"):
