@@ -92,6 +92,10 @@ def test_supervised_learning_and_a_run_that_starts_from_it(empty_folder, capsys)
     out = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert f"starts from {run}; made anew: head.weight, head.bias run folder" in out
 
+    assert main(f"{second} --projection True --out runs/projected".split()) == 0
+    out = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert f"starts from {run}; projection: of the head there; made anew: head.weight" in out
+
     longer = f"train --initial {run} --recipe supervised {batches} {TINY}"
     assert main(longer.split()) == 0
     assert f"starts from {run}; made anew: nothing" in capsys.readouterr().out

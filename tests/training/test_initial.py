@@ -59,6 +59,18 @@ def test_a_projection_is_taken_from_a_head_of_as_many_classes_as_features(classe
     assert torch.equal(own.blocks[3].conv.weight, source.blocks[3].conv.weight)
 
 
+def test_lengths_of_a_cosine_heads_directions_say_nothing():
+    source = Conv4Options(4, head="cosine").build((1, 16, 16), 9)
+    own, longer = (Conv4Options(4, projection=True).build((1, 16, 16), 3) for _ in range(2))
+    start_from(own, source.state_dict())
+    with torch.no_grad():
+        source.head.weight.mul_(torch.arange(1.0, 10.0)[:, None])
+    start_from(longer, source.state_dict())
+    expected = own.blocks.projection.weight
+    torch.testing.assert_close(longer.blocks.projection.weight, expected)
+    assert not torch.equal(expected, torch.eye(4))
+
+
 def test_a_projection_that_was_learned_is_kept():
     source, own = (Conv4Options(4, projection=True).build((1, 16, 16), 9) for _ in range(2))
     torch.nn.init.normal_(source.blocks.projection.weight)

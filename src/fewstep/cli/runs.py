@@ -20,6 +20,7 @@ from fewstep.core.ranks import ALONE, Ranks
 from fewstep.core.scores import Scores
 from fewstep.data.episodes import Rotations
 from fewstep.data.views import Views
+from fewstep.models.conv import PROJECTION
 from fewstep.report.curves import plot_runs
 from fewstep.report.sinusoid_fits import plot_sinusoid_fits
 from fewstep.training.build import Experiment, resolve_device
@@ -205,7 +206,8 @@ class Plot:
 def _started_from(config: RunConfig, module: nn.Module, initial: Tensors) -> str:
     taken = fitting(module, initial)
     made = [name for name, _ in module.named_parameters() if name not in taken]
-    return f"starts from {config.initial}; made anew: {', '.join(made) or 'nothing'}"
+    head = "; projection: of the head there" if PROJECTION in taken.keys() - initial.keys() else ""
+    return f"starts from {config.initial}{head}; made anew: {', '.join(made) or 'nothing'}"
 
 
 def _train(experiment: Experiment, run: RunFolder, console: Console) -> None:

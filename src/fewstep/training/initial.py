@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn import functional as F
 
 from fewstep.core.errors import InputError
 from fewstep.core.network import Tensors
@@ -127,6 +128,8 @@ def _with_projection(initial: Tensors) -> Tensors:
     head = initial.get("head.weight")
     if PROJECTION in initial or head is None or len(head) < head.shape[1]:
         return initial
+    if "head.scale" in initial:  # a `CosineHead`'s, whose lengths say nothing
+        head = F.normalize(head)
     return {**initial, PROJECTION: projection_of(head)}
 
 
