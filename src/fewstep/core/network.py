@@ -136,8 +136,8 @@ class TaskNetwork:
             return self._call(parameters, buffers, x, batch.y_query, without=shots)
 
     def _normalise(self) -> AbstractContextManager[object]:
-        if self._use in ("running", "frozen"):
-            update = follow if self._is_training and self._use == "running" else None
+        if self._use == "running":
+            update = follow if self._is_training else None
             return NormaliseBy(Statistics(running=True, update=update))
         return nullcontext()
 

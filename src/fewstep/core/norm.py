@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fewstep.core.errors import check_name
 
-Use = Literal["batch", "support", "running", "frozen"]
+Use = Literal["batch", "support", "running"]
 Tensors = dict[str, Tensor]
 _WITH_AFFINE = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -26,8 +26,7 @@ class NormStatistics:
             examples of a task see each other (transductive; what published MAML numbers used).
             "support": the support set, under the same parameters, for support and query alike.
             "running": running statistics, as they stand before the call at hand; training moves
-            them with each call. "frozen": running statistics that training leaves as they are, for
-            a module that starts from trained ones.
+            them with each call.
         per_step: Keep running statistics for each point of the trajectory: row k, of
             num_steps + 1, belongs to theta[k].
 
@@ -61,8 +60,7 @@ class NormStatistics:
             return "per example"
         step = " of each step" if self.per_step else ""
         return {"batch": "batch (transductive)", "support": "support set",
-                "running": f"running averages{step}",
-                "frozen": f"frozen running averages{step}"}[self.use]  # fmt: skip
+                "running": f"running averages{step}"}[self.use]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,7 @@ class AlgorithmOptions:
     per_step_statistics: bool = False
     """Running statistics for each step (BNRS)."""
     statistics: Use = "batch"
-    """What batch norm normalises by: batch (transductive), support set, running
-    averages, or running averages that training leaves as they are (frozen)."""
+    """What batch norm normalises by: batch (transductive), support set or running averages."""
     not_adapted: tuple[str, ...] = ()
     """Patterns of parameter names that the inner loop leaves alone, such as "*.norm.*"."""
     outer: Literal["adam", "sgd"] = "adam"
