@@ -83,11 +83,13 @@ def test_every_run_starts_where_the_one_before_ended(experiment, monkeypatch, ca
     for name, row, score in (
         ("classifier-84", "images of the training classes held out", found["classifier-84"][0]),
         ("maml++", "one model", found["maml++"][0]),
-        ("maml++", "by running statistics", found["maml++"][3]),
+        ("maml++", "by batch statistics", found["maml++"][3]),
+        ("maml++", "by support statistics", found["maml++"][2]),
         ("maml++", "ensemble of 5, mirrored views", found["maml++"][5]),
     ):
         assert f"| {name}, {row} | {100 * score['mean']:.2f} ± " in table
-    assert found["maml++"][3]["statistics"].startswith("running")
+    used = [score["statistics"].split()[0] for score in found["maml++"]]
+    assert used == ["running", "running", "support", "batch", "running", "running"]
     assert [score["views"] for score in found["maml++"]] == [None] * 4 + ["mirrored"] * 2
     assert "| paper, from drawn parameters | - | |" in table
     with Image.open(out / "curves.png") as picture:
@@ -126,8 +128,8 @@ MINI_CLASSIFIERS = [
     ("options", "folders", "free"),
     [
         (
-            {"iterations": 2_400},
-            [*MINI_CLASSIFIERS, "maml++-mini-5w1s-projection"],
+            {},
+            [*MINI_CLASSIFIERS, "maml++-mini-5w1s-running"],
             {"device", "initial", "val_every"},
         ),
         (
@@ -155,11 +157,13 @@ def test_the_settings_are_those_that_were_measured(options, folders, free):
         assert own == measured
 
 
-def test_more_shots_change_the_tasks_alone():
-    one, five = (MamlPlusPlusFromClassifier(shots=shots).stages() for shots in (1, 5))
-    assert five["maml++"].episodes.shots == 5
-    few_shot = replace(five["maml++"], episodes=one["maml++"].episodes)
-    assert {**five, "maml++": few_shot} == one
+def test_one_shot_alone_goes_on_with_the_classifiers_statistics():
+    one, two, five = (MamlPlusPlusFromClassifier(shots=shots).stages() for shots in (1, 2, 5))
+    *classifiers, last = one
+    assert all(one[name] == five[name] for name in classifiers)
+    assert [stages[last].algorithm.statistics for stages in (one, two)] == ["running", "batch"]
+    assert five[last].episodes.shots == 5
+    assert two == {**five, last: replace(five[last], episodes=two[last].episodes)}
 
 
 @pytest.mark.parametrize(
