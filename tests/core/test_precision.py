@@ -41,6 +41,14 @@ class RoundedConv2d(nn.Conv2d):
         return y.float()
 
 
+class RoundedLinear(nn.Linear):
+    """A linear layer whose factors are rounded by hand, as autocast rounds them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        factors = (t.bfloat16() for t in (x, self.weight, self.bias))
+        return F.linear(*factors).float()
+
+
 class ToFloat32(nn.Module):
     """What a fast block does first."""
 
@@ -60,26 +68,22 @@ BLOCK = {"norm": "batch", "downsample": "max-pool", "activation": "leaky-relu", 
 
 @pytest.mark.parametrize("steps", [0, 1, 2])
 def test_a_fast_block_rounds_what_its_convolution_reads(steps: int) -> None:
-    errors, of_no_rounding = [], []
-    for seed in range(8):
-        torch.manual_seed(seed)
-        block = ConvBlock(4, 8, 8, **BLOCK)  # 4 channels: by the statistics of its outputs
-        batch = tasks(4, 8, 8)
-        head = nn.Linear(8 * 16, 3)
-        rounded, exact, expected = (
-            gradient(nn.Sequential(first, nn.Flatten(), head), batch, precision, steps=steps)
-            for first, precision in (
-                (block, "bfloat16"), (block, "float32"), (by_hand(block), "float32"),
-            )
-        )  # fmt: skip
-        conv = slice(0, block.conv.weight.numel())
-        errors.append((rounded - expected)[conv].norm() / exact[conv].norm())
-        of_no_rounding.append((exact - expected)[conv].norm() / exact[conv].norm())
-    # The head is rounded by autocast alone, in an order that depends on the CPU, and one maximum or
-    # sign in six tasks or so is then not that of float32, which is as much as all rounding.
-    error = torch.stack(errors).quantile(0.4)
+    block = ConvBlock(4, 8, 8, **BLOCK)  # 4 channels: by the statistics of its outputs
+    batch = tasks(4, 8, 8)
+    head, rounded_head = nn.Linear(8 * 16, 3), RoundedLinear(8 * 16, 3)
+    rounded_head.weight, rounded_head.bias = head.weight, head.bias
+    rounded, exact, expected = (
+        gradient(nn.Sequential(first, nn.Flatten(), last), batch, precision, steps=steps)
+        for first, last, precision in (
+            (block, head, "bfloat16"), (block, head, "float32"),
+            (by_hand(block), rounded_head, "float32"),
+        )
+    )  # fmt: skip
+    # Some maxima and signs are not those of float32, and one more or less is as much as this.
+    conv = slice(0, block.conv.weight.numel())
+    error = (rounded - expected)[conv].norm() / exact[conv].norm()
     assert error < 0.01
-    assert error < min(of_no_rounding) / 2
+    assert error < (exact - expected)[conv].norm() / exact[conv].norm() / 3
 
 
 def test_a_first_block_is_not_rounded() -> None:
