@@ -1,13 +1,22 @@
 """Every test starts from the same seed, on one thread: the tensors here are tiny."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # also of the processes that tests start
+
 import torch
 
 from fewstep.models.kernels import library
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the long tests: one at the end leaves the other workers idle."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture(autouse=True)

@@ -1,13 +1,10 @@
 """Two processes that share the tasks do what one process does."""
 
-import os
-import socket
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,6 +14,7 @@ from fewstep.core.hypergradient import HypergradientRates
 from fewstep.core.rates import LearnedRate
 from fewstep.models import Conv4
 from tests.core.reference import numbers
+from tests.processes import in_two
 
 WAYS, TASKS = 3, 5  # an odd number, so that the shares differ
 ALGORITHMS = {
@@ -58,13 +56,7 @@ def work(name: str, dtype: torch.dtype, ranks: Ranks) -> dict[str, torch.Tensor]
     return found | learner.state_tensors()
 
 
-def process(rank: int, port: int, out: Path) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+def process(out: Path) -> None:
     torch.set_num_threads(1)
     ranks = Ranks.of_torchrun()
     found = {
@@ -72,19 +64,16 @@ def process(rank: int, port: int, out: Path) -> None:
         for name in ALGORITHMS
         for dtype in (torch.float32, torch.float64)
     }
-    found["any"] = [ranks.any(rank == 1), ranks.any(False)]
-    found["first"] = ranks.of_first({"rank": rank})
+    found["any"] = [ranks.any(ranks.rank == 1), ranks.any(False)]
+    found["first"] = ranks.of_first({"rank": ranks.rank})
+    torch.save(found, out / f"{ranks.rank}.pt")
     ranks.part()
-    torch.save(found, out / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     out = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(process, (port, out), nprocs=2)
+    assert [(done.code, done.stderr) for done in in_two(out, process, out)] == [(0, "")] * 2
     return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

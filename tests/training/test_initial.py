@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from fewstep.core.errors import InputError
+from fewstep.data.folder import ImageFolder
 from fewstep.models.features import projection_of
 from fewstep.training.build import Experiment
 from fewstep.training.config import ClassificationOptions
@@ -12,6 +13,7 @@ from fewstep.training.initial import read_initial, start_from
 from fewstep.training.network_options import Conv4Options
 from fewstep.training.presets import preset
 from fewstep.training.run_folder import RunFolder
+from tests.data.conftest import write_images
 
 
 def network(ways=3, filters=4) -> torch.nn.Module:
@@ -84,15 +86,18 @@ def test_a_projection_that_was_learned_is_kept():
 
 @pytest.mark.parametrize("recipe", ["maml", "maml++"])
 def test_a_run_starts_from_the_best_checkpoint_of_another(tmp_path, recipe, own_cache):
-    source = Conv4Options(filters=16).build((1, 28, 28), 7)
+    source = Conv4Options(filters=16).build((3, 28, 28), 7)
     run = RunFolder.create(tmp_path, {})
     tensors = {f"model.{name}": t for name, t in source.state_dict().items()}
     state = run.save_checkpoint(tensors, None, 1, 0.9)
     run.save_checkpoint({name: t + 1 for name, t in tensors.items()}, state, 2, 0.1)
+    write_images(tmp_path / "images", {f"c{i:02d}": 6 for i in range(20)})
     config = replace(
         preset(recipe=recipe),
+        dataset="folder",
+        data=ImageFolder(tmp_path / "images", size=28),
         model=Conv4Options(filters=16),
-        episodes=ClassificationOptions(ways=3),
+        episodes=ClassificationOptions(ways=3, queries=2, eval_queries=2),
     )
     learner = Experiment.build(config, initial=read_initial(tmp_path)).learner
     drawn = Experiment.build(config).learner

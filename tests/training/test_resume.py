@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -13,6 +12,7 @@ import pytest
 
 from fewstep.cli.main import main
 from tests.data.conftest import write_images
+from tests.processes import start
 
 ITERATIONS = 120
 KILLS = 20
@@ -25,10 +25,7 @@ PROBLEMS = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-_processes = multiprocessing.get_context("forkserver")
-# torch.optim imports torch._dynamo, which takes a second.
-_processes.set_forkserver_preload(["fewstep.cli.main", "torch._dynamo"])
+pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.long]
 
 
 def _train(run: Path, problem: str) -> list[str]:
@@ -38,18 +35,6 @@ def _train(run: Path, problem: str) -> list[str]:
         data = f"--root {run.parent / 'images'}"
         write_images(run.parent / "images", {f"c{i:02d}": 4 for i in range(12)})
     return f"train {PROBLEMS[problem]} {data} {common} --out {run}".split()
-
-
-def _quiet(arguments: list[str], environment: dict[str, str]) -> None:
-    os.environ.update(environment)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os._exit(main(arguments))
-
-
-def _start(arguments: list[str]) -> multiprocessing.process.BaseProcess:
-    process = _processes.Process(target=_quiet, args=(arguments, dict(os.environ)))
-    process.start()
-    return process
 
 
 def _last_iteration(run: Path) -> int:
@@ -80,14 +65,14 @@ def _content(run: Path) -> dict[str, object]:
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_killed_twenty_times_and_resumed_is_byte_for_byte_the_same(tmp_path, problem):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    reference = _start(_train(whole, problem))
+    reference = start(main, _train(whole, problem))
     reference.join()
     assert reference.exitcode == 0
 
     draw = random.Random(0)
     for target in sorted(draw.sample(range(1, ITERATIONS), KILLS)):
         is_new = not (killed / "config.toml").exists()
-        process = _start(_train(killed, problem) if is_new else ["resume", str(killed)])
+        process = start(main, _train(killed, problem) if is_new else ["resume", str(killed)])
         while _last_iteration(killed) < target:
             assert process.is_alive()
             time.sleep(0.002)
@@ -95,7 +80,7 @@ def test_killed_twenty_times_and_resumed_is_byte_for_byte_the_same(tmp_path, pro
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-    last = _start(["resume", str(killed)])
+    last = start(main, ["resume", str(killed)])
     last.join()
     assert last.exitcode == 0
     assert _content(killed) == _content(whole)
@@ -104,7 +89,7 @@ def test_killed_twenty_times_and_resumed_is_byte_for_byte_the_same(tmp_path, pro
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_run_writes_a_checkpoint_and_resumes_alike(tmp_path, number):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    reference, process = _start(_train(whole, "sinusoid")), _start(_train(stopped, "sinusoid"))
+    reference, process = (start(main, _train(run, "sinusoid")) for run in (whole, stopped))
     while _last_iteration(stopped) < 30:
         assert process.is_alive()
         time.sleep(0.002)
@@ -114,7 +99,7 @@ def test_interrupted_run_writes_a_checkpoint_and_resumes_alike(tmp_path, number)
     assert process.exitcode == 0
     state = json.loads((stopped / "state.json").read_text())
     assert state["iteration"] == _last_iteration(stopped) < ITERATIONS
-    again = _start(["resume", str(stopped)])
+    again = start(main, ["resume", str(stopped)])
     again.join()
     assert again.exitcode == 0
     assert _content(stopped) == _content(whole)

@@ -4,13 +4,21 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from fewstep.cli.main import main
+from fewstep.core import learner
+from fewstep.experiments import maml_plus_plus
+from fewstep.training import trainer
+from tests.processes import in_two
+
+pytestmark = pytest.mark.long
 
 OPTIONS = [
     *("train", "--dataset", "sinusoid", "--tasks", "5", "--chunk-size", "2", "--device", "cpu"),
@@ -18,23 +26,17 @@ OPTIONS = [
 ]
 
 
-def two(*program: str) -> subprocess.CompletedProcess[str]:
+def torchrun(*program: str) -> subprocess.CompletedProcess[str]:
     """Run a program in two processes."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    return subprocess.run(
-        [*torchrun, *program],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run([*command, *program], capture_output=True, text=True, timeout=200)
 
 
-def of_two(*arguments: str) -> str:
-    """Run a command in two processes and return what they print."""
-    done = two("-m", "fewstep", *arguments)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def of_two(folder: Path, program: Callable[..., int], *arguments: Any) -> str:
+    """Run a program in two processes and return what they print; torchrun takes ten seconds."""
+    first, second = in_two(folder, program, *arguments)
+    assert (first.code, second.code) == (0, 0), first.stderr + second.stderr
+    return first.stdout + second.stdout
 
 
 def content(run: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
@@ -47,9 +49,11 @@ def content(run: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
 def test_a_run_of_two_processes_and_then_one_is_that_of_one(tmp_path, capsys):
     one, other = tmp_path / "one", tmp_path / "two"
     assert main([*OPTIONS, "--iterations", "12", "--out", str(one)]) == 0
-    printed = of_two(*OPTIONS, "--iterations", "8", "--out", str(other))
+    begun = torchrun("-m", "fewstep", *OPTIONS, "--iterations", "8", "--out", str(other))
+    assert begun.returncode == 0, begun.stderr
+    printed = begun.stdout
     assert printed.count("run folder:") == printed.count("iteration 8: validation") == 1
-    resumed = of_two("resume", str(other), "--iterations", "10")
+    resumed = of_two(tmp_path, main, ["resume", str(other), "--iterations", "10"])
     assert resumed.count("next: fewstep resume") == 0
     assert main(["resume", str(other), "--iterations", "12"]) == 0
 
@@ -63,39 +67,35 @@ def test_a_run_of_two_processes_and_then_one_is_that_of_one(tmp_path, capsys):
         torch.testing.assert_close(tensors[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-NOTES_ITS_TESTS = """
-import os, sys
-from fewstep.cli.main import main
-from fewstep.core import learner
+def notes_its_tests(note: Path, arguments: list[str]) -> int:
+    """Run a command that writes down the numbers of the tasks it tests."""
+    rank, usual = os.environ["RANK"], learner.test
 
-test = learner.test
-def noted(loop, episodes, numbers, *arguments, **options):
-    with open(sys.argv[-1] + os.environ["RANK"], "a") as file:
-        file.write(f"{numbers.start}-{numbers.stop} ")
-    return test(loop, episodes, numbers, *arguments, **options)
-learner.test = noted
-sys.exit(main(sys.argv[1:-1]))
-"""
+    def noted(loop, episodes, numbers, *rest, **options):
+        with Path(f"{note}{rank}").open("a") as file:
+            file.write(f"{numbers.start}-{numbers.stop} ")
+        return usual(loop, episodes, numbers, *rest, **options)
+
+    learner.test = noted
+    return main(arguments)
 
 
 def test_processes_share_the_tests(tmp_path):
-    script, run, note = tmp_path / "script.py", tmp_path / "run", tmp_path / "note"
-    script.write_text(NOTES_ITS_TESTS)
-    done = two(str(script), *OPTIONS, "--iterations", "4", "--keep-best", "2", "--val-every", "2",
-               "--test-tasks", "7", "--chunk-size", "8", "--out", str(run), str(note))  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("test: loss") == done.stdout.count("ensemble of 2: loss") == 1
+    run, note = tmp_path / "run", tmp_path / "note"
+    train = [*OPTIONS, "--iterations", "4", "--keep-best", "2", "--val-every", "2",
+             "--test-tasks", "7", "--chunk-size", "8", "--out", str(run)]  # fmt: skip
+    printed = of_two(tmp_path, notes_its_tests, note, train)
+    assert printed.count("test: loss") == printed.count("ensemble of 2: loss") == 1
     # Two validations, the test, and of the ensemble a chunk through each of two checkpoints.
     assert (tmp_path / "note0").read_text() == "0-2 0-2 0-3 0-3 0-3 "
     assert (tmp_path / "note1").read_text() == "2-5 2-5 3-7 0-4 0-4 "
 
-    shared = two(str(script), "evaluate", str(run), "--tasks", "9", "--device", "cpu", str(note))
-    assert shared.returncode == 0, shared.stderr
-    assert shared.stdout.count("test: loss") == 1
+    evaluate = ["evaluate", str(run), "--tasks", "9", "--device", "cpu"]
+    assert of_two(tmp_path, notes_its_tests, note, evaluate).count("test: loss") == 1
     assert (tmp_path / "note1").read_text().endswith(" 4-9 ")
     (file,) = run.glob("evaluation-test-best-*-tasks-9.json")
     found = json.loads(file.read_text())
-    assert main(["evaluate", str(run), "--tasks", "9", "--device", "cpu"]) == 0
+    assert main(evaluate) == 0
     wanted = json.loads(file.read_text())
     assert (found["environment"]["processes"], wanted["environment"]["processes"]) == (2, 1)
     assert found["num_tasks"] == wanted["num_tasks"] == 9
@@ -103,20 +103,14 @@ def test_processes_share_the_tests(tmp_path):
     assert found["per_task"] == pytest.approx(wanted["per_task"], rel=1e-4)
 
 
-FIRST_WRITES = """
-import os, sys
-from fewstep.cli.main import main
-from fewstep.experiments import maml_plus_plus
-if os.environ["RANK"] != "0":
-    maml_plus_plus.write_json = None
-sys.exit(main(sys.argv[1:]))
-"""
+def first_writes(arguments: list[str]) -> int:
+    """Run a command whose second process cannot write."""
+    if os.environ["RANK"] != "0":
+        maml_plus_plus.write_json = None
+    return main(arguments)
 
 
 def test_processes_share_the_runs_of_a_table(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(FIRST_WRITES)
-
     def ablation(folder):
         return [
             *("reproduce", "maml++-ablation", "--dataset", "glyphs", "--ways", "2", "--seeds", "1"),
@@ -125,7 +119,7 @@ def test_processes_share_the_runs_of_a_table(tmp_path):
             *("--out", str(tmp_path / folder)),
         ]
 
-    printed = of_two(*ablation("two"))
+    printed = of_two(tmp_path, main, ablation("two"))
     assert printed.count("done: ") == 2
     assert printed.count("wrote table.md") == 1
     assert main(ablation("one")) == 0
@@ -141,11 +135,10 @@ def test_processes_share_the_runs_of_a_table(tmp_path):
             assert found["environment"]["processes"] == 2
     # Nothing is left to do, neither training nor tests: it is read by all.
     files = {f: f.stat().st_mtime_ns for f in (tmp_path / "two").glob("*/*.json")}
-    assert of_two(*ablation("two")).count("done: ") == 2
+    assert of_two(tmp_path, main, ablation("two")).count("done: ") == 2
     assert {f: f.stat().st_mtime_ns for f in (tmp_path / "two").glob("*/*.json")} == files
     (tmp_path / "two" / "maml-seed0" / "evaluation-test-ensemble-5-steps.json").unlink()
-    done = two(str(script), *ablation("two"))  # one test is missing
-    assert done.returncode == 0, done.stderr
+    of_two(tmp_path, first_writes, ablation("two"))  # one test is missing
     changed = [f.name for f, at in files.items() if f.stat().st_mtime_ns != at]
     assert changed == ["evaluation-test-ensemble-5-steps.json"]
 
@@ -161,28 +154,19 @@ sys.exit(main(sys.argv[1:]))
 def test_the_first_process_says_what_is_wrong_though_another_failed_before(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(FIRST_IS_LATE)
-    done = two(str(script), "train", "--iterations", "0")
+    done = torchrun(str(script), "train", "--iterations", "0")
     assert done.stderr.count("iterations=0 must be at least 1") == 1
 
 
-READS_IN_ONE_PROCESS_ONLY = """
-import os, sys
-from fewstep.cli.main import main
-from fewstep.training import trainer
-
-trainer._Unread.is_due = lambda self: os.environ["RANK"] == "1"
-code = main(sys.argv[1:])
-with open(sys.argv[-1] + os.environ["RANK"], "w") as file:
-    file.write(str(code))
-sys.exit(code)
-"""
+def reads_in_the_second_alone(arguments: list[str]) -> int:
+    """Run a command whose first process looks at no number before it has to."""
+    trainer._Unread.is_due = lambda self: os.environ["RANK"] == "1"
+    return main(arguments)
 
 
 def test_processes_stop_alike_at_a_loss_that_is_not_finite(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(READS_IN_ONE_PROCESS_ONLY)
-    run = tmp_path / "run"
-    done = two(str(script), *OPTIONS, "--iterations", "100", "--val-every", "100",
-               "--inner-lr", "1e20", "--out", str(run))  # fmt: skip
-    assert "training stopped: iteration 1: the" in done.stderr
-    assert [(tmp_path / f"run{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
+    train = [*OPTIONS, "--iterations", "100", "--val-every", "100", "--inner-lr", "1e20",
+             "--out", str(tmp_path / "run")]  # fmt: skip
+    first, second = in_two(tmp_path, reads_in_the_second_alone, train)
+    assert "training stopped: iteration 1: the" in first.stderr
+    assert (first.code, second.code) == (1, 1)

@@ -1,0 +1,80 @@
+"""Processes forked from one that has imported PyTorch, which takes each of them ten seconds."""
+
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_processes = multiprocessing.get_context("forkserver")
+# torch.optim imports torch._dynamo, and a run ends with pictures.
+_processes.set_forkserver_preload(["fewstep.cli.main", "torch._dynamo", "matplotlib.figure"])
+
+
+class Done(NamedTuple):
+    """How a program ended and what it printed."""
+
+    code: int | None
+    stdout: str
+    stderr: str
+
+
+def start(
+    program: Callable[..., int | None],
+    *arguments: Any,
+    output: str = os.devnull,
+    errors: str = os.devnull,
+    **environment: str,
+) -> BaseProcess:
+    """Start program(*arguments), which returns an exit code, in this environment and more."""
+    wanted = dict(os.environ) | environment
+    process = _processes.Process(
+        target=_run, args=(program, arguments, wanted, output, errors), daemon=True
+    )
+    process.start()
+    return process
+
+
+def _run(
+    program: Callable[..., int | None],
+    arguments: tuple[Any, ...],
+    environment: dict[str, str],
+    output: str,
+    errors: str,
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    for descriptor, name in ((1, output), (2, errors)):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)
+    sys.exit(program(*arguments))
+
+
+def in_two(folder: Path, program: Callable[..., int | None], *arguments: Any) -> list[Done]:
+    """Run a program in two processes that share its tasks, as `torchrun` would start them.
+
+    Args:
+        folder: For what they print.
+        program: What to run.
+        arguments: Its own.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    printed = [[str(folder / f"{kind}{rank}") for kind in ("stdout", "stderr")] for rank in (0, 1)]
+    processes = [
+        start(
+            program, *arguments, output=output, errors=errors,
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        )
+        for rank, (output, errors) in enumerate(printed)
+    ]  # fmt: skip
+    for process in processes:
+        process.join()
+    return [
+        Done(process.exitcode, *(Path(file).read_text() for file in files))
+        for process, files in zip(processes, printed, strict=True)
+    ]
