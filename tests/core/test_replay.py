@@ -49,42 +49,58 @@ def test_every_model(case):
     assert_equal_to_the_bit(case, fewstep.maml(2, 0.1), iterations=2)
 
 
-@pytest.mark.parametrize(
-    ("name", "use"),
-    [*((name, "batch") for name in MODELS), ("batch norm", "support"), ("Conv4", "running")],
-)
-def test_testing(name, use):
+def assert_tests_equal_to_the_bit(name, scores_of) -> None:
+    """Compare what tests give with and without replay, after an update and after another."""
     case, found = MODELS[name], []
+    algorithm = fewstep.maml_plus_plus(3, 0.1, version="reference_code")
     for replay in (True, False):
         torch.manual_seed(0)
-        algorithm = fewstep.maml_plus_plus(3, 0.1, version="reference_code")
         learner = MetaLearner(case.build(), algorithm, case.loss, chunk_size=2, replay=replay)
         batch = case.batch(5)  # 2 tasks, 2, and 1
-        before = learner.state_tensors()
-        learner.step(batch)
         of_replay = []
         for _ in range(2):
-            scores = learner.evaluate(batch, 5, statistics=use)
-            few = learner.evaluate(batch, 5, num_steps=1, statistics=use)
-            last = learner.evaluate(batch, 5, statistics=use, every_step=False)
-            assert torch.equal(last.loss, scores.loss[:, -1:])
-            assert torch.equal(last.metric, scores.metric[:, -1:])
-            outputs = learner.predict(batch, 5, statistics=use)
-            both = learner.evaluate_ensemble(
-                [before, learner.state_tensors()], batch, 5, statistics=use
-            )
-            of_replay += [scores.loss, scores.metric, few.loss, outputs, last.loss, both.loss]
+            before = learner.state_tensors()
             learner.step(batch)  # parameters are read anew
+            of_replay += scores_of(learner, batch, before)
         found.append(of_replay)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_testing_is_recorded_once_for_each_shape():
+@pytest.mark.parametrize("name", MODELS)
+def test_testing_every_model(name):
+    def scores_of(learner, batch, before):
+        scores = learner.evaluate(batch, 5)
+        return scores.loss, scores.metric
+
+    assert_tests_equal_to_the_bit(name, scores_of)
+
+
+@pytest.mark.parametrize(
+    ("name", "use"), [("batch norm", "batch"), ("batch norm", "support"), ("Conv4", "running")]
+)
+def test_testing(name, use):
+    def scores_of(learner, batch, before):
+        scores = learner.evaluate(batch, 5, statistics=use)
+        few = learner.evaluate(batch, 5, num_steps=1, statistics=use)
+        last = learner.evaluate(batch, 5, statistics=use, every_step=False)
+        assert torch.equal(last.loss, scores.loss[:, -1:])
+        assert torch.equal(last.metric, scores.metric[:, -1:])
+        outputs = learner.predict(batch, 5, statistics=use)
+        states = [before, learner.state_tensors()]
+        both = learner.evaluate_ensemble(states, batch, 5, statistics=use)
+        return scores.loss, scores.metric, few.loss, outputs, last.loss, both.loss
+
+    assert_tests_equal_to_the_bit(name, scores_of)
+
+
+def test_testing_is_recorded_the_second_time_for_each_shape():
     case = MODELS["mlp"]
     learner = MetaLearner(case.build(), fewstep.maml(2), case.loss, chunk_size=2, replay=True)
-    for _ in range(3):
-        learner.evaluate(case.batch(5), 5)
-    assert len(learner._test_replay._recordings) == 2
+    recordings = []
+    for tasks in (2, 4, 5, 5, 5):  # by 2 and, at the end, by 1
+        learner.evaluate(case.batch(5), tasks)
+        recordings.append(len(learner._test_replay._recordings))
+    assert recordings == [0, 1, 1, 2, 2]
 
 
 def test_a_loop_over_the_tasks():

@@ -49,10 +49,10 @@ class MetaLearner:
             batching rules, such as `torch.utils.checkpoint`).
         ranks: The processes that share each batch, from `Ranks.of_torchrun()`. Each calls the same
             methods with the same tasks, and gets the same results.
-        replay: Record the operations of a meta-gradient, and of a test, once and replay them: the
-            same numbers, sooner, as no Python is between them. What the module decides in Python is
-            decided once. Recording takes a second or two, and again where the shapes or the
-            schedules change.
+        replay: Record the operations of a meta-gradient, and of a test of several chunks, once and
+            replay them: the same numbers, sooner, as no Python is between them. What the module
+            decides in Python is decided once. Recording takes a second or two, and again where the
+            shapes or the schedules change.
         compile: Hand the recording to `torch.compile`: several times faster for small networks, the
             same to rounding (checked), after compiling for some ten seconds and more with steps
             and layers; refused where that fails, as for `Conv4`.
@@ -97,7 +97,7 @@ class MetaLearner:
         self.checkpoint_every = checkpoint_every
         self.ranks = ranks
         self._replay = Replay(compiled=compile) if replay else None
-        self._test_replay = Replay() if replay else None
+        self._test_replay = Replay(from_second=True) if replay else None
         self.iteration = 0
         self._network = TaskNetwork(module, loss, metric, vectorize=vectorize, precision=precision)
         self._meta = MetaParameters(module, algorithm)

@@ -28,15 +28,19 @@ class Replay:
     Args:
         compiled: Hand each recording to `torch.compile`, which fuses small operations: the same to
             rounding, which is checked when it has compiled.
+        from_second: Record at the second call of a key; a recording takes a second or two, which
+            what is called once does not win back.
     """
 
-    def __init__(self, *, compiled: bool = False) -> None:
+    def __init__(self, *, compiled: bool = False, from_second: bool = False) -> None:
         self._compiled = compiled
+        self._from_second = from_second
         self._recordings: dict[Hashable, _Kept] = {}
+        self._called: set[Hashable] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the recordings behind: a copy makes its own."""
-        return {"_compiled": self._compiled, "_recordings": {}}
+        return self.__dict__ | {"_recordings": {}, "_called": set()}
 
     def __call__(
         self,
@@ -61,6 +65,9 @@ class Replay:
         kept = self._recordings.get(key)
         if kept is not None and kept.is_valid():
             return kept.run(tensors)
+        if self._from_second and key not in self._called:
+            self._called.add(key)
+            return function(*tensors)
         if len(self._recordings) == _MOST:
             del self._recordings[next(iter(self._recordings))]
         recorder = Recorder(tensors, may_draw and not self._compiled)
