@@ -240,10 +240,17 @@ def test_learned_rates_against_finite_differences(per):
             torch.testing.assert_close(gradient[name][k], difference, rtol=1e-6, atol=1e-9)
 
 
-def test_the_initial_rate_is_honoured():
-    learner = learner_of(replace(PLAIN, inner_rate=LayerStepRates(0.07)))
-    rates = [t for n, t in learner.parameters.items() if n.startswith("inner_lr.")]
-    assert all(torch.equal(t, torch.full((STEPS,), 0.07)) for t in rates)
+@pytest.mark.parametrize("per", ["tensor", "layer"])
+@pytest.mark.parametrize("head_lr", [None, 0.0, 7.0])
+def test_the_initial_rates_are_honoured(per, head_lr):
+    learner = learner_of(replace(PLAIN, inner_rate=LayerStepRates(0.07, per, head_lr)))
+    *_, head = (name.rpartition(".")[0] for name, _ in learner.module.named_parameters())
+    rates = {n: t for n, t in learner.parameters.items() if n.startswith("inner_lr.")}
+    of_head = {name for name in rates if name.startswith(f"inner_lr.{head}")}
+    assert len(of_head) == {"tensor": 2, "layer": 1}[per]
+    for name, found in rates.items():
+        initial = head_lr if name in of_head and head_lr is not None else 0.07
+        assert torch.equal(found, torch.full((STEPS,), initial)), name
 
 
 # Schedules

@@ -13,6 +13,7 @@ import fewstep
 from fewstep.cli.runs import Train
 from fewstep.core.errors import InputError
 from fewstep.core.outer import SGD
+from fewstep.core.rates import LayerStepRates
 from fewstep.data.omniglot import Omniglot
 from fewstep.models import Conv4
 from fewstep.training.algorithm_options import AlgorithmOptions
@@ -58,8 +59,8 @@ def test_every_changed_setting_survives_the_file(tmp_path):
         "--unit-features True --head cosine "
         "--recipe fomaml "
         "--num-steps 2 --eval-steps 4 --inner-lr 0.3 "
-        "--learned-rates layer --multi-step-epochs 3 --first-order-epochs 2 --clip-value 5 "
-        "--per-step-affine True --per-step-statistics True --statistics support "
+        "--learned-rates layer --head-lr 0.2 --multi-step-epochs 3 --first-order-epochs 2 "
+        "--clip-value 5 --per-step-affine True --per-step-statistics True --statistics support "
         "--outer-lr 0.01 --outer-schedule constant --final-outer-lr 0.001 --not-adapted head.* "
         "--inner-hyper-lr 0.1 --outer sgd --outer-hyper-lr 0.2 --hyper-step sign "
         "--task-reduction sum --extra-steps repeat --iterations 7 --epoch-length 3 --keep-best 2 "
@@ -97,6 +98,14 @@ def test_every_changed_setting_of_supervised_batches_survives_the_file(tmp_path)
 def test_what_is_not_for_this_outer_optimiser_is_refused(other):
     with pytest.raises(InputError, match=r"=0\.5 goes with outer='sgd' and no outer_h"):
         AlgorithmOptions(**other)
+
+
+@pytest.mark.parametrize("learned", ["no", "one", "element"])
+def test_a_rate_of_the_last_layer_is_refused_where_rates_have_no_layers(learned):
+    with pytest.raises(InputError, match=f"head_lr=0.5 goes with learned_rates=.*'{learned}'"):
+        AlgorithmOptions(learned_rates=learned, head_lr=0.5)
+    rates = AlgorithmOptions(learned_rates="layer", head_lr=0.5).build(10).inner_rate
+    assert rates == LayerStepRates(0.1, "layer", 0.5)
 
 
 def _leaves(config):

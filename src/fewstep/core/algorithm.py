@@ -210,7 +210,7 @@ def maml_plus_plus(
     Reference: Antoniou, Edwards and Storkey, How to train your MAML, ICLR 2019, arXiv:1810.09502.
 
     >>> maml_plus_plus().inner_rate
-    LayerStepRates(inner_lr=0.1, per='layer')
+    LayerStepRates(inner_lr=0.1, per='layer', head_lr=None)
     """
     check_name("version", version, ("paper", "reference_code"))
     is_paper = version == "paper"

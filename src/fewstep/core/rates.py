@@ -30,9 +30,9 @@ class InnerRate(Protocol):
         ...
 
 
-def _check_inner_lr(inner_lr: float) -> None:
-    if not math.isfinite(inner_lr):
-        raise InputError(f"inner_lr={inner_lr} must be a finite number, such as 0.1")
+def _check_rate(name: str, rate: float) -> None:
+    if not math.isfinite(rate):
+        raise InputError(f"{name}={rate} must be a finite number, such as 0.1")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ConstantRate:
     per_step = False
 
     def __post_init__(self) -> None:
-        _check_inner_lr(self.inner_lr)
+        _check_rate("inner_lr", self.inner_lr)
 
     def table(self, adapted: Mapping[str, Tensor], num_steps: int) -> dict[str, Tensor]:
         """Return nothing: no rate is learned."""
@@ -81,7 +81,7 @@ class LearnedRate:
     per_step = False
 
     def __post_init__(self) -> None:
-        _check_inner_lr(self.inner_lr)
+        _check_rate("inner_lr", self.inner_lr)
 
     def table(self, adapted: Mapping[str, Tensor], num_steps: int) -> dict[str, Tensor]:
         """Return the one rate, named "all"."""
@@ -114,7 +114,7 @@ class ElementRates:
     per_step = False
 
     def __post_init__(self) -> None:
-        _check_inner_lr(self.inner_lr)
+        _check_rate("inner_lr", self.inner_lr)
 
     def table(self, adapted: Mapping[str, Tensor], num_steps: int) -> dict[str, Tensor]:
         """Return a rate for each element."""
@@ -137,9 +137,11 @@ class LayerStepRates:
         inner_lr: Initial value of every rate.
         per: "tensor" has a rate for each parameter tensor, as in the authors' code; "layer" one
             for each module that holds parameters of its own, as the paper says.
+        head_lr: Initial value for the last layer, the module of the last parameter that is adapted;
+            None takes `inner_lr`. From trained features the head may want a hundred times more.
 
     Raises:
-        InputError: `inner_lr` is not finite.
+        InputError: `inner_lr` or `head_lr` is not finite.
 
     Deviation: the authors' code allocates a last row that no step uses, and most of its versions
         start at 0.1 whatever their settings ask for; here neither.
@@ -149,19 +151,27 @@ class LayerStepRates:
 
     inner_lr: float = 0.1
     per: Literal["tensor", "layer"] = "tensor"
+    head_lr: float | None = None
     per_step = True
 
     def __post_init__(self) -> None:
-        _check_inner_lr(self.inner_lr)
+        _check_rate("inner_lr", self.inner_lr)
+        if self.head_lr is not None:
+            _check_rate("head_lr", self.head_lr)
         if self.per not in ("tensor", "layer"):
             raise InputError(f"per={self.per!r} must be 'tensor' or 'layer'")
 
     def table(self, adapted: Mapping[str, Tensor], num_steps: int) -> dict[str, Tensor]:
         """Return `num_steps` equal rates for each tensor or layer."""
-        like = {self._entry(name): p for name, p in adapted.items()}
+        *_, last = adapted
+        initial = dict.fromkeys(map(_layer, adapted), self.inner_lr)
+        if self.head_lr is not None:
+            initial[_layer(last)] = self.head_lr
         return {
-            entry: torch.full((num_steps,), self.inner_lr, dtype=p.dtype, device=p.device)
-            for entry, p in like.items()
+            self._entry(name): torch.full(
+                (num_steps,), initial[_layer(name)], dtype=p.dtype, device=p.device
+            )
+            for name, p in adapted.items()
         }
 
     def __call__(self, table: Mapping[str, Tensor], name: str, step: int) -> Tensor:
@@ -170,4 +180,8 @@ class LayerStepRates:
         return rates[min(step, len(rates) - 1)]
 
     def _entry(self, name: str) -> str:
-        return name if self.per == "tensor" else name.rpartition(".")[0]
+        return name if self.per == "tensor" else _layer(name)
+
+
+def _layer(name: str) -> str:
+    return name.rpartition(".")[0]

@@ -52,6 +52,8 @@ class AlgorithmOptions:
     """Inner learning rate, for losses that are means; the initial one where it is learned."""
     learned_rates: Literal["no", "tensor", "layer", "one", "element"] = "no"
     """Learn inner rates: by step and tensor or layer (LSLR), one, or by element (Meta-SGD)."""
+    head_lr: float | None = None
+    """Initial rate of the last layer, by LSLR; that of all if not given."""
     inner_hyper_lr: float | None = None
     """Let the learned rates follow hypergradients, at this rate (Alpha MAML)."""
     multi_step_epochs: int = 0
@@ -97,6 +99,11 @@ class AlgorithmOptions:
         for name in ("momentum", "weight_decay"):
             if (value := getattr(self, name)) and not is_plain_sgd:
                 raise InputError(f"{name}={value} goes with outer='sgd' and no outer_hyper_lr")
+        if self.head_lr is not None and self.learned_rates not in ("tensor", "layer"):
+            raise InputError(
+                f"head_lr={self.head_lr} goes with learned_rates='tensor' or 'layer', not "
+                f"{self.learned_rates!r}"
+            )
         if not 0 <= self.final_outer_lr <= self.outer_lr:
             raise InputError(
                 f"final_outer_lr={self.final_outer_lr} must be between 0 and "
@@ -150,7 +157,7 @@ class AlgorithmOptions:
             case "element":
                 return ElementRates(self.inner_lr)
             case per:
-                return LayerStepRates(self.inner_lr, per)
+                return LayerStepRates(self.inner_lr, per, self.head_lr)
 
     def _outer(self) -> OuterOptimiser:
         if self.outer_hyper_lr is None:
