@@ -1,4 +1,4 @@
-"""Processes forked from one that has imported PyTorch, which takes each of them ten seconds."""
+"""Processes forked from one that has imported PyTorch, as importing it takes seconds."""
 
 import multiprocessing
 import os
@@ -26,10 +26,18 @@ def start(
     program: Callable[..., int | None],
     *arguments: Any,
     output: str = os.devnull,
-    errors: str = os.devnull,
+    errors: str | None = None,
     **environment: str,
 ) -> BaseProcess:
-    """Start program(*arguments), which returns an exit code, in this environment and more."""
+    """Start program(*arguments), which returns an exit code, in this environment and more.
+
+    Args:
+        program: A function that its module names.
+        arguments: Its own.
+        output: File for what it prints.
+        errors: File for its errors; None leaves them where they are seen.
+        environment: More variables.
+    """
     wanted = dict(os.environ) | environment
     process = _processes.Process(
         target=_run, args=(program, arguments, wanted, output, errors), daemon=True
@@ -43,12 +51,13 @@ def _run(
     arguments: tuple[Any, ...],
     environment: dict[str, str],
     output: str,
-    errors: str,
+    errors: str | None,
 ) -> None:
     os.environ.clear()
     os.environ.update(environment)
     for descriptor, name in ((1, output), (2, errors)):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)
+        if name is not None:
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)
     sys.exit(program(*arguments))
 
 
