@@ -42,6 +42,29 @@ def test_another_source_is_prepared_anew():
         load_or_prepare("set", "v2", SHAPE, _not_called)
 
 
+def test_what_was_prepared_of_another_source_is_kept_once(own_cache):
+    load_or_prepare("set", "v1", SHAPE, _classes)
+    load_or_prepare("set", "v2", SHAPE, lambda: _classes()[:1])
+    store = load_or_prepare("set", "v3", SHAPE, _classes)
+    one, other, same = (own_cache / f"set-v{i}.npy" for i in (1, 2, 3))
+    assert one.samefile(same)
+    assert not one.samefile(other)
+    (own_cache / "set-v3.json").unlink()
+    load_or_prepare("set", "v3", SHAPE, _classes)
+    assert one.samefile(same)
+    assert not list(own_cache.glob(".new-*"))
+    one.unlink()
+    assert torch.equal(store.images, torch.arange(18).to(torch.uint8).reshape(3, *SHAPE))
+
+
+def test_a_damaged_array_is_not_taken_for_the_same(own_cache):
+    load_or_prepare("set", "v1", SHAPE, _classes)
+    path = own_cache / "set-v1.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    store = load_or_prepare("set", "v2", SHAPE, _classes)
+    assert torch.equal(store.images, torch.arange(18).to(torch.uint8).reshape(3, *SHAPE))
+
+
 def test_verify_finds_a_changed_byte(own_cache):
     load_or_prepare("set", "v1", SHAPE, _classes)
     assert verify_prepared(own_cache) == ["set-v1"]
