@@ -229,6 +229,14 @@ def test_every_data_set_has_help(command, dataset, capsys):
     test_every_command_has_help(f"{command} --dataset {dataset}", capsys)
 
 
+def test_help_fills_the_lines(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "70")
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    # The docstring has a line break there.
+    assert "the same numbers, sooner." in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("words", [[], ["--help"], ["data"], ["reproduce", "-h"]])
 def test_help_names_every_command(words, capsys):
     assert main(words) == 0

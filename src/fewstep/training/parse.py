@@ -9,8 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
+import docstring_parser
 import tyro
 
 from fewstep.core.errors import InputError, check_name
@@ -35,6 +37,8 @@ def parse(options: type[T], arguments: Sequence[str], *, prog: str, default: T |
         SystemExit: code 0, after --help.
     """
     _check_options(options, arguments, default)
+    if {"-h", "--help"} & set(arguments):
+        _join_help(options if default is None else default)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -69,6 +73,20 @@ def _names(options: Any) -> Iterator[str]:
             yield from _names(value)
         else:
             yield f"--{f.name.replace('_', '-')}"
+
+
+def _join_help(options: Any) -> None:
+    """Make the help of each option one paragraph; tyro keeps the line breaks of its docstring."""
+    kind = options if isinstance(options, type) else type(options)
+    texts = {
+        param.arg_name: " ".join((param.description or "").split())
+        for base in reversed(kind.__mro__[:-1])
+        for param in docstring_parser.parse_from_object(base).params
+    }
+    for f in fields(kind):
+        f.metadata = MappingProxyType({"help": texts.get(f.name)})
+        if is_dataclass(value := getattr(options, f.name, None)):
+            _join_help(value)
 
 
 def run_config(arguments: Sequence[str]) -> RunConfig:
