@@ -101,6 +101,15 @@ def centred(outputs, targets):
     return (outputs - targets).square().mean()
 
 
+def one_logit() -> None:
+    """A binary classifier whose one output would always be its largest."""
+
+    def loss(outputs, targets):
+        return nn.functional.binary_cross_entropy_with_logits(outputs[:, 0], targets.double())
+
+    called(nn.Linear(4, 1), loss=loss)
+
+
 def called(module: nn.Module, **options) -> None:
     learner(module=module, **options).meta_gradient(CASE.batch())
 
@@ -145,6 +154,7 @@ MISTAKES = [
     ("changes its parameter `table.weight`", lambda: called(Renormalised())),
     ("its parameter `table.weight`", lambda: called(Renormalised(), vectorize=False)),
     ("outputs (6,) do not give each of the targets (6,)", lambda: called(Flat(), loss=centred)),
+    ("outputs (6, 1) do not give each of the targets (6,)", one_logit),
     ("Several returned a tuple", lambda: called(Several(4, 3))),
     ("`0.weight` of Sequential has no", lambda: learner(module=nn.Sequential(nn.LazyLinear(3)))),
     ("`weight` of Linear is complex", lambda: learner(module=nn.Linear(4, 3, dtype=torch.cdouble))),

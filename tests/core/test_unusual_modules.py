@@ -161,6 +161,98 @@ def test_freezing_afterwards_is_refused(was):
         learner.step(batch_of())
 
 
+def assigned(module: nn.Sequential) -> None:
+    module.load_state_dict(copy.deepcopy(module.state_dict()), assign=True)
+
+
+def exchanged(module: nn.Sequential) -> None:
+    module[1] = nn.Linear(HIDDEN, OUT)
+
+
+def untied(module: nn.Sequential) -> None:
+    del module[1]
+
+
+def extended(module: nn.Sequential) -> None:
+    module.append(nn.Linear(OUT, OUT))
+
+
+USES = {
+    "step": lambda learner, batch: learner.step(batch),
+    "meta_gradient": lambda learner, batch: learner.meta_gradient(batch),
+    "evaluate": lambda learner, batch: learner.evaluate(batch, 3),
+    "predict": lambda learner, batch: learner.predict(batch, 3),
+    "adapt": lambda learner, batch: learner.adapt(batch.x_support[0], batch.y_support[0]),
+}
+every_use = pytest.mark.parametrize("use", USES.values(), ids=USES)
+
+
+@every_use
+@pytest.mark.parametrize(
+    ("change", "quoted"),
+    [
+        (assigned, r"`0\.weight` was replaced"),
+        (exchanged, r"`1\.weight` was replaced"),
+        (untied, r"`1\.weight` was removed"),
+        (extended, r"`2\.weight` was added"),
+    ],
+)
+def test_other_parameters_afterwards_are_refused(change, quoted, use):
+    module = nn.Sequential(nn.Linear(IN, HIDDEN), nn.Linear(HIDDEN, OUT))
+    learner = learner_of(module)
+    change(module)
+    with pytest.raises(InputError, match=quoted):
+        use(learner, batch_of())
+
+
+def test_module_and_algorithm_are_not_exchanged_by_half():
+    learner = learner_of(nn.Linear(IN, OUT))
+    for name in ("module", "algorithm"):
+        with pytest.raises(AttributeError):
+            setattr(learner, name, getattr(learner_of(nn.Linear(IN, OUT)), name))
+
+
+def test_values_may_change_in_place_afterwards():
+    module, batch = nn.Linear(IN, OUT), batch_of()
+    learner, other = learner_of(module), nn.Linear(IN, OUT)
+    module.load_state_dict(other.state_dict())
+    found, wanted = (each.meta_gradient(batch)[0] for each in (learner, learner_of(other)))
+    assert all(torch.equal(found[n], wanted[n]) for n in wanted)
+
+
+@pytest.mark.parametrize("vectorize", [True, False], ids=["vmap", "loop"])
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_on_gradients_are_refused(register, vectorize):
+    learner = learner_of(nn.Linear(IN, OUT), vectorize=vectorize)
+    hook = getattr(learner.module.weight, register)(lambda t: None)
+    with pytest.raises(InputError, match=r"`weight` has a hook on its gradient"):
+        learner.step(batch_of())
+    hook.remove()
+    seen = []
+    learner.optimiser.register_step_pre_hook(lambda *_: seen.append(learner.module.weight.grad))
+    learner.step(batch_of())
+    assert seen[0] is not None
+
+
+@pytest.mark.parametrize(
+    "register", ["register_full_backward_hook", "register_full_backward_pre_hook"]
+)
+def test_backward_hooks_are_called_or_refused(register):
+    """One that triples a gradient, by hand and in a loop over the tasks; vmap would not call it."""
+    batch = batch_of()
+    module = nn.Sequential(nn.Linear(IN, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, OUT))
+    without = learner_of(module).meta_gradient(batch)[0]
+    getattr(module[1], register)(lambda part, *of: (of[0][0] * 3,))
+    with pytest.raises(InputError, match=r"Sequential has a backward hook.* vectorize=False"):
+        learner_of(module).meta_gradient(batch)
+    found = learner_of(module, vectorize=False).meta_gradient(batch)[0]
+    assert (
+        relative_error(found, plain_meta_gradient(module, maml(2, 0.1), F.mse_loss, batch)[0])
+        < 1e-12
+    )
+    assert relative_error(found, without) > 0.1
+
+
 class Padded(nn.Module):
     def __init__(self, padding_idx: int) -> None:
         super().__init__()

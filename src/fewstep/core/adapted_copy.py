@@ -31,7 +31,7 @@ def adapted_copy(
     batch = TaskBatch(x_support[None], y_support[None], x_support[None], y_support[None])
     module = copy.deepcopy(loop.network.module, _left_behind(loop.network.module))
     use, rows = loop.algorithm.norm_statistics.use, loop.meta.rows
-    with torch.no_grad(), loop.network.mode(is_training=False, use=use), one_batch():
+    with torch.no_grad(), loop.mode(is_training=False, use=use), one_batch():
         *_, last = loop.trajectory(batch, num_steps, derivative_order=1)
         theta = rows.pick_parameters(last.theta, num_steps, is_query=True)
         buffers = rows.pick_buffers(last.buffers, num_steps)

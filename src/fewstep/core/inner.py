@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from fewstep.core.algorithm import Algorithm
 from fewstep.core.errors import InputError
 from fewstep.core.meta_parameters import MetaParameters
 from fewstep.core.network import Result, TaskNetwork, Tensors
+from fewstep.core.norm import Use
 from fewstep.core.tasks import TaskBatch
 
 
@@ -43,6 +45,15 @@ class InnerLoop:
     network: TaskNetwork
     meta: MetaParameters
     algorithm: Algorithm
+
+    def mode(self, *, is_training: bool, use: Use) -> AbstractContextManager[None]:
+        """Set the module's mode, as `TaskNetwork.mode` does, if it is still the one we know.
+
+        Raises:
+            InputError: its parameters are others.
+        """
+        self.meta.check_unchanged()
+        return self.network.mode(is_training=is_training, use=use)
 
     def start(self, tasks: int) -> Point:
         """Return theta[0] and its buffers, the same for every task."""

@@ -91,8 +91,6 @@ class MetaLearner:
             raise InputError("compile=True compiles what replay=True records; pass that too")
         if checkpoint_every is not None and checkpoint_every < 1:
             raise InputError(f"checkpoint_every={checkpoint_every} must be at least 1 step")
-        self.module = module
-        self.algorithm = algorithm
         self.chunk_size = chunk_size
         self.checkpoint_every = checkpoint_every
         self.ranks = ranks
@@ -105,6 +103,16 @@ class MetaLearner:
         self.optimiser = algorithm.outer(list(self._meta.by_outer.values()))
         self._outer_lrs = [group["lr"] for group in self.optimiser.param_groups]
         self._loop = InnerLoop(self._network, self._meta, algorithm)
+
+    @property
+    def module(self) -> nn.Module:
+        """The module; another needs another learner, as do other parts."""
+        return self._loop.network.module
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """The list of parts."""
+        return self._loop.algorithm
 
     @property
     def buffers(self) -> Tensors:
@@ -139,9 +147,8 @@ class MetaLearner:
 
         Raises:
             FloatingPointError: a loss or a gradient is not finite; phi is left as it was.
-            InputError: a parameter was frozen, or unfrozen, since the learner was made.
+            InputError: the module's parameters are no longer those that the learner was made with.
         """
-        self._meta.check_frozen()
         gradients, metrics, buffers = self._differentiate(batch)
         if check_finite:
             metrics.check_finite()

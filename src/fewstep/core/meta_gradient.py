@@ -61,7 +61,7 @@ def meta_gradient(
         key = (counting, share, order, segment, *map(id, loop.meta.buffers.values()))
         differentiate = partial(replay, differentiate, key=key, may_draw=segment is None)
     with (
-        loop.network.mode(is_training=True, use=algorithm.norm_statistics.use),
+        loop.mode(is_training=True, use=algorithm.norm_statistics.use),
         torch.enable_grad(),
     ):
         own: list[Tensor] = []  # this process's sum: one copy, of however many chunks

@@ -70,6 +70,7 @@ class MetaParameters:
         }  # fmt: skip
         # Others are looked up, as `module.double()` puts new ones in their place.
         self._places = {n: _place(module, n) for n, _ in module.named_buffers()}
+        self._module = module
         self._flags = {n: (p, p.requires_grad) for n, p in named.items()}
         self._frozen: Tensors = {n: p for n, p in named.items() if not p.requires_grad}
 
@@ -100,17 +101,32 @@ class MetaParameters:
             for n, (its_buffers, leaf) in self._places.items()
         }
 
-    def check_frozen(self) -> None:
-        """Check that the same parameters are trained as from the start.
+    def check_unchanged(self) -> None:
+        """Check that the module's parameters are those from the start, and trained as they were.
 
         Raises:
-            InputError: `requires_grad_` came in between.
+            InputError: one was frozen, unfrozen, replaced, added or removed, or has a hook on its
+                gradient.
         """
-        for name, (parameter, was) in self._flags.items():
+        now = dict(self._module.named_parameters())
+        for name in self._flags | now:
+            parameter, was = self._flags.get(name, (None, False))
+            if parameter is None or now.get(name) is not parameter:
+                change = "replaced" if name in now else "removed"
+                raise InputError(
+                    f"`{name}` was {change if parameter is not None else 'added'} after the "
+                    "learner was made, which goes on with those it found; change values in place, "
+                    "as load_state_dict does without assign=True, or make a new MetaLearner"
+                )
             if parameter.requires_grad != was:
                 raise InputError(
                     f"`{name}` was {'frozen' if was else 'unfrozen'} after the learner was made, "
                     "which chose then what to train; make a new MetaLearner"
+                )
+            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+                raise InputError(
+                    f"`{name}` has a hook on its gradient, which would not be called; remove it, "
+                    "and see .grad in learner.optimiser.register_step_pre_hook(...)"
                 )
 
     def theta(self, tasks: int) -> Tensors:

@@ -39,12 +39,12 @@ def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
         targets: Numbers of classes, (examples,).
 
     Raises:
-        InputError: the shapes are others.
+        InputError: the shapes are others, or there is one class.
 
     >>> accuracy(torch.eye(2), torch.tensor([0, 0])).item()
     0.5
     """
-    if outputs.shape[:-1] != targets.shape:
+    if outputs.shape[:-1] != targets.shape or outputs.shape[-1] < 2:
         raise InputError(
             f"outputs {tuple(outputs.shape)} do not give each of the targets "
             f"{tuple(targets.shape)} a row of classes, as accuracy needs; pass metric=..."
@@ -250,7 +250,8 @@ class TaskNetwork:
         In evaluation dropout is off, and running statistics stay as they are.
 
         Raises:
-            InputError: `torch.inference_mode` is on, in which the inner loop cannot differentiate.
+            InputError: `torch.inference_mode` is on, in which the inner loop cannot differentiate,
+                or a part has a backward hook, which `torch.vmap` would pass by.
         """
         if torch.is_inference_mode_enabled():
             raise InputError(
@@ -258,6 +259,11 @@ class TaskNetwork:
                 "evaluate, predict and adapt keep no graph themselves"
             )
         before = [(m, m.training) for m in self.module.modules()]
+        if self.vectorize and any(m._backward_hooks or m._backward_pre_hooks for m, _ in before):
+            raise InputError(
+                f"a part of {type(self.module).__name__} has a backward hook, which torch.vmap "
+                "does not call; remove it, or pass vectorize=False"
+            )
         set_mode(self.module, is_training=is_training)
         self._is_training, self._use = is_training, use
         try:

@@ -55,7 +55,7 @@ def test(
     key = (read, tuple(query_after), use, *map(id, loop.meta.buffers.values()))
     call = adapt if replay is None else partial(replay, adapt, key=key)
     found = []
-    with torch.no_grad(), loop.network.mode(is_training=False, use=use):
+    with torch.no_grad(), loop.mode(is_training=False, use=use):
         for start in range(numbers.start, numbers.stop, chunk_size):
             chunk = episodes.batch(start, min(chunk_size, numbers.stop - start))
             found.append(call(*chunk.tensors()))
