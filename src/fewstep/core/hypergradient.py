@@ -199,6 +199,11 @@ class Hypergradient(torch.optim.Optimizer):
         self._guards = guards
         self._direction = direction
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Take our own attributes along, which the class above leaves behind."""
+        own = {n: v for n, v in vars(self).items() if n in ("_hyper_lr", "_guards", "_direction")}
+        return super().__getstate__() | own
+
     def rates(self) -> dict[str, Tensor]:
         """Return beta and its hypergradient."""
         first = self.state[self.param_groups[0]["params"][0]]
