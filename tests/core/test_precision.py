@@ -119,6 +119,16 @@ def test_linear_layers_are_rounded_by_autocast(replay: bool) -> None:
     assert 1e-4 < error < 0.01  # 2^-9 = 0.002 in each factor
 
 
+@pytest.mark.parametrize("replay", [True, False])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_an_autocast_around_changes_nothing(precision: Precision, replay: bool) -> None:
+    module, batch = Conv4(1, 3, 16, filters=8), tasks(1, 16, 16)
+    plain = gradient(module, batch, precision, replay=replay)
+    with torch.autocast("cpu", torch.bfloat16):
+        around = gradient(module, batch, precision, replay=replay)
+    assert torch.equal(plain, around)
+
+
 def test_replay_rounds_alike() -> None:
     module, batch = Conv4(1, 3, 16, filters=8), tasks(1, 16, 16)
     plain, replayed = (gradient(module, batch, "bfloat16", replay=r) for r in (False, True))

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import fewstep
 from fewstep import InputError, MetaLearner, NormStatistics, TaskBatch, maml
+from fewstep.models.conv import ConvBlock
 from tests.core.reference import plain_meta_gradient, relative_error
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -391,8 +392,56 @@ def test_steps_beyond_none_have_no_rate():
         learner.evaluate(batch_of(), 3, num_steps=2)
 
 
-def test_a_learner_can_be_pickled_after_a_replay():
-    learner, batch = learner_of(nn.Linear(IN, OUT), replay=True), batch_of()
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+@pytest.mark.parametrize(
+    "algorithm", [maml(2, 0.1), fewstep.alpha_maml(), fewstep.auto()], ids=["maml", "alpha", "auto"]
+)
+@pytest.mark.parametrize("replay", [True, False])
+def test_a_copy_of_a_learner_goes_on_alike(copied, algorithm, replay):
+    learner = MetaLearner(nn.Linear(IN, OUT), algorithm, F.mse_loss, replay=replay)
+    batch = batch_of()
     learner.step(batch)
-    copied = pickle.loads(pickle.dumps(learner))
-    assert learner.step(batch).loss == copied.step(batch).loss
+    other = copied(learner)
+    for _ in range(2):
+        assert learner.step(batch).loss == other.step(batch).loss
+
+
+class Following(nn.Module):
+    """Its last inputs' mean is a part of what it returns, in evaluation too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(IN, OUT)
+        self.register_buffer("last", torch.zeros(IN))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x - self.last)
+        self.last.copy_(x.detach().mean(0))
+        return y
+
+
+@every_way
+@pytest.mark.parametrize("use", ["batch", "support"])
+def test_scores_on_the_way_leave_nothing_behind(use, options):
+    learner, batch = learner_of(Following(), **options), batch_of()
+    every = learner.evaluate(batch, 3, statistics=use)
+    last = learner.evaluate(batch, 3, statistics=use, every_step=False)
+    assert torch.equal(every.loss[:, -1], last.loss[:, 0])
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_mean_of_all_batches_counts_support_sets_alone(fast):
+    """Under momentum=None the running mean is that of the batches seen."""
+    block = ConvBlock(
+        IN, OUT, 4, norm="batch", downsample="max-pool", activation="relu", bias=False
+    )
+    module, norm = nn.Sequential(block, nn.AvgPool2d(2), nn.Flatten()), block.norm
+    if not fast:
+        block.norm = norm = nn.BatchNorm2d(OUT)
+    norm.momentum = None
+    algorithm = replace(maml(3, 0.0), norm_statistics=NormStatistics("support"))
+    batch = batch_of(3, (IN, 4, 4))
+    expected = block.conv(batch.x_support.flatten(0, 1)).mean((0, 2, 3))
+    MetaLearner(module, algorithm, F.mse_loss, vectorize=fast).step(batch)
+    assert norm.num_batches_tracked == 3
+    assert torch.allclose(norm.running_mean, expected)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -126,14 +126,20 @@ class TaskNetwork:
             return self._call(parameters, buffers, batch.x_support, batch.y_support)
 
     def query(self, parameters: Tensors, buffers: Tensors, batch: TaskBatch) -> Result:
-        """Call on the query sets; the support sets lend their statistics where asked."""
+        """Call on the query sets; the support sets lend their statistics where asked.
+
+        Buffers change in training alone, and not where the support sets would be seen once more:
+        scores on the way leave nothing to the steps after them.
+        """
         if self._use != "support":
             with self._normalise():
-                return self._call(parameters, buffers, batch.x_query, batch.y_query)
+                result = self._call(parameters, buffers, batch.x_query, batch.y_query)
+            return result if self._is_training else replace(result, buffers=buffers)
         x = once(_both, batch.x_support, batch.x_query)
         shots = batch.x_support.shape[1]
         with NormaliseBy(Statistics(examples=shots, of=x.shape[1])):
-            return self._call(parameters, buffers, x, batch.y_query, without=shots)
+            result = self._call(parameters, buffers, x, batch.y_query, without=shots)
+        return replace(result, buffers=buffers)
 
     def _normalise(self) -> AbstractContextManager[object]:
         if self._use == "running":
@@ -247,7 +253,8 @@ class TaskNetwork:
     def mode(self, *, is_training: bool, use: Use) -> Iterator[None]:
         """Set the module's mode and what batch normalisation normalises by, for a while.
 
-        In evaluation dropout is off, and running statistics stay as they are.
+        In evaluation dropout is off, and running statistics stay as they are. An autocast around it
+        does not reach in, where it would round derivatives too: `precision` says what is rounded.
 
         Raises:
             InputError: `torch.inference_mode` is on, in which the inner loop cannot differentiate,
@@ -266,8 +273,10 @@ class TaskNetwork:
             )
         set_mode(self.module, is_training=is_training)
         self._is_training, self._use = is_training, use
+        device = next(self.module.parameters()).device
+        exact = torch.autocast(device.type, enabled=False)
         try:
-            with fp32_products(self.precision), self._vmap_explained():
+            with fp32_products(self.precision), exact, self._vmap_explained():
                 yield
         finally:
             for module, mode in before:
