@@ -31,10 +31,12 @@ def test_graph_memory_counts_what_is_held_once():
     assert memory.peak == 1600
 
 
-def learner_and_batch(tasks: int) -> tuple[MetaLearner, TaskBatch]:
+def learner_and_batch(tasks: int, **options) -> tuple[MetaLearner, TaskBatch]:
     torch.manual_seed(0)
     x, y = torch.rand(2, tasks, 3, 1, 16, 16), torch.arange(3).expand(tasks, 3)
-    learner = MetaLearner(Conv4(1, 3, 16, filters=8), fewstep.maml(4, 0.1), F.cross_entropy)
+    learner = MetaLearner(
+        Conv4(1, 3, 16, filters=8), fewstep.maml(4, 0.1), F.cross_entropy, **options
+    )
     return learner, TaskBatch(x[0], y, x[1], y)
 
 
@@ -67,8 +69,16 @@ def test_one_task_needs_no_second_to_plan():
 
 def test_a_budget_below_one_task_is_refused():
     learner, batch = learner_and_batch(2)
+    before = learner.chunk_size, learner.checkpoint_every
     with pytest.raises(InputError, match=r"^memory budget of 0.001 MiB is below the .* MiB.*$"):
         plan_memory(learner, batch, 0.001)
+    assert (learner.chunk_size, learner.checkpoint_every) == before
+
+
+def test_a_plan_is_the_same_whether_or_not_a_recording_is_at_hand():
+    learner, batch = learner_and_batch(2, replay=True)
+    learner.meta_gradient(batch)
+    assert plan_memory(learner, batch, 1e3) == plan_memory(*learner_and_batch(2), 1e3)
 
 
 class LiveMemory(TorchDispatchMode):

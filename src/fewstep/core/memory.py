@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -104,11 +105,11 @@ def plan_memory(
     tasks = len(batch)
     some = batch.batch(0, min(2, tasks))  # of one task alone, more memory is shared
     for checkpoint_every in (None, 1):
-        learner.checkpoint_every = checkpoint_every
-        each = _MARGIN * max(_graph_mib(learner, some, i) for i in iterations) / len(some)
+        most = max(_graph_mib(learner, some, i, checkpoint_every) for i in iterations)
+        each = _MARGIN * most / len(some)
         chunk_size = min(tasks, int(budget_mib / each))
         if chunk_size >= (min(4, tasks) if checkpoint_every is None else 1):
-            learner.chunk_size = chunk_size
+            learner.chunk_size, learner.checkpoint_every = chunk_size, checkpoint_every
             return Plan(chunk_size, checkpoint_every, each * chunk_size)
     raise InputError(
         f"memory budget of {budget_mib:g} MiB is below the {each:.3g} MiB that one task with one "
@@ -116,11 +117,12 @@ def plan_memory(
     )
 
 
-def _graph_mib(learner: MetaLearner, tasks: TaskBatch, iteration: int) -> float:
-    before, learner.iteration = learner.iteration, iteration
-    try:
-        with GraphMemory() as memory:
-            learner.meta_gradient(tasks)
-    finally:
-        learner.iteration = before
+def _graph_mib(
+    learner: MetaLearner, tasks: TaskBatch, iteration: int, checkpoint_every: int | None
+) -> float:
+    measured = copy.copy(learner)  # shares all but these
+    measured.iteration, measured.checkpoint_every = iteration, checkpoint_every
+    measured._replay = None  # which would make no graph
+    with GraphMemory() as memory:
+        measured.meta_gradient(tasks)
     return memory.peak / _MIB
