@@ -253,6 +253,16 @@ def test_the_initial_rates_are_honoured(per, head_lr):
         assert torch.equal(found, torch.full((STEPS,), initial)), name
 
 
+@pytest.mark.parametrize("per", ["tensor", "layer"])
+def test_a_head_with_a_weight_norm_is_one_layer(per):
+    head = nn.utils.parametrizations.weight_norm(nn.Linear(6, 3))
+    algorithm = replace(PLAIN, inner_rate=LayerStepRates(0.07, per, 7.0))
+    learner = MetaLearner(nn.Sequential(nn.Linear(4, 6), head), algorithm, F.cross_entropy)
+    rates = {n: t[0].item() for n, t in learner.parameters.items() if n.startswith("inner_lr.1")}
+    assert len(rates) == {"tensor": 3, "layer": 1}[per]
+    assert set(rates.values()) == {7.0}
+
+
 # Schedules
 
 

@@ -184,4 +184,6 @@ class LayerStepRates:
 
 
 def _layer(name: str) -> str:
-    return name.rpartition(".")[0]
+    """Return the layer that a parameter is of, also one that `nn.utils.parametrize` put apart."""
+    layer, apart, _ = f".{name}".partition(".parametrizations.")
+    return layer[1:] if apart else name.rpartition(".")[0]
