@@ -82,6 +82,13 @@ def test_derivative_in_alpha(num_steps, tasks, reduction):
     torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_without_a_step_no_rate_moves(exact):
+    learner = learner_of(plain(0, rate_update=HypergradientRates(0.01, exact=exact)))
+    learner.step(CASE.batch(3))
+    assert learner.parameters["inner_lr.all"] == 0.3
+
+
 @pytest.mark.parametrize("chunk_size", [1, 3])
 @pytest.mark.parametrize("num_steps", [1, 3])
 def test_alpha_follows_the_products_of_query_and_support_gradients(num_steps, chunk_size):

@@ -151,6 +151,20 @@ def test_a_recording_does_not_outlive_a_buffer_that_is_replaced():
         assert torch.equal(*outputs)
 
 
+def test_a_recording_does_not_outlive_a_buffer_of_a_loss():
+    y = torch.randint(OUT, (2, 3, 5))
+    x = torch.randn(2, 3, 5, IN)
+    batch, module = TaskBatch(x[0], y[0], x[1], y[1]), nn.Linear(IN, OUT)
+    loss = nn.CrossEntropyLoss(weight=torch.ones(OUT))
+    learners = [MetaLearner(module, maml(2), loss, replay=replay) for replay in (True, False)]
+    for value in (1.0, 2.0):
+        loss.weight = torch.tensor([1.0, value])
+        gradients = [learner.meta_gradient(batch)[0] for learner in learners]
+        losses = [learner.evaluate(batch, 3).loss for learner in learners]
+        assert relative_error(*gradients) < 1e-12
+        assert torch.allclose(*losses)
+
+
 @pytest.mark.parametrize("was", [True, False])
 def test_freezing_afterwards_is_refused(was):
     module = nn.Sequential(nn.Linear(IN, HIDDEN), nn.Linear(HIDDEN, OUT))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Container, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.core.algorithm import Algorithm
 from fewstep.core.errors import InputError
@@ -54,6 +55,12 @@ class InnerLoop:
         """
         self.meta.check_unchanged()
         return self.network.mode(is_training=is_training, use=use)
+
+    def outside(self) -> list[int]:
+        """Return which buffers there are, by id, of the module, the loss and the metric."""
+        functions = (self.network.loss, self.network.metric)
+        of_functions = (f.buffers() for f in functions if isinstance(f, nn.Module))
+        return [id(b) for b in chain(self.meta.buffers.values(), *of_functions)]
 
     def start(self, tasks: int) -> Point:
         """Return theta[0] and its buffers, the same for every task."""

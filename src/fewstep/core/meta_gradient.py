@@ -58,7 +58,7 @@ def meta_gradient(
         _differentiate, loop, counting, share=share, order=order, segment=segment
     )
     if replay is not None:
-        key = (counting, share, order, segment, *map(id, loop.meta.buffers.values()))
+        key = (counting, share, order, segment, *loop.outside())
         differentiate = partial(replay, differentiate, key=key, may_draw=segment is None)
     with (
         loop.mode(is_training=True, use=algorithm.norm_statistics.use),
@@ -133,7 +133,7 @@ def _differentiate(
             rates = {n: total + by_rate[n] for n, total in rates.items()}
             q |= by_end
 
-    if meta.harvested:  # q in place of every lambda
+    if seen.descent:  # q in place of every lambda
         rates["all"] = -torch.stack([(q[n] * s).sum() for n, s in seen.descent.items()]).sum()
     gradients = {n: each.sum(0) for n, each in adjoint.items()}
     gradients |= {RATE + n: rate for n, rate in rates.items()}

@@ -52,7 +52,7 @@ def test(
         )
         return read([p.query for p in points if p.query is not None])
 
-    key = (read, tuple(query_after), use, *map(id, loop.meta.buffers.values()))
+    key = (read, tuple(query_after), use, *loop.outside())
     call = adapt if replay is None else partial(replay, adapt, key=key)
     found = []
     with torch.no_grad(), loop.mode(is_training=False, use=use):
