@@ -4,6 +4,7 @@ from fewstep.core.errors import InputError
 from fewstep.data.folder import ImageFolder
 from tests.data.conftest import write_images
 
+SPLIT = {"train/a": 2, "train/b": 3, "val/c": 2, "test/d": 4}
 CLASSES = {f"class{i:02d}": 3 + i % 4 for i in range(10)}
 
 
@@ -21,16 +22,38 @@ def test_classes_are_dealt_out_once_and_for_all(tmp_path):
 
 
 def test_a_split_folder_is_taken_as_it_is(tmp_path):
-    names = {"train/a": 2, "train/b": 3, "val/c": 2, "test/d": 4}
-    write_images(tmp_path, names)
+    write_images(tmp_path, SPLIT)
     splits = ImageFolder(tmp_path, size=8).splits()
     assert {s: store.names for s, store in splits.items()} == {
         "train": ("train/a", "train/b"), "val": ("val/c",), "test": ("test/d",),
     }  # fmt: skip
 
 
+def test_a_folder_beside_the_splits_is_refused(tmp_path):
+    """Dealt out with the rest, the classes of test would be trained on."""
+    write_images(tmp_path, SPLIT | {"extra/e/more": 1})
+    with pytest.raises(InputError, match=r"extra.* beside train, val and test; move"):
+        ImageFolder(tmp_path, size=8).splits()
+
+
+def test_hidden_folders_do_not_void_the_split(tmp_path):
+    write_images(tmp_path, SPLIT | {".thumbs/x": 1, "train/.trash/x": 1, "train/a/.thumbs": 1})
+    splits = ImageFolder(tmp_path, size=8).splits()
+    found = {n: int(c) for s in splits.values() for n, c in zip(s.names, s.counts, strict=True)}
+    assert found == SPLIT
+    assert splits["test"].names == ("test/d",)
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_a_split_without_classes_is_named(tmp_path, split):
+    write_images(tmp_path, {name: n for name, n in SPLIT.items() if not name.startswith(split)})
+    write_images(tmp_path, {split: 2})
+    with pytest.raises(InputError, match=f"{split} holds no class/image; put a folder of images"):
+        ImageFolder(tmp_path, size=8).splits()
+
+
 def test_other_files_do_not_count(tmp_path):
-    write_images(tmp_path, CLASSES)
+    write_images(tmp_path, CLASSES | {".hidden": 2})
     (tmp_path / "class00" / "notes.txt").write_text("not an image")
     counts = {n: c for s in ImageFolder(tmp_path, size=8).splits().values()
               for n, c in zip(s.names, s.counts.tolist(), strict=True)}  # fmt: skip

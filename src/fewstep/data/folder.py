@@ -80,19 +80,32 @@ class ImageFolder:
 
 
 def _files(root: Path) -> dict[str, list[Path]]:
-    """Return the images of every class, named `class` or `split/class`."""
-    folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    depth = 2 if set(SPLITS) <= set(folders) else 1
+    """Return the images of every class, named `class`, or `split/class` of a folder that splits."""
+    is_split = set(SPLITS) <= {p.name for p in root.iterdir() if p.is_dir()}
+    depth = 2 if is_split else 1
     files: dict[str, list[Path]] = defaultdict(list)
     for file in sorted(root.rglob("*")):
         parts = file.relative_to(root).parts
-        if len(parts) > depth and is_image(file.name) and file.is_file():
+        is_hidden = any(part.startswith(".") for part in parts)
+        if is_hidden or len(parts) == 1 or not (is_image(file.name) and file.is_file()):
+            continue
+        if is_split and parts[0] not in SPLITS:
+            raise InputError(
+                f"{root / parts[0]} has images and is beside train, val and test; move it out of "
+                f"{root} or into one of them"
+            )
+        if len(parts) > depth:
             files["/".join(parts[:depth])].append(file)
     if not files:
         raise InputError(
             f"{root} has no image in class/image or split/class/image; sort the images into a "
             "folder for each class"
         )
+    for split in SPLITS if is_split else ():
+        if not any(name.startswith(f"{split}/") for name in files):
+            raise InputError(
+                f"{root / split} holds no class/image; put a folder of images for each class there"
+            )
     return files
 
 
@@ -108,7 +121,7 @@ def _read(files: dict[str, list[Path]], pixels: Callable[[bytes, str], Pixels]) 
 
 def _deal(names: tuple[str, ...], fractions: tuple[float, float, float]) -> dict[str, list[int]]:
     """Return the class numbers of train, val and test."""
-    if all(name.split("/")[0] in SPLITS and "/" in name for name in names):
+    if "/" in names[0]:
         return {
             split: [i for i, name in enumerate(names) if name.split("/")[0] == split]
             for split in SPLITS
