@@ -12,7 +12,7 @@ from fewstep.cli.main import main
 from fewstep.data.folder import ImageFolder
 from fewstep.training.load import load_learner
 from tests.cli.conftest import SINUSOID, refused, scribble, train_on_images
-from tests.data.conftest import write_images
+from tests.data.conftest import deny, write_images
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
 
@@ -92,7 +92,7 @@ def test_predict_takes_the_mean_over_views(empty_folder, capsys):
     assert _named(capsys.readouterr().out) != found
 
 
-def test_predict_refuses_what_it_cannot_read(empty_folder, capsys):
+def test_predict_refuses_what_it_cannot_read(empty_folder, capsys, monkeypatch):
     assert main(train_on_images(empty_folder / "mine").split()) == 0
     assert main(SINUSOID.split()) == 0
     options = _own_classes(empty_folder)
@@ -100,6 +100,11 @@ def test_predict_refuses_what_it_cannot_read(empty_folder, capsys):
     assert "needs images" in refused(capsys, f"predict runs/sinusoid-maml-1 {options}")
     missing = options.replace("/what", "/where")
     assert "no image or folder" in refused(capsys, f"predict {run} {missing}")
+    for locked in ("support", "query/what", "support/dark/001.png"):
+        with monkeypatch.context() as patch:
+            deny(patch, empty_folder / locked)
+            error = refused(capsys, f"predict {run} {options}")
+            assert f"cannot read {empty_folder / locked}: Permission denied" in error
     (empty_folder / "support" / "third").mkdir()
     assert "holds 3 folders" in refused(capsys, f"predict {run} {options}")
     shutil.rmtree(empty_folder / "support" / "[light]")

@@ -1,3 +1,4 @@
+import errno
 import io
 import os
 from pathlib import Path
@@ -37,3 +38,18 @@ def write_images(root: Path, classes: dict[str, int]) -> None:
         (root / name).mkdir(parents=True, exist_ok=True)
         for i in range(count):
             (root / name / f"{i:03d}.png").write_bytes(image_bytes(10 * number + i))
+
+
+def deny(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """Let a file or folder not be opened or listed, as permissions do to all but root."""
+
+    def refusing(allowed):
+        def refuse(given=".", *args, **kwargs):
+            if not isinstance(given, int) and Path(given) == path:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(given))
+            return allowed(given, *args, **kwargs)
+
+        return refuse
+
+    for module, name in ((os, "scandir"), (os, "listdir"), (io, "open")):
+        monkeypatch.setattr(module, name, refusing(getattr(module, name)))

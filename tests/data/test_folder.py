@@ -2,7 +2,7 @@ import pytest
 
 from fewstep.core.errors import InputError
 from fewstep.data.folder import ImageFolder
-from tests.data.conftest import write_images
+from tests.data.conftest import deny, write_images
 
 SPLIT = {"train/a": 2, "train/b": 3, "val/c": 2, "test/d": 4}
 CLASSES = {f"class{i:02d}": 3 + i % 4 for i in range(10)}
@@ -80,6 +80,16 @@ def test_a_corrupt_image_is_named(tmp_path):
     (tmp_path / "class03" / "001.png").write_bytes(b"<html>not found</html>")
     with pytest.raises(InputError, match=r"class03/001\.png is not a readable image"):
         ImageFolder(tmp_path, size=8).splits()
+
+
+@pytest.mark.parametrize("locked", ["class03", "class03/001.png", "."])
+def test_what_may_not_be_read_is_named(tmp_path, monkeypatch, locked):
+    """The source is, not the cache, which is where the array would be written."""
+    root = tmp_path / "images"
+    write_images(root, CLASSES)
+    deny(monkeypatch, root / locked)
+    with pytest.raises(InputError, match=f"cannot read {root / locked}: Permission denied; check"):
+        ImageFolder(root, size=8).splits()
 
 
 @pytest.mark.parametrize(

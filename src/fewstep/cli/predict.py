@@ -18,7 +18,7 @@ from torch import Tensor
 from fewstep.core.errors import InputError
 from fewstep.core.norm import Use
 from fewstep.core.tasks import TaskBatch
-from fewstep.data.archives import is_image
+from fewstep.data.archives import contents, is_image, reading
 from fewstep.data.views import Views, views_of
 from fewstep.training.config import ClassificationOptions, Images, SinusoidData
 from fewstep.training.load import OneCheckpoint, check_few_shot, load_learner
@@ -57,8 +57,10 @@ class Predict:
         check_few_shot(config, self.run_folder)
         assert isinstance(config.episodes, ClassificationOptions)
         ways = config.episodes.ways
-        classes = _classes(self.support, ways)
-        queries = [self.query] if self.query.is_file() else _images(self.query)
+        with reading(self.support):
+            classes = _classes(self.support, ways)
+        with reading(self.query):
+            queries = [self.query] if self.query.is_file() else _images(self.query)
         learner = load_learner(self.run_folder, checkpoint=self.checkpoint, device=self.device)
         device = next(learner.module.parameters()).device
         labels = [i for i, files in enumerate(classes.values()) for _ in files]
@@ -115,5 +117,5 @@ def _images(folder: Path) -> list[Path]:
 
 def _read(files: Sequence[Path], data: Images) -> Tensor:
     """Return the images as the run's are, (images, channels, height, width) on [0, 1]."""
-    pixels = np.stack([data.pixels(file.read_bytes(), str(file)) for file in files])
+    pixels = np.stack([data.pixels(contents(file), str(file)) for file in files])
     return torch.from_numpy(pixels).float().div_(255)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import lzma
+import os
 import tarfile
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from fewstep.core.errors import InputError
@@ -63,11 +65,56 @@ def tar_images(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def folder_images(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield name, relative to `path`, and content of every image below a folder, sorted."""
-    for file in sorted(path.rglob("*")):
-        name = file.relative_to(path).as_posix()
-        if file.is_file() and is_image(name):
-            yield name, file.read_bytes()
+    """Yield name, relative to `path`, and content of every image below a folder, sorted.
+
+    Raises:
+        InputError: one cannot be read.
+    """
+    for file in files_below(path):
+        if is_image(file.name):
+            yield file.relative_to(path).as_posix(), contents(file)
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Yield every file below a folder, sorted, but for what is hidden.
+
+    Raises:
+        InputError: a folder cannot be read.
+    """
+    with reading(folder):
+        for entry in sorted(os.scandir(folder), key=lambda e: e.name):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from files_below(Path(entry))
+            else:
+                yield Path(entry)
+
+
+def contents(file: Path) -> bytes:
+    """Return the bytes of a file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    with reading(file):
+        return file.read_bytes()
+
+
+@contextmanager
+def reading(path: Path | None) -> Iterator[None]:
+    """Name what cannot be read: `path`, or a file or folder below it.
+
+    Raises:
+        InputError: the block meets an error of the file system.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"cannot read {error.filename or path}: {error.strerror}; check the path and its "
+            "permissions"
+        ) from error
 
 
 def _check_inside(archive: Path, member: str) -> None:

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 
 from fewstep.core.errors import InputError, check_name
-from fewstep.data.archives import is_image
+from fewstep.data.archives import contents, files_below, is_image, reading
 from fewstep.data.counter_random import key_from_name, random_subset
 from fewstep.data.pixels import decode
 from fewstep.data.prepared import Pixels, RawClass, fingerprint, load_or_prepare
@@ -62,14 +62,14 @@ class ImageFolder:
         check_name("colour", self.colour, get_args(Colour))
         if min(self.fractions) <= 0 or abs(sum(self.fractions) - 1) > 1e-6:
             raise InputError(f"fractions={self.fractions} must be positive and sum to 1")
-        if self.root is None or not self.root.is_dir():
-            raise InputError(
-                f"there is no folder {self.root or 'given'}; pass --root with class/image inside"
-            )
-        files = _files(self.root)
-        stamp = [
-            (f.name, f.stat().st_size, f.stat().st_mtime_ns) for c in files.values() for f in c
-        ]
+        with reading(self.root):
+            if self.root is None or not self.root.is_dir():
+                given = self.root or "given"
+                raise InputError(f"there is no folder {given}; pass --root with class/image inside")
+            files = _files(self.root)
+            stamp = [
+                (f.name, f.stat().st_size, f.stat().st_mtime_ns) for c in files.values() for f in c
+            ]
         store = load_or_prepare(
             f"folder-{self.root.resolve().name}-{self.size}",
             fingerprint(self.root.resolve(), self.size, self.colour, list(files), stamp),
@@ -84,10 +84,9 @@ def _files(root: Path) -> dict[str, list[Path]]:
     is_split = set(SPLITS) <= {p.name for p in root.iterdir() if p.is_dir()}
     depth = 2 if is_split else 1
     files: dict[str, list[Path]] = defaultdict(list)
-    for file in sorted(root.rglob("*")):
+    for file in files_below(root):
         parts = file.relative_to(root).parts
-        is_hidden = any(part.startswith(".") for part in parts)
-        if is_hidden or len(parts) == 1 or not (is_image(file.name) and file.is_file()):
+        if len(parts) == 1 or not is_image(file.name):
             continue
         if is_split and parts[0] not in SPLITS:
             raise InputError(
@@ -111,7 +110,7 @@ def _files(root: Path) -> dict[str, list[Path]]:
 
 def _read(files: dict[str, list[Path]], pixels: Callable[[bytes, str], Pixels]) -> list[RawClass]:
     def image(file: Path) -> Pixels:
-        return pixels(file.read_bytes(), str(file))
+        return pixels(contents(file), str(file))
 
     return [
         RawClass(name, [partial(image, file) for file in of_class])

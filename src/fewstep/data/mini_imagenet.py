@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from fewstep.core.errors import InputError
-from fewstep.data.archives import folder_images, tar_images
+from fewstep.data.archives import folder_images, reading, tar_images
 from fewstep.data.pixels import decode
 from fewstep.data.prepared import Pixels, RawClass, fingerprint, load_or_prepare
 from fewstep.data.store import ClassStore
@@ -75,12 +75,13 @@ class MiniImageNet:
         """Return the stores of train, val and test: 64, 16 and 20 classes."""
         if self.size < 1:
             raise InputError(f"size={self.size} must be at least 1 pixel")
-        root = _root(self.root)
-        stamp = [
-            (p.name, p.stat().st_size, p.stat().st_mtime_ns)
-            for p in sorted(root.iterdir())
-            if not p.name.startswith(".")
-        ]
+        with reading(self.root):
+            root = _root(self.root)
+            stamp = [
+                (p.name, p.stat().st_size, p.stat().st_mtime_ns)
+                for p in sorted(root.iterdir())
+                if not p.name.startswith(".")
+            ]
         store = load_or_prepare(
             f"mini-imagenet-{self.size}",
             fingerprint(self.size, stamp),
@@ -145,7 +146,7 @@ def _labels(root: Path) -> dict[str, str]:
     for split in CLASSES:
         path = root / f"{split}.csv"
         if path.exists():
-            with path.open(newline="") as file:
+            with reading(path), path.open(newline="") as file:
                 for row in csv.DictReader(file):
                     try:
                         labels[row["filename"]] = row["label"]

@@ -16,7 +16,7 @@ from requests.exceptions import RequestException
 
 from fewstep.core.cache import cache_folder
 from fewstep.core.errors import InputError, check_name
-from fewstep.data.archives import folder_images, zip_images
+from fewstep.data.archives import folder_images, reading, zip_images
 from fewstep.data.counter_random import key_from_name, random_subset
 from fewstep.data.pixels import strokes
 from fewstep.data.prepared import Pixels, RawClass, fingerprint, load_or_prepare
@@ -81,8 +81,9 @@ class Omniglot:
         if self.size < 1:
             raise InputError(f"size={self.size} must be at least 1 pixel")
         check_name("class_split", self.class_split, get_args(ClassSplit))
-        sources = _sources(self.root)
-        stamp = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sources]
+        with reading(self.root):
+            sources = _sources(self.root)
+            stamp = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sources]
         source = fingerprint(self.size, stamp)
         store = load_or_prepare(
             f"omniglot-{self.size}",
