@@ -75,6 +75,18 @@ def test_a_new_image_is_noticed(tmp_path):
     assert total[1] == total[0] + 6
 
 
+def test_an_image_that_moves_to_another_class_is_noticed(tmp_path):
+    """Its name, size and time stay, and its place among all images."""
+    write_images(tmp_path, SPLIT)
+    a, b = (tmp_path / "train" / name for name in "ab")
+    (a / "001.png").rename(a / "1.png")
+    for i in range(3):
+        (b / f"00{i}.png").rename(b / f"{2 + i}.png")
+    ImageFolder(tmp_path, size=8).splits()
+    (b / "2.png").rename(a / "2.png")
+    assert ImageFolder(tmp_path, size=8).splits()["train"].counts.tolist() == [3, 2]
+
+
 def test_a_corrupt_image_is_named(tmp_path):
     write_images(tmp_path, CLASSES)
     (tmp_path / "class03" / "001.png").write_bytes(b"<html>not found</html>")

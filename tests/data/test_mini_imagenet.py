@@ -75,6 +75,17 @@ def test_every_layout_gives_the_published_split(tmp_path, layout):
         assert first == [2 * ALL.index(name) for name in CLASSES[split]]
 
 
+@pytest.mark.parametrize("layout", [_class_folders, _split_folders, _csv_splits])
+def test_an_image_that_changes_is_noticed(tmp_path, layout):
+    root = tmp_path / "images"
+    root.mkdir()
+    layout(root)
+    MiniImageNet(root, size=8).splits()
+    (file,) = root.rglob(f"{ALL[0]}00000000.jpg")
+    file.write_bytes(image_bytes(222))
+    assert MiniImageNet(root, size=8).splits()["train"].images[0, 0, 0, 0] == 222
+
+
 def test_a_missing_image_is_named(tmp_path):
     _class_folders(tmp_path)
     (tmp_path / ALL[70] / f"{ALL[70]}00000001.jpg").unlink()

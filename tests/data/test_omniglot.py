@@ -62,6 +62,19 @@ def test_unpacked_folders_give_the_same_images(tmp_path, small):
     assert from_zip.images.equal(from_folder.images)
 
 
+def test_a_drawing_that_changes_is_noticed(tmp_path, small):
+    _write_zips(tmp_path)
+    for part in omniglot.PARTS:
+        zipfile.ZipFile(tmp_path / f"{part}.zip").extractall(tmp_path)
+        (tmp_path / f"{part}.zip").unlink()
+    before = Omniglot(tmp_path).splits()["train"].images
+    file = tmp_path / "images_background" / "Greek" / "character42" / "0001_00.png"
+    file.write_bytes(_drawing(60))
+    after = Omniglot(tmp_path).splits()["train"].images
+    assert not after[0].equal(before[0])
+    assert after[1].equal(before[1])
+
+
 def test_strokes_are_bright_on_dark_and_antialiased(tmp_path, small):
     _write_zips(tmp_path)
     image = Omniglot(tmp_path).splits()["train"].images[0, 0]

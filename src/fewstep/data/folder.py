@@ -15,7 +15,7 @@ from fewstep.core.errors import InputError, check_name
 from fewstep.data.archives import contents, files_below, is_image, reading
 from fewstep.data.counter_random import key_from_name, random_subset
 from fewstep.data.pixels import decode
-from fewstep.data.prepared import Pixels, RawClass, fingerprint, load_or_prepare
+from fewstep.data.prepared import Pixels, RawClass, fingerprint, load_or_prepare, stamp
 from fewstep.data.store import ClassStore
 
 SPLITS = ("train", "val", "test")
@@ -67,12 +67,10 @@ class ImageFolder:
                 given = self.root or "given"
                 raise InputError(f"there is no folder {given}; pass --root with class/image inside")
             files = _files(self.root)
-            stamp = [
-                (f.name, f.stat().st_size, f.stat().st_mtime_ns) for c in files.values() for f in c
-            ]
+            state = stamp((f for c in files.values() for f in c), self.root)
         store = load_or_prepare(
             f"folder-{self.root.resolve().name}-{self.size}",
-            fingerprint(self.root.resolve(), self.size, self.colour, list(files), stamp),
+            fingerprint(self.root.resolve(), self.size, self.colour, state),
             self.image_shape,
             partial(_read, files, self.pixels),
         )

@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from fewstep.core.errors import InputError
-from fewstep.data.archives import folder_images, reading, tar_images
+from fewstep.data.archives import files_below, folder_images, reading, tar_images
 from fewstep.data.pixels import decode
-from fewstep.data.prepared import Pixels, RawClass, fingerprint, load_or_prepare
+from fewstep.data.prepared import Pixels, RawClass, fingerprint, load_or_prepare, stamp
 from fewstep.data.store import ClassStore
 
 IMAGES = 600  # of every class
@@ -77,14 +77,10 @@ class MiniImageNet:
             raise InputError(f"size={self.size} must be at least 1 pixel")
         with reading(self.root):
             root = _root(self.root)
-            stamp = [
-                (p.name, p.stat().st_size, p.stat().st_mtime_ns)
-                for p in sorted(root.iterdir())
-                if not p.name.startswith(".")
-            ]
+            state = stamp(files_below(root), root)
         store = load_or_prepare(
             f"mini-imagenet-{self.size}",
-            fingerprint(self.size, stamp),
+            fingerprint(self.size, state),
             self.image_shape,
             partial(_read, root, self.pixels),
         )

@@ -16,10 +16,10 @@ from requests.exceptions import RequestException
 
 from fewstep.core.cache import cache_folder
 from fewstep.core.errors import InputError, check_name
-from fewstep.data.archives import folder_images, reading, zip_images
+from fewstep.data.archives import files_below, folder_images, reading, zip_images
 from fewstep.data.counter_random import key_from_name, random_subset
 from fewstep.data.pixels import strokes
-from fewstep.data.prepared import Pixels, RawClass, fingerprint, load_or_prepare
+from fewstep.data.prepared import Pixels, RawClass, fingerprint, load_or_prepare, stamp
 from fewstep.data.store import ClassStore
 
 PARTS = ("images_background", "images_evaluation")
@@ -83,11 +83,11 @@ class Omniglot:
         check_name("class_split", self.class_split, get_args(ClassSplit))
         with reading(self.root):
             sources = _sources(self.root)
-            stamp = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sources]
-        source = fingerprint(self.size, stamp)
+            files = [f for s in sources for f in (files_below(s) if s.is_dir() else [s])]
+            state = stamp(files, sources[0].parent)
         store = load_or_prepare(
             f"omniglot-{self.size}",
-            source,
+            fingerprint(self.size, state),
             self.image_shape,
             partial(_read, sources, self.pixels),
         )

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +41,15 @@ class RawClass:
 def fingerprint(*parts: object) -> str:
     """Return a short name for what a prepared set was made from."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
+def stamp(files: Iterable[Path], root: Path) -> list[tuple[str, int, int]]:
+    """Return what changes with the files: their paths below `root`, sizes and times."""
+    return [
+        (file.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns)
+        for file in files
+        for status in [file.stat()]
+    ]
 
 
 def load_or_prepare(
