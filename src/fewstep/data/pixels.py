@@ -6,7 +6,7 @@ import io
 from typing import Literal
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fewstep.core.errors import InputError
 from fewstep.data.prepared import Pixels
@@ -15,6 +15,7 @@ from fewstep.data.prepared import Pixels
 def decode(content: bytes, name: str, size: int, mode: Literal["L", "RGB"]) -> Pixels:
     """Return an image as (channels, size, size), resized with antialiasing.
 
+    It is turned upright as its EXIF orientation says, and laid on white where it is transparent.
     The conversion comes before the resizing: on 1-bit images PIL ignores the filter.
 
     Args:
@@ -24,11 +25,11 @@ def decode(content: bytes, name: str, size: int, mode: Literal["L", "RGB"]) -> P
         mode: "L" for one channel, "RGB" for three.
 
     Raises:
-        InputError: `content` is not a whole image.
+        InputError: `content` is not a whole image, or one of more than 16 bits.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
-            converted = image.convert(mode)
+            converted = _opaque(ImageOps.exif_transpose(image)).convert(mode)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise InputError(
             f"{name} is not a readable image ({str(error)[:80]}); replace or remove it"
@@ -37,6 +38,19 @@ def decode(content: bytes, name: str, size: int, mode: Literal["L", "RGB"]) -> P
         converted = converted.resize((size, size), Image.Resampling.LANCZOS)
     pixels = np.asarray(converted, dtype=np.uint8)
     return pixels[None] if mode == "L" else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """Return an image of 8 bits and no transparency, where PIL's conversions clip or drop."""
+    if image.mode in ("I", "F"):
+        raise ValueError("its pixels of 32 bits have no known white; save 8 or 16 bits")
+    if image.mode.startswith("I;16"):
+        grey = (np.asarray(image).astype(np.uint32) + 128) // 257  # 65,535 becomes 255
+        return Image.fromarray(grey.astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA"))
+    return image
 
 
 def strokes(content: bytes, name: str, size: int) -> Pixels:

@@ -1,0 +1,75 @@
+"""One image of any kind, as 8 bits of grey or colour."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fewstep.core.errors import InputError
+from fewstep.data.pixels import decode, strokes
+
+GREY = np.array([[0, 10], [200, 255]], dtype=np.uint8)
+OPACITY = np.array([[255, 0], [255, 51]], dtype=np.uint8)
+ON_WHITE = np.array([[0, 255], [200, 255]], dtype=np.uint8)
+
+
+def _file(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _transparent(mode: str) -> bytes:
+    """Return GREY, as much of it to be seen as OPACITY says, or none of its 10."""
+    grey, opacity = Image.fromarray(GREY), Image.fromarray(OPACITY)
+    if mode == "palette":
+        return _file(grey.convert("P"), transparency=bytes([255] * 10 + [0] + [255] * 245))
+    if mode == "key":
+        return _file(grey, transparency=10)
+    bands = [grey, opacity] if mode == "LA" else [grey, grey, grey, opacity]
+    return _file(Image.merge(mode, bands))
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "palette", "key"])
+def test_what_is_transparent_is_white(mode):
+    content = _transparent(mode)
+    assert decode(content, "x", 2, "L")[0].tolist() == ON_WHITE.tolist()
+    assert decode(content, "x", 2, "RGB").tolist() == [ON_WHITE.tolist()] * 3
+    assert strokes(content, "x", 2)[0].tolist() == (255 - ON_WHITE).tolist()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+def test_sixteen_bits_are_scaled_to_eight(kind, order):
+    values = np.array([[0, 128], [51400 + 128, 65535]], dtype=order)
+    content = _file(Image.fromarray(values), kind)
+    assert decode(content, "x", 2, "L").tolist() == [[[0, 0], [200, 255]]]
+    assert decode(content, "x", 2, "RGB").tolist() == [[[0, 0], [200, 255]]] * 3
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_32_bits_are_refused(kind):
+    content = _file(Image.fromarray(GREY.astype(kind)), "TIFF")
+    with pytest.raises(InputError, match=r"^a\.tif .*pixels of 32 bits .*; save 8 or 16 bits"):
+        decode(content, "a.tif", 2, "L")
+
+
+@pytest.mark.parametrize(
+    ("orientation", "first_row", "first_column"),
+    [
+        (1, "top", "left"), (2, "top", "right"), (3, "bottom", "right"), (4, "bottom", "left"),
+        (5, "left", "top"), (6, "right", "top"), (7, "right", "bottom"), (8, "left", "bottom"),
+    ],
+)  # fmt: skip
+def test_an_image_is_upright(orientation, first_row, first_column):
+    """The sides of the scene that EXIF's standard says the first row and column stored are."""
+    scene = np.arange(12, dtype=np.uint8).reshape(4, 3) * 20
+    stored = scene if first_row in ("top", "bottom") else scene.T
+    stored = stored[::-1] if first_row in ("bottom", "right") else stored
+    stored = stored[:, ::-1] if first_column in ("bottom", "right") else stored
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = _file(Image.fromarray(np.ascontiguousarray(stored)), exif=exif)
+    plain = _file(Image.fromarray(scene))
+    assert decode(content, "x", 12, "L").tolist() == decode(plain, "x", 12, "L").tolist()
