@@ -73,3 +73,26 @@ def test_an_image_is_upright(orientation, first_row, first_column):
     content = _file(Image.fromarray(np.ascontiguousarray(stored)), exif=exif)
     plain = _file(Image.fromarray(scene))
     assert decode(content, "x", 12, "L").tolist() == decode(plain, "x", 12, "L").tolist()
+
+
+def _too_large() -> bytes:
+    """Return a small file that says it holds 65,535x65,535 pixels."""
+    content = bytearray(_file(Image.fromarray(GREY), "GIF"))
+    content[6:10] = b"\xff" * 4
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"<html>not found</html>", "of no known format"),
+        (b"", "of no known format"),
+        (_file(Image.fromarray(GREY))[:45], "truncated"),
+        (_too_large(), "exceeds limit"),
+    ],
+    ids=["page", "nothing", "half", "bomb"],
+)
+def test_what_is_no_image_is_named(content, reason):
+    with pytest.raises(InputError, match=f"^a/b.png is not a readable image .*{reason}") as caught:
+        decode(content, "a/b.png", 2, "L")
+    assert "object at" not in str(caught.value)

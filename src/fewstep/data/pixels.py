@@ -30,9 +30,11 @@ def decode(content: bytes, name: str, size: int, mode: Literal["L", "RGB"]) -> P
     try:
         with Image.open(io.BytesIO(content)) as image:
             converted = _opaque(ImageOps.exif_transpose(image)).convert(mode)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # of any kind: PIL's parsers trust a damaged file
+        is_unknown = isinstance(error, UnidentifiedImageError)
+        reason = "of no known format" if is_unknown else str(error)[:120]
         raise InputError(
-            f"{name} is not a readable image ({str(error)[:80]}); replace or remove it"
+            f"{name} is not a readable image ({reason}); replace or remove it"
         ) from error
     if converted.size != (size, size):
         converted = converted.resize((size, size), Image.Resampling.LANCZOS)
