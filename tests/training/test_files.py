@@ -7,6 +7,7 @@ import pytest
 
 from fewstep.core.errors import InputError
 from fewstep.training.files import locked, write_atomically
+from tests.data.conftest import deny
 
 
 def test_replaces_a_file(tmp_path):
@@ -59,4 +60,11 @@ def test_second_process_is_refused(tmp_path):
         result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert f"in use by process {os.getpid()}" in result.stderr
     with locked(tmp_path):
+        pass
+
+
+def test_a_lock_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    deny(monkeypatch, tmp_path / "lock")
+    message = r"cannot write .*/lock: Permission denied; check"
+    with pytest.raises(InputError, match=message), locked(tmp_path):
         pass

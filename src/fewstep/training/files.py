@@ -71,9 +71,16 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold `folder` for this process; the lock ends with the process, however it ends.
 
     Raises:
-        InputError: another process holds it.
+        InputError: another process holds it, or it cannot be written.
     """
-    with (folder / "lock").open("a+") as file:
+    path = folder / "lock"
+    try:
+        file = path.open("a+")
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path}: {error.strerror}; check the folder's permissions"
+        ) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
