@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 import shutil
 
 import numpy as np
@@ -79,6 +80,22 @@ def test_a_description_without_its_array_is_refused(own_cache):
     (own_cache / "set-v1.npy").write_bytes(b"short")
     with pytest.raises(InputError, match=r"damaged .*remove .*set-v1\.json"):
         load_or_prepare("set", "v1", SHAPE, _not_called)
+
+
+def test_what_is_prepared_may_be_read_by_whom_the_umask_lets(own_cache):
+    before = os.umask(0o027)
+    try:
+        load_or_prepare("set", "v1", SHAPE, _classes)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in own_cache.iterdir()} == {0o640}
+
+
+def test_a_cache_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(InputError, match=r"cannot write 18 bytes to .*: Not a directory"):
+        load_or_prepare("set", "v1", SHAPE, _classes)
 
 
 def test_an_image_that_fails_leaves_nothing(own_cache):

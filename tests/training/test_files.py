@@ -18,6 +18,22 @@ def test_replaces_a_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_a_file_may_be_read_by_whom_the_umask_lets(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        write_atomically(tmp_path / "f", b"new")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "f").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_a_folder_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "f").touch()
+    with pytest.raises(InputError, match=r"cannot write .*/f/g: Not a directory"):
+        write_atomically(tmp_path / "f" / "g", b"new")
+
+
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
 def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, failing):
     path = tmp_path / "f"

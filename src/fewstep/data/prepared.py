@@ -7,8 +7,8 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,13 +111,12 @@ def _prepare(stem: Path, shape: tuple[int, int, int], classes: Sequence[RawClass
     """Write the array, then the description that makes it count."""
     total = sum(len(c.readers) for c in classes)
     needed = total * int(np.prod(shape))
-    temporary = None
+    temporary = stem.with_name(f".new-{secrets.token_hex(8)}")
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(stem.parent).free < needed:
             raise OSError(errno.ENOSPC, "no space left")
-        with tempfile.NamedTemporaryFile(dir=stem.parent, prefix=".new-", delete=False) as file:
-            temporary = Path(file.name)
+        with temporary.open("xb") as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": (total, *shape)}
             np.lib.format.write_array_header_2_0(file, header)
             readers = [read for c in classes for read in c.readers]
@@ -135,11 +134,7 @@ def _prepare(stem: Path, shape: tuple[int, int, int], classes: Sequence[RawClass
             _link(twin, temporary)
         temporary.replace(stem.with_suffix(".npy"))
         temporary.unlink(missing_ok=True)  # two names of one file, of which neither is replaced
-        with tempfile.NamedTemporaryFile(
-            "w", dir=stem.parent, prefix=".new-", delete=False
-        ) as text:
-            temporary = Path(text.name)
-            json.dump(description, text)
+        temporary.write_text(json.dumps(description))
         temporary.replace(stem.with_suffix(".json"))
     except OSError as error:
         raise InputError(
@@ -147,8 +142,8 @@ def _prepare(stem: Path, shape: tuple[int, int, int], classes: Sequence[RawClass
             "set FEWSTEP_CACHE to another folder"
         ) from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def _same_array(folder: Path, sha256: str) -> Path | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fewstep.core.errors import InputError
@@ -35,18 +35,17 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         InputError: the disk is full or the folder cannot be written.
     """
-    temporary = None
+    temporary = path.parent / f".new-{secrets.token_hex(8)}"
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".new-", delete=False) as file:
-            temporary = Path(file.name)
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(
                 f"no space left to write {path} ({len(content)} bytes); the file that was there is "
