@@ -65,6 +65,22 @@ def test_predict_without_the_data(empty_folder, capsys):
     assert "normalisation statistics: support set" in " ".join(out.split())
 
 
+def test_predict_cuts_no_name(empty_folder, capsys, monkeypatch):
+    assert main(train_on_images(empty_folder / "mine").split()) == 0
+    names = ["n" * 99 + end for end in "01"]
+    write_images(empty_folder / "support", dict.fromkeys(names, 1))
+    write_images(empty_folder / "query", {names[0]: 1})
+    (empty_folder / "query" / names[0] / "000.png").rename(empty_folder / f"{'i' * 99}.png")
+    monkeypatch.setenv("COLUMNS", "60")
+    capsys.readouterr()
+    options = f"--support support --query {'i' * 99}.png --device cpu"
+    assert main(f"predict runs/folder-maml-1 {options}".split()) == 0
+    lines = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
+    image, name = ("".join(cells[i].strip() for cells in lines) for i in (1, 2))
+    assert image == f"{'i' * 99}.png"
+    assert name in names
+
+
 def test_predict_takes_the_mean_over_views(empty_folder, capsys):
     command, options = train_on_images(empty_folder / "mine"), _own_classes(empty_folder)
     scribble(empty_folder)

@@ -81,10 +81,11 @@ class Predict:
         if self.statistics is not None:
             norm = replace(norm, use=self.statistics)
         table = Table(
-            "image", "class",
             title=f"{ways} classes, {len(files)} images to learn from, {steps} inner steps",
             caption=f"normalisation statistics: {norm.describe(learner.module)}",
-        )  # fmt: skip
+        )
+        for column in ("image", "class"):
+            table.add_column(column, overflow="fold")  # a name is never cut
         table.add_column("probability", justify="right")
         names = list(classes)
         for file, number, probability in zip(queries, found, sure, strict=True):
