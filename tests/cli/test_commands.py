@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -213,6 +214,25 @@ def test_data_commands(empty_folder, capsys):
     assert _size("episodes.png") > (100, 100)
     assert main(["data", "verify"]) == 0
     assert ": as prepared" in capsys.readouterr().out
+
+
+def test_what_comes_next_can_be_pasted(empty_folder, capsys):
+    """Each command names the data, and the episodes, of the one before."""
+    write_images(Path("my images"), {f"c{i:02d}": 6 for i in range(24)})
+    fractions = "--fractions 0.4 0.3 0.3"
+    words = ["--root", "my images", "--size", "16", "--colour", "grey", *fractions.split()]
+
+    def after(command: list[str]) -> str:
+        assert main(command) == 0
+        (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("next: ")]
+        return line.removeprefix("next: fewstep ")
+
+    options = f"--dataset folder --root 'my images' --size 16 --colour grey {fractions}"
+    show = after(["data", "prepare", "--dataset", "folder", *words])
+    assert show == f"data show {options}"
+    train = after([*shlex.split(show), "--shots", "2", "--queries", "4", "--eval-queries", "3"])
+    assert train == f"train {options} --shots 2 --queries 4 --eval-queries 3"
+    assert main([*shlex.split(train), *TINY.split(), "--filters", "4"]) == 0
 
 
 @pytest.mark.parametrize("command", COMMANDS)

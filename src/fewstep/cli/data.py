@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -16,7 +17,15 @@ from fewstep.data.glyphs import Glyphs
 from fewstep.data.prepared import verify_prepared
 from fewstep.report.episode_picture import picture_episodes
 from fewstep.training.build import classification_episodes
-from fewstep.training.config import SOURCES, ClassificationOptions, Images, SinusoidData, Split
+from fewstep.training.config import (
+    SOURCES,
+    ClassificationOptions,
+    Images,
+    SinusoidData,
+    Split,
+    option_arguments,
+    to_dict,
+)
 from fewstep.training.display import say
 from fewstep.training.parse import value_of
 from fewstep.training.presets import preset
@@ -40,7 +49,8 @@ class DataList:
         """Print the table."""
         table = Table("data set", "what it is", "try it")
         for name in SOURCES:
-            table.add_row(name, _DESCRIPTIONS[name], f"fewstep train --dataset {name}")
+            root = " --root FOLDER" if name == "folder" else ""
+            table.add_row(name, _DESCRIPTIONS[name], f"fewstep train --dataset {name}{root}")
         console.print(table)
         say(console, f"prepared arrays: {cache_folder()}  ($FEWSTEP_CACHE moves them)")
         say(console, "raw data: --root, or $FEWSTEP_DATA/<data set>")
@@ -69,7 +79,7 @@ class DataPrepare:
             shape = "x".join(map(str, store.image_shape))
             table.add_row(split, f"{len(store):,}", f"{images:,}", shape)
         console.print(table)
-        say(console, f"next: fewstep data show --dataset {self.dataset}")
+        say(console, f"next: {_command('data show', self)}")
 
 
 @dataclass(frozen=True)
@@ -115,7 +125,20 @@ class DataShow:
         episodes = classification_episodes(self.episodes, stores, self.split, 0, "cpu")
         picture_episodes(episodes, self.count, self.out)
         say(console, f"wrote {self.out}")
-        say(console, f"next: fewstep train --dataset {self.dataset}")
+        say(console, f"next: {_command('train', self)}")
+
+
+def _command(name: str, after: DataPrepare | DataShow) -> str:
+    """Return a command on the same data, and the same episodes, to be pasted."""
+    parts: list[tuple[Any, Any]] = [(after.data, type(after.data)())]
+    if isinstance(after, DataShow):
+        parts.append((after.episodes, ClassificationOptions()))
+    words = ["fewstep", *name.split(), "--dataset", after.dataset]
+    for part, default in parts:
+        usual = to_dict(default)
+        given = {key: value for key, value in to_dict(part).items() if value != usual.get(key)}
+        words += option_arguments(given, part)
+    return shlex.join(words)
 
 
 def _dataset(arguments: Sequence[str]) -> tuple[ImageDataset, Images]:
