@@ -1,7 +1,7 @@
 import pytest
 
 from fewstep.core.errors import InputError
-from fewstep.data.folder import ImageFolder
+from fewstep.data.folder import SPLITS, ImageFolder
 from tests.data.conftest import deny, write_images
 
 SPLIT = {"train/a": 2, "train/b": 3, "val/c": 2, "test/d": 4}
@@ -42,6 +42,19 @@ def test_hidden_folders_do_not_void_the_split(tmp_path):
     found = {n: int(c) for s in splits.values() for n, c in zip(s.names, s.counts, strict=True)}
     assert found == SPLIT
     assert splits["test"].names == ("test/d",)
+
+
+def test_linked_folders_are_entered(tmp_path):
+    write_images(tmp_path / "elsewhere", SPLIT)
+    root = tmp_path / "images"
+    (root / "train").mkdir(parents=True)
+    for name in ("train/a", "train/b", "val", "test"):
+        (root / name).symlink_to(tmp_path / "elsewhere" / name)
+    splits = ImageFolder(root, size=8).splits()
+    assert [splits[s].names for s in SPLITS] == [("train/a", "train/b"), ("val/c",), ("test/d",)]
+    (root / "train" / "all").symlink_to(root)
+    with pytest.raises(InputError, match=r"all links to a folder that it is in"):
+        ImageFolder(root, size=8).splits()
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])

@@ -75,18 +75,25 @@ def folder_images(path: Path) -> Iterator[tuple[str, bytes]]:
             yield file.relative_to(path).as_posix(), contents(file)
 
 
-def files_below(folder: Path) -> Iterator[Path]:
-    """Yield every file below a folder, sorted, but for what is hidden.
+def files_below(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Yield every file below a folder and folders linked there, sorted, but for what is hidden.
+
+    Args:
+        folder: Where to look.
+        above: Folders that led here, resolved.
 
     Raises:
-        InputError: a folder cannot be read.
+        InputError: a folder cannot be read, or links to one it is in.
     """
     with reading(folder):
+        resolved = folder.resolve()
+        if resolved in above:
+            raise InputError(f"{folder} links to a folder that it is in; remove the link")
         for entry in sorted(os.scandir(folder), key=lambda e: e.name):
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir(follow_symlinks=False):
-                yield from files_below(Path(entry))
+            if entry.is_dir():
+                yield from files_below(Path(entry), above | {resolved})
             else:
                 yield Path(entry)
 
