@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fewstep.cli.main import main
 from fewstep.core import learner
 from fewstep.experiments import maml_plus_plus
+from fewstep.models.mlp import sinusoid_mlp
 from fewstep.training import trainer
 from tests.processes import in_two
 
@@ -65,6 +67,28 @@ def test_a_run_of_two_processes_and_then_one_is_that_of_one(tmp_path, capsys):
     assert losses == pytest.approx(wanted_losses, rel=1e-4)
     for name, tensor in wanted.items():
         torch.testing.assert_close(tensors[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_what_has_no_checkpoint_yet_starts_from_the_same_parameters(tmp_path):
+    """One process and two, of a run that was killed when it had its settings alone."""
+    torch.manual_seed(1)
+    save_file(sinusoid_mlp().state_dict(), tmp_path / "initial.safetensors")
+    initial = ["--iterations", "2", "--initial", str(tmp_path / "initial.safetensors")]
+    whole = tmp_path / "whole"
+    assert main([*OPTIONS, *initial, "--out", str(whole)]) == 0
+    for name in ("one", "two"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        shutil.copy(whole / "config.toml", tmp_path / name)
+    assert main(["resume", str(tmp_path / "one")]) == 0
+    of_two(tmp_path, main, ["resume", str(tmp_path / "two")])
+    wanted, losses = content(whole)
+    for name in ("one", "two"):
+        tensors, found = content(tmp_path / name)
+        assert found == pytest.approx(losses, rel=1e-4)
+        for tensor, value in wanted.items():
+            torch.testing.assert_close(tensors[tensor], value, rtol=1e-4, atol=1e-5)
+    (tmp_path / "initial.safetensors").unlink()  # which a run with a checkpoint needs no more
+    of_two(tmp_path, main, ["resume", str(tmp_path / "two"), "--iterations", "3"])
 
 
 def notes_its_tests(note: Path, arguments: list[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -87,17 +88,18 @@ class Resume:
         if self.device is not None:
             config = replace(config, device=resolve_device(self.device))
         ranks = Ranks.of_torchrun(config.device)
-        if not ranks.is_first:
-            _train_and_test(Experiment.build(config, ranks), None, Console(quiet=True))
-            return
-        with locked(run.path):
-            state = run.state()
+        with locked(run.path) if ranks.is_first else nullcontext():
+            state = ranks.of_first(run.state())
             if state is not None and state.iteration > config.iterations:
                 raise InputError(
                     f"iterations={config.iterations} is below the {state.iteration} that "
                     f"{run.path} has done; pass more to go on"
                 )
-            experiment = Experiment.build(config, ranks)
+            initial = initial_of(config) if state is None else None
+            experiment = Experiment.build(config, ranks, initial)
+            if not ranks.is_first:
+                _train_and_test(experiment, None, Console(quiet=True))
+                return
             run.save_settings(to_dict(config))
             _train(experiment, run, console)
 
