@@ -43,8 +43,10 @@ def test_the_best_are_kept_and_of_equals_the_earlier(run, keep_best, best):
         assert run.load_checkpoint(kept.name)["iteration"] == kept.iteration
 
 
-def test_the_start_counts_until_a_score_does(run):
-    assert [kept.iteration for kept in _saved(run, [None, None], 2).best] == [0]
+def test_the_newest_counts_until_a_score_does(run):
+    for ranks in ([None], [None, None], [None, None, None]):
+        assert [kept.iteration for kept in _saved(run, ranks, 2).best] == [len(ranks) - 1]
+    assert [kept.iteration for kept in _saved(run, [None, None, 0.1, None], 2).best] == [2]
     assert [kept.iteration for kept in _saved(run, [None, math.nan, 0.1], 1).best] == [2]
 
 

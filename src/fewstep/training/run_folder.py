@@ -49,7 +49,8 @@ class State:
     Args:
         iteration: Outer updates done at the last checkpoint; the next episode follows from it.
         last: File name of the last checkpoint.
-        best: The checkpoints with the best validation scores, the best first; never empty.
+        best: The checkpoints with the best validation scores, the best first; the last one before
+            there is a score.
     """
 
     iteration: int
@@ -148,15 +149,13 @@ class RunFolder:
         name = f"{iteration:08d}.safetensors"
         contiguous = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
         write_atomically(self._checkpoints / name, save(contiguous))
-        best = (Kept(name, iteration, rank),) if previous is None else previous.best
-        if previous is not None and rank is not None:
-            scored = [kept for kept in best if kept.rank is not None]
-            scored.append(Kept(name, iteration, rank))
-            best = tuple(sorted(scored, key=_rank, reverse=True)[:keep_best])
-        state = State(iteration, name, best)
+        newest = Kept(name, iteration, rank)
+        kept = [*(() if previous is None else previous.best), newest]
+        scored = sorted((k for k in kept if k.rank is not None), key=_rank, reverse=True)
+        state = State(iteration, name, tuple(scored[:keep_best]) or (newest,))
         write_json(self.path / "state.json", asdict(state))
         for file in self._checkpoints.iterdir():
-            if file.name not in (state.last, *(kept.name for kept in state.best)):
+            if file.name not in (state.last, *(k.name for k in state.best)):
                 file.unlink()
         return state
 
