@@ -53,7 +53,9 @@ def test_train_evaluate_plot(empty_folder, capsys):
         assert _size(run / picture) > (400, 200)
 
     assert main(f"evaluate {run} --steps 2 --tasks 4 --split val --checkpoint last".split()) == 0
-    assert "4 tasks; 2 inner steps" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "checkpoint: last, iteration 4\n" in out
+    assert "4 tasks; 2 inner steps" in out
     saved = json.loads((run / "evaluation-val-last-2-steps-tasks-4.json").read_text())
     assert len(saved["curve"]) == 3
     assert saved["environment"]["command"]
@@ -106,6 +108,17 @@ def test_supervised_learning_and_a_run_that_starts_from_it(empty_folder, capsys)
     run = "runs/folder-maml-1"
     assert main(f"resume {run} --iterations 6".split()) == 0
     assert main(f"evaluate {run} --tasks 3".split()) == 0
+
+
+def test_scores_that_cannot_be_saved_are_printed(empty_folder, capsys):
+    assert main(SINUSOID.split()) == 0
+    Path("runs/sinusoid-maml-1/evaluation-test-last-10-steps-tasks-4.json").mkdir()
+    capsys.readouterr()
+    assert main(["evaluate", "runs/sinusoid-maml-1", "--checkpoint", "last", "--tasks", "4"]) == 2
+    printed = capsys.readouterr()
+    assert "test: loss" in printed.out
+    assert "cannot write runs/sinusoid-maml-1/evaluation-test-last" in printed.err
+    assert printed.err.count("\n") == 1
 
 
 def test_bars_on_a_terminal(empty_folder, capsys, monkeypatch):
@@ -182,7 +195,9 @@ def test_every_part_of_maml_plus_plus(empty_folder, capsys):
         )
         == 0
     )
-    assert "normalisation statistics: support set" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "normalisation statistics: support set" in out
+    assert re.search("checkpoint: ensemble, iterations (2, 4|4, 2)\n", out)
     assert Path("plus/evaluation-test-ensemble-2-steps-statistics-support.json").exists()
     error = refused(capsys, "evaluate plus --steps 3 --tasks 3")
     assert "num_steps=3 is more than the 2" in error

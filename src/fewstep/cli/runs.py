@@ -134,7 +134,7 @@ class Evaluate:
     """"cpu", "cuda", ...; "auto" takes a GPU where there is one."""
 
     def run(self, console: Console) -> None:
-        """Print the scores and write them into the run folder."""
+        """Print the scores, then write them into the run folder."""
         run = RunFolder.open(self.run_folder)
         config = load_config(run.path / "config.toml")
         episodes, changes = self._episodes(config.episodes)
@@ -149,7 +149,7 @@ class Evaluate:
                 )
         config = replace(config, episodes=episodes, device=resolve_device(self.device))
         ranks = Ranks.of_torchrun(config.device)
-        scores = evaluate_run(
+        tested = evaluate_run(
             Experiment.build(config, ranks),
             run if ranks.is_first else None,
             console if ranks.is_first else Console(quiet=True),
@@ -163,8 +163,10 @@ class Evaluate:
         )
         ranks.part()
         if ranks.is_first:
-            console.print(_table(scores))
-            say(console, f"{self.split}: {scores}")
+            of = f"checkpoint: {self.checkpoint}, {_named(tested.summary['iterations'])}"
+            console.print(_table(tested.scores))
+            say(console, f"{self.split}: {tested.scores}\n{of}")
+            tested.save()
 
     def _episodes(self, episodes: EpisodeOptions) -> tuple[EpisodeOptions, list[str]]:
         """Return the run's episodes with what was asked for, and a word for each change."""
@@ -252,16 +254,23 @@ def _train_and_test(experiment: Experiment, run: RunFolder | None, console: Cons
             num_tasks=config.test_tasks,
             num_steps=config.algorithm.eval_steps,
         )
-        scores = test(checkpoint="best")
-        console.print(_table(scores))
-        say(console, f"test: {scores}")
+        tested = test(checkpoint="best")
+        console.print(_table(tested.scores))
+        say(console, f"test: {tested.scores}")
+        tested.save()
         if config.keep_best > 1:
-            say(console, f"test, ensemble of {len(state.best)}: {test(checkpoint='ensemble')}")
+            tested = test(checkpoint="ensemble")
+            say(console, f"test, ensemble of {len(state.best)}: {tested.scores}")
+            tested.save()
     else:
         say(console, f"stopped after iteration {state.iteration}; the checkpoint is written")
     ranks.part()
     experiment.learner.ranks = ALONE
     return is_done
+
+
+def _named(iterations: Sequence[int]) -> str:
+    return f"iteration{'s' * (len(iterations) > 1)} {', '.join(map(str, iterations))}"
 
 
 def _free_folder(config: RunConfig) -> Path:

@@ -91,7 +91,7 @@ def complete(
                     experiment, run, console, split="test", checkpoint=test.checkpoint,
                     num_tasks=config.test_tasks, num_steps=steps,
                     statistics=test.statistics, views=test.views, changes=test.changes,
-                )  # fmt: skip
+                ).save()  # fmt: skip
         return ranks.of_first(
             [] if run is None else [json.loads(_file(run, t, steps).read_text()) for t in tests]
         )

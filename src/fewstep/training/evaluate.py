@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,30 @@ from fewstep.training.run_folder import Kept, RunFolder, command_line, environme
 Checkpoint = Literal["best", "last", "ensemble"]
 
 
+@dataclass(frozen=True)
+class Evaluated:
+    """Scores of a checkpoint, not yet in the run folder.
+
+    Args:
+        scores: The scores.
+        file: Where to write them; None in all processes but the first.
+        summary: What to write.
+    """
+
+    scores: Scores
+    file: Path | None = None
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    def save(self) -> None:
+        """Write them, in the first process.
+
+        Raises:
+            InputError: the folder cannot be written, or the disk is full.
+        """
+        if self.file is not None:
+            write_json(self.file, self.summary)
+
+
 def evaluate_run(
     experiment: Experiment,
     run: RunFolder | None,
@@ -35,14 +60,14 @@ def evaluate_run(
     statistics: Use | None = None,
     views: Views | None = None,
     changes: Sequence[str] = (),
-) -> Scores:
-    """Score a checkpoint on a split and write the scores into the run folder.
+) -> Evaluated:
+    """Score a checkpoint on a split.
 
     Of several processes, each scores its share of the tasks.
 
     Args:
         experiment: Its learner is given the checkpoint.
-        run: Where the checkpoint is and the scores go; None in all processes but the first.
+        run: Where the checkpoint is and the scores will go; None in all processes but the first.
         console: Where to show how far it is.
         split: Where the tasks come from.
         checkpoint: Which checkpoint; "ensemble" takes the mean of the outputs of all that are kept
@@ -74,7 +99,7 @@ def evaluate_run(
             evaluate = learner.evaluate
         scores = evaluate(counted, num_tasks, num_steps=num_steps, statistics=statistics)
     if run is None:
-        return scores
+        return Evaluated(scores)
     # Nothing where a run was copied without its metrics.
     trained_for = sum(m.get("seconds", 0) for m in run.metrics())
     summary: dict[str, Any] = {
@@ -91,8 +116,8 @@ def evaluate_run(
         "training_seconds": round(trained_for, 1) if trained_for else None,
         "environment": environment(command_line(), experiment.device),
     }
-    write_json(evaluation_file(run, split, checkpoint, num_steps, changes), summary)
-    return scores
+    file = evaluation_file(run, split, checkpoint, num_steps, changes)
+    return Evaluated(scores, file, summary)
 
 
 def _kept(run: RunFolder, checkpoint: Checkpoint) -> tuple[Kept, ...]:
