@@ -97,12 +97,30 @@ def test_what_changes_no_task_of_a_test_may_differ(capsys):
         ({"episodes": {"eval_rotations": "classes"}}, "rotations='classes'"),
     ],
 )
-def test_scores_of_other_tasks_arerefused(changes, says, capsys):
+def test_scores_of_other_tasks_are_refused(changes, says, capsys):
     _write("a.json")
     _write("b.json", **changes)
     error = refused(capsys, "compare a.json b.json")
     assert f"b.json has {says}, a.json" in error
     assert "only scores of the same tasks compare" in error
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"examples": 64}, "examples=64"),
+        ({"held_out": 0.1}, "held_out=0.1"),
+        ({"rotations": "classes"}, "rotations='classes'"),
+    ],
+)
+def test_scores_of_a_classifier_are_of_its_own_images(changes, says, capsys):
+    batches = {"examples": 128, "held_out": 0.05, "rotations": "none", "shifts": 8}
+    for name, episodes in (("a", {}), ("b", {"shifts": 0}), ("c", changes)):
+        values = TASKS | {"episodes": batches | episodes}
+        Path(f"{name}.json").write_text(json.dumps(values))
+    assert main(["compare", "a.json", "b.json"]) == 0
+    capsys.readouterr()
+    assert f"c.json has {says}, a.json" in refused(capsys, "compare a.json c.json")
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ class Evaluation:
         if values["split"] == "train":
             found |= episodes | {"seed": values["seed"]}
             return found
-        for name in ("ways", "shots", "queries", "rotations"):
+        for name in ("ways", "shots", "queries", "rotations", "examples", "held_out"):
             found[name] = episodes.get(f"eval_{name}", episodes.get(name))
         return found
 
