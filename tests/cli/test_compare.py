@@ -152,4 +152,27 @@ def test_what_cannot_be_compared_is_refused_in_one_line(runs, capsys):
     file.write_text(json.dumps(values))
     assert "write it anew with `fewstep evaluate" in refused(capsys, "compare maml old")
     file.unlink()
-    assert "`fewstep evaluate old`" in refused(capsys, "compare maml old")
+    assert "`fewstep evaluate old --tasks 30`" in refused(capsys, "compare maml old")
+    settings = Path("old/config.toml").read_text()
+    assert "eval_steps = 10\n" in settings  # the default, to every command
+    Path("old/config.toml").write_text(settings.replace("eval_steps = 10\n", ""))
+    assert "`fewstep evaluate old --tasks 30`" in refused(capsys, "compare maml old")
+
+
+def test_a_run_trained_on_has_no_score_until_it_is_tested_again(runs, capsys):
+    shutil.copytree("maml", "longer")
+    assert main(["resume", "longer", "--iterations", "80"]) == 0
+    assert main(["compare", "maml", "longer"]) == 0
+    file = Path("longer/evaluation-test-best-10-steps.json")
+    values = json.loads(file.read_text())
+    assert values["iterations"] == [80]
+    shutil.copy("maml/evaluation-test-best-10-steps.json", file)  # as if stopped before the test
+    capsys.readouterr()
+    error = refused(capsys, "compare maml longer")
+    assert "longer has no test of its best checkpoint" in error
+    assert main(["evaluate", "longer", "--tasks", "30"]) == 0
+    assert json.loads(file.read_text())["per_task"] == values["per_task"]
+    file.write_text("{")
+    assert "longer has no test of its best checkpoint" in refused(capsys, "compare maml longer")
+    Path("maml/state.json").unlink()  # as of a folder of results, without the checkpoints
+    assert main(["compare", "maml", "maml"]) == 0

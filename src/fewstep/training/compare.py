@@ -11,7 +11,8 @@ import torch
 
 from fewstep.core.errors import InputError
 from fewstep.core.scores import Difference, paired_difference
-from fewstep.training.evaluate import evaluation_file
+from fewstep.training.evaluate import evaluation_file, is_scored
+from fewstep.training.parse import load_config
 from fewstep.training.run_folder import RunFolder
 
 
@@ -89,8 +90,12 @@ class Evaluation:
 
 def _test_of(path: Path) -> Path:
     run = RunFolder.open(path)
-    steps = run.settings()["algorithm"]["eval_steps"]
-    file = evaluation_file(run, "test", "best", steps)
-    if not file.exists():
-        raise InputError(f"{path} has no {file.name}; write it with `fewstep evaluate {path}`")
+    config = load_config(path / "config.toml")
+    file = evaluation_file(run, "test", "best", config.algorithm.eval_steps)
+    is_there = file.exists() if run.state() is None else is_scored(run, "best", file)
+    if not is_there:
+        raise InputError(
+            f"{path} has no test of its best checkpoint, {file.name}; write it with "
+            f"`fewstep evaluate {path} --tasks {config.test_tasks}`"
+        )
     return file

@@ -132,11 +132,15 @@ def _kept(run: RunFolder, checkpoint: Checkpoint) -> tuple[Kept, ...]:
 
 
 def is_scored(run: RunFolder, checkpoint: Checkpoint, file: Path) -> bool:
-    """Whether a file has the scores of the checkpoint as it is now, not before more training."""
-    if not file.exists():
+    """Whether a file has the scores of the checkpoint as it is now, not before more training.
+
+    A damaged file has none, nor has one of a version that did not say of which they are.
+    """
+    try:
+        iterations = json.loads(file.read_text())["iterations"]
+    except (OSError, ValueError, TypeError, KeyError):
         return False
-    iterations: list[int] = json.loads(file.read_text())["iterations"]
-    return iterations == [each.iteration for each in _kept(run, checkpoint)]
+    return bool(iterations == [each.iteration for each in _kept(run, checkpoint)])
 
 
 def evaluation_file(
