@@ -36,3 +36,24 @@ def test_losses_are_labelled_so(tmp_path, monkeypatch, metric, logarithmic):
     (tmp_path / "metrics.jsonl").write_text("".join(map(json_line, lines)))
     plot_runs([RunFolder(tmp_path)], tmp_path / "curves.png")
     assert len(labelled) == logarithmic
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(
+        "fewstep.report.curves.save_figure", lambda figure, _: figures.append(figure)
+    )
+    lines = [{"iteration": i, "loss": 1.0, "val_loss": 1.0, "val_ci95": 0.1} for i in (1, 2)]
+    paths = [tmp_path / name for name in ("a/run", "b/run", "b/other")]
+    for path in paths:
+        path.mkdir(parents=True)
+        (path / "metrics.jsonl").write_text("".join(map(json_line, lines)))
+
+    def labels(*runs):
+        plot_runs([RunFolder(path) for path in runs], tmp_path / "curves.png")
+        for axes in figures.pop().axes:
+            yield [text.get_text() for text in axes.get_legend().get_texts()]
+
+    assert list(labels(paths[0])) == [["run"]] * 2
+    assert list(labels(*paths)) == [["a/run", "b/run", "b/other"]] * 2
+    assert list(labels(*paths[1:])) == [["run", "other"]] * 2

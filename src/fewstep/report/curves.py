@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ def plot_runs(runs: Sequence[RunFolder], path: Path) -> None:
     """Draw training and validation curves of runs on shared axes.
 
     Training curves are running means over 2% of the run; validation shows the mean and its 95%
-    interval over the validation tasks.
+    interval over the validation tasks. Runs are named by their folders, from where these part.
 
     Args:
         runs: Runs of one kind of problem.
@@ -31,7 +32,11 @@ def plot_runs(runs: Sequence[RunFolder], path: Path) -> None:
     Raises:
         InputError: a run has logged nothing, or the runs report different metrics.
     """
-    series = {run.path.name: run.metrics() for run in runs}
+    paths = [run.path.resolve() for run in runs]
+    common = os.path.commonpath([path.parent for path in paths])
+    series = {
+        str(path.relative_to(common)): run.metrics() for path, run in zip(paths, runs, strict=True)
+    }
     names = {name: _metric_name(lines, name) for name, lines in series.items()}
     if len(set(names.values())) > 1:
         raise InputError(
