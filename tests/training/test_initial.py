@@ -3,10 +3,13 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.nn import functional as F
 
+from fewstep import MetaLearner, maml
 from fewstep.core.errors import InputError
 from fewstep.data.folder import ImageFolder
 from fewstep.models.features import projection_of
+from fewstep.training.algorithm_options import AlgorithmOptions
 from fewstep.training.build import Experiment
 from fewstep.training.config import ClassificationOptions
 from fewstep.training.initial import read_initial, start_from
@@ -21,12 +24,16 @@ def network(ways=3, filters=4) -> torch.nn.Module:
     return Conv4Options(filters).build((1, 16, 16), ways)
 
 
+def start(module: torch.nn.Module, initial: dict[str, torch.Tensor]) -> None:
+    start_from(MetaLearner(module, maml(inner_lr=0.1), F.cross_entropy), initial)
+
+
 def test_what_fits_is_taken_and_the_rest_is_left(tmp_path):
     source, own = network(ways=7), network()
     source.blocks[0].norm.running_mean.fill_(5)
     before = {name: t.clone() for name, t in own.state_dict().items()}
     save_file(source.state_dict(), tmp_path / "weights.safetensors")
-    start_from(own, read_initial(tmp_path / "weights.safetensors"))
+    start(own, read_initial(tmp_path / "weights.safetensors"))
     for name, tensor in own.state_dict().items():
         is_head = name.startswith("head.")
         assert torch.equal(tensor, before[name] if is_head else source.state_dict()[name]), name
@@ -36,7 +43,7 @@ def test_what_fits_is_taken_and_the_rest_is_left(tmp_path):
 def test_a_bias_alone_is_no_head():
     source, own = Conv4Options(4).build((1, 32, 32), 3), network(ways=3)
     torch.nn.init.ones_(source.head.bias)
-    start_from(own, source.state_dict())
+    start(own, source.state_dict())
     assert not own.head.bias.any()
     assert torch.equal(own.blocks[3].conv.weight, source.blocks[3].conv.weight)
 
@@ -45,7 +52,7 @@ def test_a_bias_alone_is_no_head():
 def test_a_head_of_another_kind_is_left(heads):
     source, own = (Conv4Options(4, head=head).build((1, 16, 16), 3) for head in heads)
     before = {name: t.clone() for name, t in own.head.state_dict().items()}
-    start_from(own, source.state_dict())
+    start(own, source.state_dict())
     for name, tensor in own.head.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert torch.equal(own.blocks[3].conv.weight, source.blocks[3].conv.weight)
@@ -55,7 +62,7 @@ def test_a_head_of_another_kind_is_left(heads):
 def test_a_projection_is_taken_from_a_head_of_as_many_classes_as_features(classes, taken):
     source = network(ways=classes)
     own = Conv4Options(4, projection=True).build((1, 16, 16), 3)
-    start_from(own, source.state_dict())
+    start(own, source.state_dict())
     expected = projection_of(source.head.weight.detach()) if taken else torch.eye(4)
     assert torch.equal(own.blocks.projection.weight, expected)
     assert torch.equal(own.blocks[3].conv.weight, source.blocks[3].conv.weight)
@@ -64,10 +71,10 @@ def test_a_projection_is_taken_from_a_head_of_as_many_classes_as_features(classe
 def test_lengths_of_a_cosine_heads_directions_say_nothing():
     source = Conv4Options(4, head="cosine").build((1, 16, 16), 9)
     own, longer = (Conv4Options(4, projection=True).build((1, 16, 16), 3) for _ in range(2))
-    start_from(own, source.state_dict())
+    start(own, source.state_dict())
     with torch.no_grad():
         source.head.weight.mul_(torch.arange(1.0, 10.0)[:, None])
-    start_from(longer, source.state_dict())
+    start(longer, source.state_dict())
     expected = own.blocks.projection.weight
     torch.testing.assert_close(longer.blocks.projection.weight, expected)
     assert not torch.equal(expected, torch.eye(4))
@@ -76,12 +83,12 @@ def test_lengths_of_a_cosine_heads_directions_say_nothing():
 def test_a_projection_that_was_learned_is_kept():
     source, own = (Conv4Options(4, projection=True).build((1, 16, 16), 9) for _ in range(2))
     torch.nn.init.normal_(source.blocks.projection.weight)
-    start_from(own, source.state_dict())
+    start(own, source.state_dict())
     assert torch.equal(own.blocks.projection.weight, source.blocks.projection.weight)
     with pytest.raises(
         InputError, match=r"another network: `blocks\.projection\.weight`, \(4, 4\)"
     ):
-        start_from(network(ways=9), source.state_dict())
+        start(network(ways=9), source.state_dict())
 
 
 @pytest.mark.parametrize("recipe", ["maml", "maml++"])
@@ -109,6 +116,47 @@ def test_a_run_starts_from_the_best_checkpoint_of_another(tmp_path, recipe, own_
             assert torch.equal(tensor, source.state_dict()[plain].expand_as(tensor)), name
 
 
+def _learner(num_steps: int, *, per_step: bool, **options) -> MetaLearner:
+    """Return a learner all of whose numbers are others."""
+    parts = AlgorithmOptions(
+        num_steps=num_steps,
+        eval_steps=num_steps,
+        per_step_affine=per_step,
+        per_step_statistics=per_step,
+        **options,
+    )
+    learner = MetaLearner(network(), parts.build(10), F.cross_entropy)
+    with torch.no_grad():
+        for tensor in (learner.parameters | learner.buffers).values():
+            tensor.copy_(100 * torch.rand(tensor.shape))
+    return learner
+
+
+@pytest.mark.parametrize("options", [
+    {"learned_rates": "tensor"}, {"learned_rates": "element"},
+    {"learned_rates": "one", "inner_hyper_lr": 0.1}, {"outer": "sgd", "outer_hyper_lr": 0.1},
+])  # fmt: skip
+@pytest.mark.parametrize("steps", [(3, 3), (3, 2), (2, 3), (3, None), (None, 3)])
+def test_rows_of_steps_are_taken_and_learned_rates_are_not(tmp_path, steps, options):
+    source, own = (_learner(n or 1, per_step=n is not None, **options) for n in steps)
+    run = RunFolder.create(tmp_path, {})
+    run.save_checkpoint(source.state_tensors(), None, 1, 0.9)
+    rates = {n: t.clone() for n, t in own.parameters.items() if n.startswith("inner_lr.")}
+    assert bool(rates) == ("learned_rates" in options)
+    start_from(own, read_initial(tmp_path))
+    there = source.parameters | source.buffers
+    for name, tensor in (own.parameters | own.buffers).items():
+        if name in rates:
+            assert torch.equal(tensor, rates[name])
+            continue
+        mine, theirs = (
+            t if n is not None and ".norm." in name else t[None]
+            for t, n in zip((tensor, there[name]), steps[::-1], strict=True)
+        )
+        for k, row in enumerate(mine):
+            assert torch.equal(row, theirs[min(k, len(theirs) - 1)]), name
+
+
 def test_what_cannot_be_started_from_is_refused(tmp_path):
     (tmp_path / "note.txt").write_text("not tensors")
     RunFolder.create(tmp_path, {})
@@ -128,4 +176,4 @@ def test_what_cannot_be_started_from_is_refused(tmp_path):
         (torch.nn.Linear(2, 3), r"`blocks.0.conv.weight`, .* is missing there"),
     ):
         with pytest.raises(InputError, match=message):
-            start_from(network(), other.state_dict())
+            start(network(), other.state_dict())

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+from fewstep import MetaLearner, maml
 from fewstep.core.errors import InputError
 from fewstep.data.episodes import ClassificationEpisodes
 from fewstep.data.glyphs import Glyphs
@@ -52,7 +54,7 @@ def test_a_run_can_start_from_trained_weights(path):
     model = replace(config.model, projection=has_projection)
     module = model.build(config.data.image_shape, 5)
     drawn = {name: p.clone() for name, p in module.named_parameters()}
-    start_from(module, initial)
+    start_from(MetaLearner(module, maml(inner_lr=0.1), F.cross_entropy), initial)
     kept = [name for name, p in module.named_parameters() if torch.equal(p, drawn[name])]
     assert kept == ["head.weight", "head.bias"]
 

@@ -180,9 +180,7 @@ def build_learner(
     commit()  # of the code at work; another may be checked out when scores are written
     torch.manual_seed(config.seed)  # on the CPU, so that every device starts alike
     module = config.model.build(problem.input_shape, problem.outputs).to(device)
-    if initial is not None:
-        start_from(module, initial)
-    return MetaLearner(
+    learner = MetaLearner(
         module,
         config.algorithm.build(config.iterations, config.epoch_length),
         F.mse_loss if config.dataset == "sinusoid" else F.cross_entropy,
@@ -193,3 +191,6 @@ def build_learner(
         precision=config.precision,
         ranks=ranks,
     )
+    if initial is not None:
+        start_from(learner, initial)
+    return learner

@@ -11,7 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from fewstep.core.errors import InputError
+from fewstep.core.learner import MetaLearner
 from fewstep.core.network import Tensors
+from fewstep.core.norm import NormStatistics, PerStepAffine
 from fewstep.models.conv import PROJECTION
 from fewstep.models.features import projection_of
 from fewstep.training.config import RunConfig, to_dict
@@ -19,6 +21,7 @@ from fewstep.training.parse import load_config
 from fewstep.training.run_folder import RunFolder
 
 _MODEL = "model."  # before the names of a module's tensors in a checkpoint
+_RATES = ("inner_lr.", "inner_lr_hypergradient.")  # of the learner, which a new run has its own of
 
 
 def initial_of(config: RunConfig) -> Tensors | None:
@@ -36,6 +39,8 @@ def initial_of(config: RunConfig) -> Tensors | None:
 
 def read_initial(path: Path) -> Tensors:
     """Return the parameters and buffers of a run's best checkpoint, or of a safetensors file.
+
+    What a run keeps for each step has a row for each.
 
     Args:
         path: Folder of a run, or a file with tensors by the names of the module's own, as
@@ -58,7 +63,8 @@ def read_initial(path: Path) -> Tensors:
             ) from error
     if not any(name.startswith(_MODEL) for name in tensors):
         return tensors
-    return {n.removeprefix(_MODEL): t for n, t in tensors.items() if n.startswith(_MODEL)}
+    own = {n.removeprefix(_MODEL): t for n, t in tensors.items() if n.startswith(_MODEL)}
+    return {name: t for name, t in own.items() if not name.startswith(_RATES)}
 
 
 def check_source(path: Path, config: RunConfig) -> None:
@@ -88,7 +94,8 @@ def fitting(module: nn.Module, initial: Tensors) -> Tensors:
     """Return what `initial` gives the module's parameters and buffers, by their names.
 
     These are all, or all but those of the last layer, whose outputs are another task's classes, and
-    of a projection, which a classifier's head gives if it can.
+    of a projection, which a classifier's head gives if it can. Those of normalisation layers may
+    have rows.
 
     Raises:
         InputError: another one is missing or of another shape, or there are more.
@@ -99,7 +106,13 @@ def fitting(module: nn.Module, initial: Tensors) -> Tensors:
     if PROJECTION in own:
         free.append(PROJECTION)
         initial = _with_projection(initial)
-    found = {n: initial[n] for n, t in own.items() if n in initial and initial[n].shape == t.shape}
+    with_rows = {*PerStepAffine().rows(module, 1), *NormStatistics(per_step=True).rows(module, 1)}
+
+    def fits(name: str, shape: torch.Size) -> bool:
+        there = initial[name].shape
+        return there == shape or (name in with_rows and there[1:] == shape and 0 not in there)
+
+    found = {n: initial[n] for n, t in own.items() if n in initial and fits(n, t.shape)}
     for name, tensor in own.items():
         if name not in found and not name.startswith(tuple(free)):
             there = f"{tuple(initial[name].shape)} there" if name in initial else "missing there"
@@ -133,13 +146,18 @@ def _with_projection(initial: Tensors) -> Tensors:
     return {**initial, PROJECTION: projection_of(head)}
 
 
-def start_from(module: nn.Module, initial: Tensors) -> None:
-    """Bring `initial` into the module; a last layer of other outputs stays as it is.
+def start_from(learner: MetaLearner, initial: Tensors) -> None:
+    """Bring `initial` into a learner; a last layer of other outputs stays as it is.
+
+    Row k of what differs by step becomes row k there, or the last one there is, as in a test of
+    more steps. What has no rows here becomes row 0, that of the module before it adapts.
 
     Raises:
         InputError: it is another network's.
     """
-    own = module.state_dict()
+    plain = learner.module.state_dict()
+    own = plain | learner.parameters | learner.buffers
     with torch.no_grad():
-        for name, tensor in fitting(module, initial).items():
-            own[name].copy_(tensor)
+        for name, tensor in fitting(learner.module, initial).items():
+            rows, there = (t if t.ndim > plain[name].ndim else t[None] for t in (own[name], tensor))
+            rows.copy_(there[torch.arange(len(rows)).clamp(max=len(there) - 1)])
