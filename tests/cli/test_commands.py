@@ -104,6 +104,14 @@ def test_supervised_learning_and_a_run_that_starts_from_it(empty_folder, capsys)
     assert f"starts from {run}; made anew: nothing" in capsys.readouterr().out
     assert load_config(Path("runs/folder-supervised-2/config.toml")).model.head == "cosine"
 
+    assert main(f"{second} --head cosine --out runs/cosine".split()) == 0
+    assert "made anew: head.weight, head.scale" in capsys.readouterr().out
+    cosine = load_config(Path("runs/cosine/config.toml")).model
+    assert (cosine.head, cosine.initialisation) == ("cosine", "xavier")
+    third = second.replace(str(run), "runs/folder-maml-1")  # whose own head was made of zeros
+    assert main(f"{third} --head cosine --out runs/third".split()) == 0
+    assert load_config(Path("runs/third/config.toml")).model == cosine
+
     shutil.rmtree(run)  # neither resuming nor scoring reads it again
     run = "runs/folder-maml-1"
     assert main(f"resume {run} --iterations 6".split()) == 0

@@ -92,8 +92,8 @@ def _join_help(options: Any) -> None:
 def run_config(arguments: Sequence[str]) -> RunConfig:
     """Return the settings that `arguments` start from: a file's, or those of a data set.
 
-    --config, --initial, --dataset, --network and --recipe choose which options and defaults there
-    are, so they are read before the rest.
+    --config, --initial, --dataset, --network, --recipe and --head choose which options and defaults
+    there are, so they are read before the rest.
 
     Raises:
         InputError: the file or a name in it is wrong.
@@ -107,7 +107,9 @@ def run_config(arguments: Sequence[str]) -> RunConfig:
     if file is None:
         initial = value_of(arguments, "--initial")
         is_run = initial is not None and (Path(initial) / "config.toml").is_file()
-        return _going_on(Path(str(initial)), chosen) if is_run else preset(**chosen)
+        if not is_run:
+            return preset(**chosen)
+        return _going_on(Path(str(initial)), chosen, value_of(arguments, "--head"))
     config = load_config(Path(file))
     for tag, value in chosen.items():
         if value != (held := getattr(config, tag)):
@@ -115,11 +117,11 @@ def run_config(arguments: Sequence[str]) -> RunConfig:
     return config
 
 
-def _going_on(run: Path, chosen: dict[str, str]) -> RunConfig:
+def _going_on(run: Path, chosen: dict[str, str], head: str | None) -> RunConfig:
     """Return the defaults of a run that starts from another: its data and its network.
 
-    A head that is to be adapted is linear; it starts at zero, so that what was learned before is
-    not drowned by a drawn one.
+    A head that is to be adapted is linear, if `head` does not say another; a linear one starts at
+    zero, so that what was learned before is not drowned by a drawn one.
     """
     source = load_config(run / "config.toml")
     config = preset(**({"dataset": source.dataset, "network": source.network} | chosen))
@@ -130,8 +132,8 @@ def _going_on(run: Path, chosen: dict[str, str]) -> RunConfig:
     if isinstance(model := config.model, Conv4Options):
         if config.recipe != "supervised":
             model = replace(model, head="linear")
-        if model.head == "linear":
-            model = replace(model, initialisation="zero-head")
+        is_linear = (head or model.head) == "linear"
+        model = replace(model, initialisation="zero-head" if is_linear else "xavier")
         config = replace(config, model=model)
     return config
 
