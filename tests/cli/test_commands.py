@@ -118,6 +118,26 @@ def test_supervised_learning_and_a_run_that_starts_from_it(empty_folder, capsys)
     assert main(f"evaluate {run} --tasks 3".split()) == 0
 
 
+def test_commands_to_go_on_with_can_be_typed(empty_folder, capsys):
+    out = ["--out", "my runs/it's one"]
+    assert main([*SINUSOID.split(), *out]) == 0
+    assert main([*SINUSOID.split(), *out]) == 2
+    shutil.copytree(out[1], "old copy")
+    Path("old copy/evaluation-test-best-10-steps.json").unlink()
+    assert main(["compare", "old copy", out[1]]) == 2
+    printed = capsys.readouterr()
+    commands = [
+        shlex.split(line.partition(" fewstep ")[2])
+        for line in printed.out.splitlines()
+        if " fewstep " in line
+    ]
+    commands += [shlex.split(quoted) for quoted in re.findall("`fewstep (.*?)`", printed.err)]
+    assert [words[:2] for words in commands] == [
+        ["evaluate", out[1]], ["resume", out[1]], ["compare", out[1]],
+        ["resume", out[1]], ["evaluate", "old copy"],
+    ]  # fmt: skip
+
+
 def test_scores_that_cannot_be_saved_are_printed(empty_folder, capsys):
     assert main(SINUSOID.split()) == 0
     Path("runs/sinusoid-maml-1/evaluation-test-last-10-steps-tasks-4.json").mkdir()

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import tyro
@@ -221,22 +222,23 @@ def _train(experiment: Experiment, run: RunFolder, console: Console) -> None:
     if config.memory_budget is not None:
         chosen = f"chunk_size={learner.chunk_size}, checkpoint_every={learner.checkpoint_every}"
         say(console, f"memory budget of {config.memory_budget:g} MiB: {chosen}")
+    name = quote(str(run.path))
     if not _train_and_test(experiment, run, console):
-        say(console, f"next: fewstep resume {run.path}")
+        say(console, f"next: fewstep resume {name}")
         return
     plot_runs([run], run.path / "curves.png")
     if config.dataset == "sinusoid":
         plot_sinusoid_fits(learner, run.path / "fits.png")
         say(console, f"fits: {run.path / 'fits.png'}")
     say(console, f"learning curves: {run.path / 'curves.png'}")
-    say(console, f"next: fewstep evaluate {run.path} --split val   (score again, other settings)")
-    say(console, f"      fewstep resume {run.path} --iterations {2 * config.iterations}")
+    say(console, f"next: fewstep evaluate {name} --split val   (score again, other settings)")
+    say(console, f"      fewstep resume {name} --iterations {2 * config.iterations}")
     if config.recipe == "supervised":
-        say(console, f"      fewstep train --initial {run.path} --recipe maml++   (few-shot tasks)")
+        say(console, f"      fewstep train --initial {name} --recipe maml++   (few-shot tasks)")
         return
-    say(console, f"      fewstep compare {run.path} RUN   (with another, task by task)")
+    say(console, f"      fewstep compare {name} RUN   (with another, task by task)")
     if config.dataset != "sinusoid":
-        say(console, f"      fewstep predict {run.path} --support FOLDER --query FOLDER   (yours)")
+        say(console, f"      fewstep predict {name} --support FOLDER --query FOLDER   (yours)")
 
 
 def _train_and_test(experiment: Experiment, run: RunFolder | None, console: Console) -> bool:

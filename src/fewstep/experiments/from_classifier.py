@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 from rich.console import Console
@@ -110,7 +111,8 @@ class MamlPlusPlusFromClassifier:
         plot_validation({"MAML++": [RunFolder(few_shot)]}, self.out / "curves.png")
         say(console, table)
         say(console, f"wrote table.md, table.json and curves.png in {self.out}")
-        say(console, f"next: fewstep predict {few_shot} --support FOLDER --query FOLDER")
+        name = quote(str(few_shot))
+        say(console, f"next: fewstep predict {name} --support FOLDER --query FOLDER")
 
     def stages(self) -> dict[str, RunConfig]:
         """Return the settings of the runs, by the names of their folders, in their order."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -96,6 +97,6 @@ def _test_of(path: Path) -> Path:
     if not is_there:
         raise InputError(
             f"{path} has no test of its best checkpoint, {file.name}; write it with "
-            f"`fewstep evaluate {path} --tasks {config.test_tasks}`"
+            f"`fewstep evaluate {quote(str(path))} --tasks {config.test_tasks}`"
         )
     return file

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Literal, get_args
 
 from fewstep.core.errors import InputError, check_name
@@ -25,7 +26,7 @@ def check_few_shot(config: RunConfig, path: Path) -> None:
     if config.recipe == "supervised":
         raise InputError(
             f"{path} has learned to tell its training classes apart and no few-shot tasks; "
-            f"start a run from it, with `fewstep train --initial {path}`"
+            f"start a run from it, with `fewstep train --initial {quote(str(path))}`"
         )
 
 

@@ -88,8 +88,8 @@ class RunFolder:
         run = cls(path)
         if (path / "config.toml").exists():
             raise InputError(
-                f"{path} already holds a run; continue it with `fewstep resume {path}` or choose "
-                "another folder with --out"
+                f"{path} already holds a run; continue it with "
+                f"`fewstep resume {shlex.quote(str(path))}` or choose another folder with --out"
             )
         run._checkpoints.mkdir(exist_ok=True)
         run.save_settings(settings)
