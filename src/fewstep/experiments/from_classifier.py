@@ -25,7 +25,7 @@ from fewstep.experiments.maml_plus_plus import (
 )
 from fewstep.experiments.sweep import Test, complete
 from fewstep.training.algorithm_options import AlgorithmOptions
-from fewstep.training.build import resolve_device
+from fewstep.training.build import build_problem, resolve_device
 from fewstep.training.config import ClassificationOptions, RunConfig, SupervisedOptions
 from fewstep.training.display import say
 from fewstep.training.files import write_atomically
@@ -86,6 +86,7 @@ class MamlPlusPlusFromClassifier:
         if not ranks.is_first:
             console = Console(quiet=True)
         stages = self.stages()
+        build_problem(stages["maml++"], device)  # refuses now what would be refused after hours
         found: dict[str, list[dict[str, Any]]] = {}
         for name, config in stages.items():
             tests = tuple(self._tests(name).values())
