@@ -146,17 +146,17 @@ class MamlPlusPlusFromClassifier:
         return (36_000 if self._is_mini else 33_000) if given is None else given
 
     def _tests(self, name: str) -> dict[str, Test]:
-        """Return the tests of a run, by their rows' names."""
+        """Return the tests of a run, by their rows' names; {} stands for how many models."""
         if name != "maml++":
             return {"images of the training classes held out": Test("best")}
         views: Views = "mirrored" if self._is_mini else "turned"
         return {
             "one model": Test("best"),
-            "ensemble of 5": Test("ensemble"),
+            "ensemble of {}": Test("ensemble"),
             "by support statistics": Test("best", statistics="support"),
             f"by {self._other} statistics": Test("best", statistics=self._other),
             f"one model, {views} views": Test("best", views=views),
-            f"ensemble of 5, {views} views": Test("ensemble", views=views),
+            f"ensemble of {{}}, {views} views": Test("ensemble", views=views),
         }
 
     def _omniglot(self) -> dict[str, RunConfig]:
@@ -260,6 +260,7 @@ class MamlPlusPlusFromClassifier:
             minutes = f"{scores[0]['training_seconds'] / 60:.0f} min"
             rows = self._tests(name)
             for row, score in zip(rows, scores, strict=True):
+                row = row.format(len(score["iterations"]))
                 lines.append(f"| {name}, {row} | {cell(score)} | {minutes} |")
         paper = PAPER.get((self.dataset, self._ways, self.shots), {}).get("MAML++", "-")
         lines.append(f"| paper, from drawn parameters | {paper} | |")

@@ -199,7 +199,8 @@ class MamlPlusPlusAblation:
         seconds = [tests[0]["training_seconds"] for tests in runs]
         return {
             "single": _over_seeds(best),
-            "ensemble": _over_seeds(ensemble),
+            "ensemble": _over_seeds(ensemble)
+            | {"models": [len(test["iterations"]) for test in ensemble]},
             "statistics": {
                 "batch": _over_seeds(best),
                 "support": _over_seeds(support),
@@ -217,13 +218,16 @@ class MamlPlusPlusAblation:
         )
 
     def _markdown(self, rows: Mapping[str, dict[str, Any]]) -> str:
+        counts = {count for row in rows.values() for count in row["ensemble"]["models"]}
+        models = " or ".join(map(str, sorted(counts)))
         spread = " (standard deviation over the seeds)" * (self.seeds > 1)
         lines = [
             f"{self._schedule()}.",
             f"Accuracy in % ± 95% interval over all test tasks{spread}. Transductive batch",
             "statistics but in the last two columns.",
             "",
-            "| method | accuracy | ensemble of 5 | paper | s per run | by support | by running |",
+            f"| method | accuracy | ensemble of {models} | paper | s per run | by support "
+            "| by running |",
             "|---|---|---|---|---|---|---|",
         ]
         for variant, row in rows.items():
