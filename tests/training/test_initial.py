@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -114,6 +115,21 @@ def test_a_run_starts_from_the_best_checkpoint_of_another(tmp_path, recipe, own_
             assert torch.equal(tensor, drawn.state_tensors()[name])
         else:  # every step's row of MAML++'s parts starts alike
             assert torch.equal(tensor, source.state_dict()[plain].expand_as(tensor)), name
+
+
+def test_a_head_of_one_dimension_has_no_projection():
+    own = Conv4Options(4, projection=True).build((1, 16, 16), 3)
+    start(own, network().state_dict() | {"head.weight": torch.rand(9)})
+    assert torch.equal(own.blocks.projection.weight, torch.eye(4))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_no_start(tmp_path, value):
+    source = network()
+    source.blocks[2].conv.weight.data[0, 0, 0, 0] = value
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    with pytest.raises(InputError, match=r"`blocks\.2\.conv\.weight` in .* that is not finite"):
+        read_initial(tmp_path / "weights.safetensors")
 
 
 def _learner(num_steps: int, *, per_step: bool, **options) -> MetaLearner:

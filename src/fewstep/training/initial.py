@@ -47,7 +47,7 @@ def read_initial(path: Path) -> Tensors:
             `safetensors.torch.save_file(module.state_dict(), path)` writes it.
 
     Raises:
-        InputError: there is neither, or the run has no checkpoint.
+        InputError: there is neither, the run has no checkpoint, or a number is not finite.
     """
     if path.is_dir():
         run = RunFolder.open(path)
@@ -61,10 +61,15 @@ def read_initial(path: Path) -> Tensors:
             raise InputError(
                 f"cannot start from {path}: {error}; give a run folder or a safetensors file"
             ) from error
-    if not any(name.startswith(_MODEL) for name in tensors):
-        return tensors
-    own = {n.removeprefix(_MODEL): t for n, t in tensors.items() if n.startswith(_MODEL)}
-    return {name: t for name, t in own.items() if not name.startswith(_RATES)}
+    if any(name.startswith(_MODEL) for name in tensors):
+        own = {n.removeprefix(_MODEL): t for n, t in tensors.items() if n.startswith(_MODEL)}
+        tensors = {name: t for name, t in own.items() if not name.startswith(_RATES)}
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise InputError(
+                f"`{name}` in {path} has a number that is not finite; start from another"
+            )
+    return tensors
 
 
 def check_source(path: Path, config: RunConfig) -> None:
@@ -135,11 +140,11 @@ def fitting(module: nn.Module, initial: Tensors) -> Tensors:
 def _with_projection(initial: Tensors) -> Tensors:
     """Return `initial` and, if it has none, the projection of its classifier's head.
 
-    A head of fewer classes than features says too little of these: the projection then stays the
-    identity.
+    A head of fewer classes than features says too little of these, and one that is no matrix
+    nothing: the projection then stays the identity.
     """
     head = initial.get("head.weight")
-    if PROJECTION in initial or head is None or len(head) < head.shape[1]:
+    if PROJECTION in initial or head is None or head.ndim != 2 or len(head) < head.shape[1]:
         return initial
     if "head.scale" in initial:  # a `CosineHead`'s, whose lengths say nothing
         head = F.normalize(head)
