@@ -118,6 +118,20 @@ def test_a_full_disk_keeps_the_old_checkpoint(monkeypatch, capsys, file):
     assert main(["resume", "here"]) == 0
 
 
+def test_a_state_that_says_nothing(capsys):
+    assert main([*SINUSOID.split(), "--out", "here"]) == 0
+    capsys.readouterr()
+    state = Path("here/state.json")
+    values = json.loads(state.read_text())
+    for text in ("[]", "{}", "null", json.dumps(values | {"best": []})):
+        state.write_text(text)
+        for command in ("evaluate here", "resume here", f"{SINUSOID} --initial here"):
+            assert "here/state.json is damaged (" in refused(capsys, command)
+    state.unlink()
+    state.mkdir()  # stands for what may not be read
+    assert "cannot read here/state.json: Is a dir" in refused(capsys, "evaluate here")
+
+
 @pytest.mark.parametrize("damage", ["state.json", "checkpoints"])
 def test_a_damaged_run_is_named(capsys, damage):
     assert main([*SINUSOID.split(), "--out", "here"]) == 0

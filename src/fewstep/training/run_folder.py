@@ -59,9 +59,11 @@ class State:
 
     @classmethod
     def from_json(cls, text: str) -> State:
-        """Read what `write_json` wrote."""
+        """Read what `write_json` wrote; ValueError, TypeError and others if it did not."""
         values = json.loads(text)
         best = tuple(Kept(**kept) for kept in values.pop("best"))
+        if not best:
+            raise ValueError("no checkpoint is the best")
         return cls(best=best, **values)
 
 
@@ -115,12 +117,20 @@ class RunFolder:
         write_atomically(self.path / "config.toml", tomli_w.dumps(settings).encode())
 
     def state(self) -> State | None:
-        """Return where the run stands, or None before its first checkpoint."""
+        """Return where the run stands, or None before its first checkpoint.
+
+        Raises:
+            InputError: state.json cannot be read, or is damaged.
+        """
         path = self.path / "state.json"
-        if not path.exists():
-            return None
         try:
             return State.from_json(path.read_text())
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise InputError(
+                f"cannot read {path}: {error.strerror}; check its permissions"
+            ) from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(
                 f"{path} is damaged ({error}); the run must be started anew"
