@@ -145,6 +145,8 @@ def test_what_cannot_be_compared_is_refused_in_one_line(runs, capsys):
     assert "holds no run" in refused(capsys, "compare maml empty")
     Path("torn.json").write_text("{")
     assert "torn.json is not JSON" in refused(capsys, "compare maml torn.json")
+    Path("torn.json").write_text('{"per_task": [1, 2]}')
+    assert "torn.json lacks metric" in refused(capsys, "compare maml torn.json")
     shutil.copytree("maml", "old")
     file = Path("old/evaluation-test-best-10-steps.json")
     values = json.loads(file.read_text())

@@ -16,6 +16,9 @@ from fewstep.training.evaluate import evaluation_file, is_scored
 from fewstep.training.parse import load_config
 from fewstep.training.run_folder import RunFolder
 
+_NEEDED = ("metric", "mean", "ci95", "per_task", "num_tasks", "split", "seed", "dataset", "data",
+           "episodes")  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -34,7 +37,7 @@ class Evaluation:
         """Read an evaluation file; of a run's folder, that of the test at the end of training.
 
         Raises:
-            InputError: there is none, or none with a score for each task.
+            InputError: there is none, or it lacks what tells scores and tasks.
         """
         file = _test_of(path) if path.is_dir() else path
         try:
@@ -45,10 +48,10 @@ class Evaluation:
             ) from error
         except ValueError as error:
             raise InputError(f"{file} is not JSON: {error}; give an evaluation file") from error
-        if not isinstance(values, dict) or "per_task" not in values:
+        if lacking := [n for n in _NEEDED if not isinstance(values, dict) or n not in values]:
             raise InputError(
-                f"{file} has no score for each task, as files of earlier versions have none; "
-                "write it anew with `fewstep evaluate RUN`"
+                f"{file} lacks {lacking[0]}, as files of earlier versions may; write it anew with "
+                "`fewstep evaluate RUN`"
             )
         return cls(path, values)
 
