@@ -77,9 +77,15 @@ def test_supervised_learning_and_a_run_that_starts_from_it(empty_folder, capsys)
     run = Path("runs/folder-supervised-1")
     assert main(f"evaluate {run} --split val --tasks 3".split()) == 0
     options = "--support mine --query mine/c00"
-    for command in (f"evaluate {run} --shots 2", f"predict {run} {options}"):
-        error = refused(capsys, command)
-        assert "have no shots; leave it out" in error or f"--initial {run}" in error
+    assert f"--initial {run}" in refused(capsys, f"predict {run} {options}")
+    for flag in ("--shots 2", "--queries 2", "--rotations classes", "--views turned", "--steps 2",
+                 "--statistics support"):  # fmt: skip
+        error = refused(capsys, f"evaluate {run} {flag}")
+        assert (
+            f"{flag}: the tasks of {run} are a classifier's, with its own classes and no supp"
+            in error
+        )
+    assert main(f"evaluate {run} --statistics running --tasks 3".split()) == 0
 
     second = f"train --initial {run} {TINY} --size 20 --ways 2 --queries 2 --eval-queries 2"
     for other, words in (
@@ -197,8 +203,9 @@ def test_views_of_images(empty_folder, capsys):
     assert losses[0] != losses[1]
 
     assert main(SINUSOID.split()) == 0
-    error = refused(capsys, "evaluate runs/sinusoid-maml-1 --views turned")
-    assert "have no images; leave it out" in error
+    for flag in ("--views turned", "--rotations none"):
+        error = refused(capsys, f"evaluate runs/sinusoid-maml-1 {flag}")
+        assert f"{flag}: the tasks of runs/sinusoid-maml-1 have no images; leave it out" in error
 
 
 def test_every_part_of_maml_plus_plus(empty_folder, capsys):

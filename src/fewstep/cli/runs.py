@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -26,7 +26,14 @@ from fewstep.models.conv import PROJECTION
 from fewstep.report.curves import plot_runs
 from fewstep.report.sinusoid_fits import plot_sinusoid_fits
 from fewstep.training.build import Experiment, resolve_device
-from fewstep.training.config import EpisodeOptions, RunConfig, SinusoidData, Split, to_dict
+from fewstep.training.config import (
+    EpisodeOptions,
+    RegressionOptions,
+    RunConfig,
+    Split,
+    SupervisedOptions,
+    to_dict,
+)
 from fewstep.training.display import say
 from fewstep.training.evaluate import Checkpoint, evaluate_run
 from fewstep.training.files import locked, make_folder
@@ -138,16 +145,7 @@ class Evaluate:
         """Print the scores, then write them into the run folder."""
         run = RunFolder.open(self.run_folder)
         config = load_config(run.path / "config.toml")
-        episodes, changes = self._episodes(config.episodes)
-        if self.tasks != config.test_tasks:
-            changes.append(f"tasks-{self.tasks}")
-        if self.views is not None:
-            changes.append(f"views-{self.views}")
-            if isinstance(config.data, SinusoidData):
-                raise InputError(
-                    f"--views {self.views}: the tasks of {self.run_folder} have no images; "
-                    "leave it out"
-                )
+        episodes = self._episodes(config.episodes)
         config = replace(config, episodes=episodes, device=resolve_device(self.device))
         ranks = Ranks.of_torchrun(config.device)
         tested = evaluate_run(
@@ -160,7 +158,7 @@ class Evaluate:
             num_steps=config.algorithm.eval_steps if self.steps is None else self.steps,
             statistics=self.statistics,
             views=self.views,
-            changes=changes,
+            changes=self._changes(config.test_tasks),
         )
         ranks.part()
         if ranks.is_first:
@@ -169,24 +167,45 @@ class Evaluate:
             say(console, f"{self.split}: {tested.scores}\n{of}")
             tested.save()
 
-    def _episodes(self, episodes: EpisodeOptions) -> tuple[EpisodeOptions, list[str]]:
-        """Return the run's episodes with what was asked for, and a word for each change."""
-        asked = {"shots": self.shots, "queries": self.queries, "rotations": self.rotations}
-        given: dict[str, Any] = {n: value for n, value in asked.items() if value is not None}
-        changes = [f"{name}-{value}" for name, value in given.items()]
-        if self.statistics is not None:
-            changes.append(f"statistics-{self.statistics}")
+    def _episodes(self, episodes: EpisodeOptions) -> EpisodeOptions:
+        """Return the run's episodes with what was asked for."""
+        why, refused = _MEANINGLESS.get(type(episodes), ("", ()))
         known = [f.name for f in fields(episodes)]
         named = {}
-        for name, value in given.items():
+        for name in ("shots", "queries", "rotations", "steps", "statistics", "views"):
+            if (value := getattr(self, name)) is None:
+                continue
+            if name in refused or f"{name} {value}" in refused:
+                raise InputError(
+                    f"--{name} {value}: the tasks of {self.run_folder} {why}; leave it out"
+                )
             in_tests = f"eval_{name}" if self.split != "train" else name
             field = in_tests if in_tests in known else name
-            if field not in known:
-                raise InputError(
-                    f"--{name} {value}: the tasks of {self.run_folder} have no {name}; leave it out"
-                )
-            named[field] = value
-        return replace(episodes, **named), changes
+            if field in known:
+                named[field] = value
+        return replace(episodes, **named)
+
+    def _changes(self, test_tasks: int) -> list[str]:
+        """Return a word for each difference from the run's own tests but the steps."""
+        words = {
+            "shots": self.shots,
+            "queries": self.queries,
+            "rotations": self.rotations,
+            "statistics": self.statistics,
+            "tasks": self.tasks if self.tasks != test_tasks else None,
+            "views": self.views,
+        }
+        return [f"{name}-{value}" for name, value in words.items() if value is not None]
+
+
+# What is special about tasks of a kind, and the options that mean nothing there.
+_MEANINGLESS: dict[type, tuple[str, tuple[str, ...]]] = {
+    RegressionOptions: ("have no images", ("rotations", "views")),
+    SupervisedOptions: (
+        "are a classifier's, with its own classes and no support set",
+        ("shots", "queries", "rotations", "steps", "statistics support", "views"),
+    ),
+}
 
 
 @dataclass(frozen=True)
