@@ -89,6 +89,7 @@ def test_supervised_learning_and_a_run_that_starts_from_it(empty_folder, capsys)
 
     second = f"train --initial {run} {TINY} --size 20 --ways 2 --queries 2 --eval-queries 2"
     for other, words in (
+        ("--network fully-connected", "has network='conv4' where this run has 'fully-connected', "),
         ("--norm layer", "has norm='batch' where this run has 'layer', so that it is of another n"),
         ("--fractions 0.5 0.2 0.3", "so that it may have been trained on what this r"),
     ):

@@ -86,9 +86,11 @@ def check_source(path: Path, config: RunConfig) -> None:
     if source.dataset == config.dataset:
         parts += [("data", {"root", "size"}, "may have been trained on what this run tests on")]
     for part, free, so_that in parts:
-        theirs, ours = (to_dict(getattr(each, part)) for each in (source, config))
-        for name in sorted((theirs.keys() | ours.keys()) - free):
-            if theirs.get(name) != ours.get(name):
+        theirs, ours = (
+            {"network": each.network} | to_dict(getattr(each, part)) for each in (source, config)
+        )
+        for name in theirs | ours:
+            if name not in free and theirs.get(name) != ours.get(name):
                 raise InputError(
                     f"{path} has {name}={theirs.get(name)!r} where this run has "
                     f"{ours.get(name)!r}, so that it {so_that}; give both the same"
