@@ -161,6 +161,8 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path, text, message):
         (["--iterations", "0"], "iterations=0 must be at least 1"),
         (["--outer-lr", "-1"], "outer_lr=-1.0 must be a positive number"),
         (["--final-outer-lr", "1"], "final_outer_lr=1.0 must be between 0 and outer_lr=0.003"),
+        (["--clip-value", "-1"], "clip_value=-1.0 must be positive"),
+        (["--clip-value", "nan"], "clip_value=nan must be positive"),
         (["--checkpoint-every", "0"], "checkpoint_every=0 must be at least 1 step"),
         (["--memory-budget", "0"], "memory_budget=0.0 must be positive, in MiB"),
         (["--dataset", "sinusoid", "--ways", "3"], "unknown option '--ways'"),

@@ -95,6 +95,8 @@ class AlgorithmOptions:
         if self.multi_step_epochs < 0:
             raise InputError(f"multi_step_epochs={self.multi_step_epochs} must be 0 or more")
         check_outer_lr(self.outer_lr)
+        if self.clip_value is not None and not self.clip_value > 0:
+            raise InputError(f"clip_value={self.clip_value} must be positive, or left out")
         is_plain_sgd = self.outer == "sgd" and self.outer_hyper_lr is None
         for name in ("momentum", "weight_decay"):
             if (value := getattr(self, name)) and not is_plain_sgd:
