@@ -143,6 +143,8 @@ class Evaluate:
 
     def run(self, console: Console) -> None:
         """Print the scores, then write them into the run folder."""
+        if self.tasks < 2:
+            raise InputError(f"tasks={self.tasks} must be at least 2, to give an interval")
         run = RunFolder.open(self.run_folder)
         config = load_config(run.path / "config.toml")
         episodes = self._episodes(config.episodes)
