@@ -1,7 +1,7 @@
 """Iterations on a GPU that is imagined: shapes and devices, no numbers.
 
-`python -m tests.core.imagined_gpu MODE MODEL ...`, with what imagined_gpu.cpp compiles to in
-LD_PRELOAD, as it has to be there before PyTorch looks for a GPU.
+`python -m tests.core.imagined_gpu MODEL ...`, with what imagined_gpu.cpp compiles to in LD_PRELOAD,
+as it has to be there before PyTorch looks for a GPU.
 """
 
 import sys
@@ -20,10 +20,7 @@ from fewstep import MetaLearner, TaskBatch, maml_plus_plus
 from fewstep.core.recorder import Recorder
 from tests.core.reference import MODELS
 
-MODES: dict[str, dict[str, Any]] = {
-    "replay": {"replay": True},
-    "checkpoints": {"replay": True, "checkpoint_every": 1},
-}
+CHECKPOINTS = " in checkpoints"  # after a model's name
 STATE = torch.empty(16, dtype=torch.uint8)  # of random numbers
 
 
@@ -86,15 +83,16 @@ def imagined() -> list[AbstractContextManager[Any]]:
     ]
 
 
-def train(name: str, mode: str) -> None:
+def train(name: str) -> None:
     """Do three iterations and a test; fake tensors of two devices do not mix, nor can be read."""
-    case, algorithm = MODELS[name], maml_plus_plus(2, 0.1, iterations_per_epoch=1)
+    case, every = MODELS[name.removesuffix(CHECKPOINTS)], 1 if CHECKPOINTS in name else None
+    algorithm = maml_plus_plus(2, 0.1, iterations_per_epoch=1)
     given = case.batch()
     with FakeTensorMode():
         with torch.device("cuda"):
             module = case.build()
             batch = TaskBatch(*(torch.empty(t.shape, dtype=t.dtype) for t in given.tensors()))
-        learner = MetaLearner(module, algorithm, case.loss, **MODES[mode])
+        learner = MetaLearner(module, algorithm, case.loss, replay=True, checkpoint_every=every)
         for learner.iteration in (0, 1, 99):  # of the first order twice, of the second
             metrics = learner.step(batch, check_finite=False)
             assert metrics.loss.is_cuda
@@ -105,7 +103,6 @@ def train(name: str, mode: str) -> None:
 if __name__ == "__main__":
     for context in imagined():
         context.__enter__()
-    mode, *models = sys.argv[1:]
-    for name in models:
-        train(name, mode)
+    for name in sys.argv[1:]:
+        train(name)
     print("captured", Graph.captures, "launched", Graph.launches)

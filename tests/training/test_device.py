@@ -6,6 +6,7 @@ A meta tensor does not mix with the CPU's and has no value to read.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -85,7 +86,8 @@ def images(rotations: Rotations) -> ClassificationEpisodes:
     ],
 )
 def test_classification(recipe: Recipe, mode: str) -> None:
-    algorithm = preset("glyphs", recipe=recipe).algorithm.build(iterations=10, epoch_length=1)
+    options = replace(preset("glyphs", recipe=recipe).algorithm, num_steps=2, eval_steps=2)
+    algorithm = options.build(iterations=10, epoch_length=1)
     module = Conv4(1, 3, 16, filters=4).to("meta")
     learner = MetaLearner(module, algorithm, F.cross_entropy, **MODES[mode])
     episodes = DrawnAhead(images("episode"))
