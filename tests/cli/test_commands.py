@@ -7,9 +7,11 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,15 +20,17 @@ from PIL import Image
 from rich.console import Console
 from torch.nn import functional as F
 
-from fewstep import Scores
+from fewstep import MetaLearner, Scores
+from fewstep.cli.data import DataShow, _command
 from fewstep.cli.main import COMMANDS, main
 from fewstep.cli.runs import _table
 from fewstep.data.folder import ImageFolder
 from fewstep.training.build import Experiment
-from fewstep.training.config import SOURCES
+from fewstep.training.config import SOURCES, ClassificationOptions
 from fewstep.training.load import load_learner
 from fewstep.training.network_options import Conv4Options
 from fewstep.training.parse import load_config
+from fewstep.training.presets import preset
 from fewstep.training.run_folder import RunFolder
 from tests.cli.conftest import SINUSOID, TINY, refused, scribble, train_on_images
 from tests.data.conftest import write_images
@@ -285,6 +289,39 @@ def test_what_comes_next_can_be_pasted(empty_folder, capsys):
     train = after([*shlex.split(show), "--shots", "2", "--queries", "4", "--eval-queries", "3"])
     assert train == f"train {options} --shots 2 --queries 4 --eval-queries 3"
     assert main([*shlex.split(train), *TINY.split(), "--filters", "4"]) == 0
+
+
+def test_an_episode_is_shown_as_it_is_trained_on():
+    shown = DataShow.default(["--dataset", "omniglot"])
+    assert shown.episodes == preset("omniglot").episodes
+    assert _command("train", shown) == "fewstep train --dataset omniglot"
+    usual = replace(shown, episodes=ClassificationOptions())
+    assert "--queries 5 --rotations none --eval-rotations none" in _command("train", usual)
+
+
+@pytest.mark.parametrize("recipe", ["maml++", "alpha-maml"])
+def test_other_recipes_on_sinusoids(empty_folder, capsys, recipe):
+    """Fits are drawn for the steps that there are rates for."""
+    assert main(f"{SINUSOID} --recipe {recipe} --tasks 25".split()) == 0
+    assert "next: fewstep evaluate" in capsys.readouterr().out
+    assert _size(f"runs/sinusoid-{recipe}-1/fits.png") > (400, 200)
+
+
+def test_an_interrupt_in_the_last_validation_is_heard(empty_folder, capsys, monkeypatch):
+    usual = MetaLearner.evaluate
+
+    def interrupted(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        return usual(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetaLearner, "evaluate", interrupted)
+        assert main([*SINUSOID.split(), "--val-every", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "iteration 4: validation" in out
+    assert "stopped after iteration 4; the checkpoint is written\nnext: fewstep resume" in out
+    assert main(["resume", "runs/sinusoid-maml-1"]) == 0
+    assert "test: loss" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -121,7 +121,22 @@ def test_predict_refuses_what_it_cannot_read(empty_folder, capsys, monkeypatch):
             deny(patch, empty_folder / locked)
             error = refused(capsys, f"predict {run} {options}")
             assert f"cannot read {empty_folder / locked}: Permission denied" in error
-    (empty_folder / "support" / "third").mkdir()
+    shutil.copytree(empty_folder / "support" / "dark", empty_folder / "support" / "third")
     assert "holds 3 folders" in refused(capsys, f"predict {run} {options}")
+    shutil.rmtree(empty_folder / "support" / "dark")
     shutil.rmtree(empty_folder / "support" / "[light]")
-    assert "third holds no image" in refused(capsys, f"predict {run} {options}")
+    assert "holds 1 folders" in refused(capsys, f"predict {run} {options}")
+
+
+def test_predict_counts_images_as_a_data_set_does(empty_folder, capsys):
+    """Deeper ones belong to their class, and a folder without any is none."""
+    assert main(train_on_images(empty_folder / "mine").split()) == 0
+    options = _own_classes(empty_folder)
+    support = empty_folder / "support"
+    count = len(list(support.rglob("*.png")))
+    shutil.copytree(support / "dark", support / "dark" / "deeper")
+    (support / "__MACOSX").mkdir()
+    capsys.readouterr()
+    assert main(f"predict runs/folder-maml-1 {options}".split()) == 0
+    more = len(list((support / "dark" / "deeper").iterdir()))
+    assert f"{count + more} images to learn from" in " ".join(capsys.readouterr().out.split())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fewstep.report.curves import plot_runs
+from fewstep.report.curves import _draw_validation, plot_runs
 from fewstep.report.figure import label_plainly, new_figure
 from fewstep.training.run_folder import RunFolder, json_line
 
@@ -57,3 +57,12 @@ def test_runs_of_one_name_are_told_apart(tmp_path, monkeypatch):
     assert list(labels(paths[0])) == [["run"]] * 2
     assert list(labels(*paths)) == [["a/run", "b/run", "b/other"]] * 2
     assert list(labels(*paths[1:])) == [["run", "other"]] * 2
+
+
+def test_one_validation_has_its_interval_too():
+    axes = new_figure(4, 4).subplots()
+    _draw_validation(
+        axes, [{"iteration": 5, "val_accuracy": 0.5, "val_ci95": 0.1}], "accuracy", "C0", "run"
+    )
+    ((bar,),) = (line.get_segments() for line in axes.containers[0][2])
+    assert bar[:, 1].tolist() == pytest.approx([40, 60])

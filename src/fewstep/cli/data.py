@@ -68,7 +68,7 @@ class DataPrepare:
     @classmethod
     def default(cls, arguments: Sequence[str]) -> DataPrepare:
         """Return the command for the data set that `arguments` name."""
-        return cls(*_dataset(arguments))
+        return cls(*_dataset(arguments)[:2])
 
     def run(self, console: Console) -> None:
         """Prepare, and print what there is."""
@@ -132,7 +132,7 @@ def _command(name: str, after: DataPrepare | DataShow) -> str:
     """Return a command on the same data, and the same episodes, to be pasted."""
     parts: list[tuple[Any, Any]] = [(after.data, type(after.data)())]
     if isinstance(after, DataShow):
-        parts.append((after.episodes, ClassificationOptions()))
+        parts.append((after.episodes, preset(after.dataset).episodes))
     words = ["fewstep", *name.split(), "--dataset", after.dataset]
     for part, default in parts:
         usual = to_dict(default)
@@ -141,9 +141,10 @@ def _command(name: str, after: DataPrepare | DataShow) -> str:
     return shlex.join(words)
 
 
-def _dataset(arguments: Sequence[str]) -> tuple[ImageDataset, Images]:
-    """Return the data set that `--dataset` names, and its source."""
+def _dataset(arguments: Sequence[str]) -> tuple[ImageDataset, Images, ClassificationOptions]:
+    """Return the data set that `--dataset` names, its source, and what training on it draws."""
     config = preset(value_of(arguments, "--dataset") or "glyphs")
     if isinstance(config.data, SinusoidData) or config.dataset == "sinusoid":
         raise InputError("dataset 'sinusoid' has no images; choose glyphs, omniglot or another")
-    return config.dataset, config.data
+    assert isinstance(config.episodes, ClassificationOptions)
+    return config.dataset, config.data, config.episodes

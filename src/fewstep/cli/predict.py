@@ -18,7 +18,7 @@ from torch import Tensor
 from fewstep.core.errors import InputError
 from fewstep.core.norm import Use
 from fewstep.core.tasks import TaskBatch
-from fewstep.data.archives import contents, is_image, reading
+from fewstep.data.archives import contents, files_below, is_image, reading
 from fewstep.data.views import Views, views_of
 from fewstep.training.config import ClassificationOptions, Images, SinusoidData
 from fewstep.training.load import OneCheckpoint, check_few_shot, load_learner
@@ -98,13 +98,17 @@ def _classes(folder: Path, ways: int) -> dict[str, list[Path]]:
     """Return the images of each class, by the name of its folder."""
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}; give one with a folder for each class")
-    found = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    found: dict[str, list[Path]] = {}
+    for file in files_below(folder):  # as in a folder to train on, deeper ones count
+        first, *deeper = file.relative_to(folder).parts
+        if deeper and is_image(file.name):
+            found.setdefault(first, []).append(file)
     if len(found) != ways:
         raise InputError(
             f"{folder} holds {len(found)} folders of images, and the run learned to tell {ways} "
             f"classes apart; give {ways}"
         )
-    return {each.name: _images(each) for each in found}
+    return found
 
 
 def _images(folder: Path) -> list[Path]:

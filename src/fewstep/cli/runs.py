@@ -265,8 +265,7 @@ def _train(experiment: Experiment, run: RunFolder, console: Console) -> None:
 def _train_and_test(experiment: Experiment, run: RunFolder | None, console: Console) -> bool:
     """Do what every process has a share in; False if training was interrupted."""
     config, ranks = experiment.config, experiment.learner.ranks
-    state = Trainer(experiment, run, console).train()
-    is_done = state.iteration == config.iterations
+    state, is_done = Trainer(experiment, run, console).train()
     if is_done:
         test = partial(
             evaluate_run,

@@ -84,7 +84,7 @@ def complete(
         if state is None or state.iteration < config.iterations or missing():
             initial = initial_of(config) if state is None else None
             experiment = Experiment.build(config, ranks, initial)
-            if Trainer(experiment, run, console).train().iteration < config.iterations:
+            if not Trainer(experiment, run, console).train()[1]:
                 return None
             for test in missing():
                 evaluate_run(

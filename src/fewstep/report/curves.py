@@ -68,7 +68,10 @@ def _metric_name(lines: Series, run: str) -> str:
         for key in line:
             if key.startswith("val_") and key not in ("val_ci95", "val_tasks"):
                 return key.removeprefix("val_")
-    raise InputError(f"run {run} has no validation yet, so there is nothing to plot; train longer")
+    raise InputError(
+        f"run {run} has no validation in its metrics.jsonl, so there is nothing to plot; give "
+        "a run that has its own, or train longer"
+    )
 
 
 def _draw_smoothed(axes: Axes, lines: Series, key: str, colour: str, name: str) -> None:
@@ -85,4 +88,6 @@ def _draw_validation(axes: Axes, lines: Series, metric: str, colour: str, name: 
     points = [(m["iteration"], scale * m[key], scale * m["val_ci95"]) for m in lines if key in m]
     x, y, ci = np.array(points).T
     axes.plot(x, y, color=colour, marker="o", markersize=3, label=name)
+    if len(x) == 1:  # no band has a width
+        axes.errorbar(x, y, ci, color=colour, capsize=3)
     axes.fill_between(x, y - ci, y + ci, color=colour, alpha=0.2, linewidth=0)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from fewstep.core.algorithm import Algorithm
+from fewstep.core.errors import InputError
 from fewstep.core.learner import MetaLearner
 from fewstep.data.sinusoid import SinusoidEpisodes
 from fewstep.report.figure import new_figure, save_figure
@@ -16,6 +18,8 @@ STEPS = {0: ("C7", ":"), 1: ("C0", "--"), 5: ("C2", "-."), 10: ("C1", "-")}
 def plot_sinusoid_fits(learner: MetaLearner, path: Path, curves: int = 3) -> None:
     """Draw fits before and after 1, 5 and 10 steps, from 5 points (above) and from 10 (below).
 
+    Steps that the algorithm has no rates or rows for are left out.
+
     Args:
         learner: A trained sinusoid learner.
         path: PNG file to write.
@@ -24,6 +28,7 @@ def plot_sinusoid_fits(learner: MetaLearner, path: Path, curves: int = 3) -> Non
     figure = new_figure(4 * curves, 6.5)
     axes = figure.subplots(2, curves, sharex=True, squeeze=False)
     device = next(learner.module.parameters()).device
+    drawn = {k: how for k, how in STEPS.items() if _takes(learner.algorithm, k)}
     line = torch.linspace(-5, 5, 200, device=device)[:, None]
     for row, shots in enumerate((5, 10)):
         episodes = SinusoidEpisodes("test", shots=shots, queries=1, device=device)
@@ -34,7 +39,7 @@ def plot_sinusoid_fits(learner: MetaLearner, path: Path, curves: int = 3) -> Non
             x, y = batch.x_support[column], batch.y_support[column]
             truth = amplitudes[column] * torch.sin(line - phases[column])
             axis.plot(line.cpu(), truth.cpu(), color="C3", linewidth=1.5, label="truth")
-            for steps, (colour, style) in STEPS.items():
+            for steps, (colour, style) in drawn.items():
                 with torch.no_grad():
                     fit = learner.adapt(x, y, num_steps=steps)(line)
                 axis.plot(line.cpu(), fit.cpu(), color=colour, linestyle=style, label=_steps(steps))
@@ -48,6 +53,14 @@ def plot_sinusoid_fits(learner: MetaLearner, path: Path, curves: int = 3) -> Non
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6)
     save_figure(figure, path)
+
+
+def _takes(algorithm: Algorithm, steps: int) -> bool:
+    try:
+        algorithm.check_steps(steps)
+    except InputError:
+        return False
+    return True
 
 
 def _steps(steps: int) -> str:

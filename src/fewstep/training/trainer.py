@@ -47,17 +47,17 @@ class Trainer:
     run: RunFolder | None
     console: Console
 
-    def train(self) -> State:
+    def train(self) -> tuple[State, bool]:
         """Train from the last checkpoint, or from the start, to the last iteration.
 
         Returns:
-            Where the run stands: at the end, or where it was interrupted.
+            Where the run stands, and whether it is done: not where it was interrupted.
 
         Raises:
             TrainingStopped: a loss was not finite.
             InputError: the disk is full.
         """
-        state = self._restore()
+        state, is_stopped = self._restore(), False
         config, ranks = self.experiment.config, self.experiment.learner.ranks
         if self.run is not None and state.iteration < config.iterations:
             self.run.note_start(state.iteration, config.iterations, config.device)
@@ -76,12 +76,13 @@ class Trainer:
                 if validates:
                     state = self._validate(iteration, state, log, display)
                     unread = _Unread()
+                    is_stopped = ranks.any(bool(stop))
                 elif is_stopped:
                     log.sync()
                     state = self._checkpoint(iteration, state, None)
                 if is_stopped:
                     break
-        return state
+        return state, state.iteration == config.iterations and not is_stopped
 
     def _restore(self) -> State:
         learner = self.experiment.learner
