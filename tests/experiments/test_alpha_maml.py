@@ -12,13 +12,15 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from fewstep.cli.main import COMMANDS, main
 from fewstep.core.errors import InputError
 from fewstep.core.learner import MetaLearner
-from fewstep.experiments import alpha_runs
+from fewstep.experiments import alpha_convergence, alpha_runs
 from fewstep.experiments.alpha_comparison import CHANGES, AlphaComparison, draw, interval
-from fewstep.experiments.alpha_convergence import AlphaConvergence
+from fewstep.experiments.alpha_convergence import AlphaConvergence, plot_convergence
 from fewstep.experiments.alpha_runs import Setting, train
 from fewstep.experiments.alpha_sensitivity import AlphaSensitivity, _compare
+from fewstep.experiments.maml_plus_plus import MamlPlusPlusAblation
 from fewstep.experiments.pool import each
 
 QUIET = Console(quiet=True)
@@ -236,3 +238,74 @@ def test_no_worker_outlives_the_command(tmp_path, number):
     time.sleep(0.5)
     assert [(tmp_path / str(i)).read_text() for i in range(2)] == before
     assert not (tmp_path / "2").exists()
+
+
+def test_outcomes_of_other_settings_are_refused_and_half_ones_done_again(setting, tmp_path):
+    config, path = replace(setting.config(0.1, 0.05, None, None), iterations=3), tmp_path / "a.json"
+    outcome = train(path, config)
+    assert train(path, replace(config, device="auto")) == outcome
+    longer = replace(config, iterations=5)
+    for other, how, named in (
+        (longer, {}, "iterations=3, but iterations=5"),
+        (replace(config, seed=1), {}, "seed=0, but seed=1"),
+        (replace(config, tasks=3), {}, "tasks=2, but tasks=3"),
+        (config, {"threshold": 2.0}, "threshold=-inf, but threshold=2.0"),
+        (config, {"is_tested": True}, "test=False, but test=True"),
+    ):
+        with pytest.raises(InputError, match=f"{named} is asked for; choose another folder"):
+            train(path, other, **how)
+    path.write_bytes(path.read_bytes()[:-20])
+    assert train(path, config) == outcome
+    path.write_text("{}")  # of a version that did not say
+    with pytest.raises(InputError, match=r"None, but .* is asked for"):
+        train(path, config)
+
+
+@pytest.mark.parametrize(
+    "name", ["alpha-sensitivity", "alpha-convergence", "alpha-comparison", "maml++-ablation"]
+)
+def test_options_of_the_commands(name, monkeypatch):
+    """All that --help lists, those of the setting too."""
+    kind = COMMANDS[f"reproduce {name}"]
+    ran = []
+    monkeypatch.setattr(kind, "run", lambda options, console: ran.append(options))
+    assert main(["reproduce", name, "--dataset", "glyphs", "--ways", "3", "--filters", "4"]) == 0
+    (options,) = ran
+    found = getattr(options, "setting", options)
+    assert (found.dataset, found.ways, found.filters) == ("glyphs", 3, 4)
+
+
+def test_a_course_that_breaks_at_once_is_drawn_as_far_as_it_goes(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(alpha_convergence, "save_figure", lambda figure, path: drawn.append(figure))
+    outcome = {"inner_lr": 0.1, "outer_lr": 0.1, "validation": []}
+    plot_convergence(
+        {
+            ("a", "none"): outcome | {"losses": [], "rates": []},
+            ("a", "few"): outcome | {"losses": [3.0] * 9, "rates": [{}] * 9},
+            ("a", "enough"): outcome | {"losses": [3.0] * 11, "rates": [{}] * 11},
+        },
+        tmp_path / "convergence.png",
+    )
+    lines = drawn[0].axes[2].lines  # of the training losses
+    assert [line.get_xydata().tolist() for line in lines] == [[[10.0, 3.0], [11.0, 3.0]]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (AlphaSensitivity(hyper_lrs=()), "hyper_lrs is empty; give at least one"),
+        (AlphaSensitivity(inner_lrs=()), "inner_lrs is empty"),
+        (AlphaSensitivity(threshold=float("nan")), "threshold=nan must be a number"),
+        (AlphaConvergence(hyper_lrs=()), "hyper_lrs is empty"),
+        (AlphaComparison(methods=()), "methods is empty"),
+        (AlphaComparison(trials=0), "trials=0 must be at least 1"),
+        (AlphaComparison(trials=9, iterations=16), "trials=9 .* half of iterations=16"),
+        (AlphaComparison(bounds=(0.1, float("inf"))), "bounds=.* must be positive and in order"),
+        (MamlPlusPlusAblation(variants=()), "variants is empty"),
+    ],
+    ids=range(9),
+)
+def test_what_gives_no_table_is_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        options.run(QUIET)

@@ -81,8 +81,8 @@ def test_an_interrupted_ablation_goes_on(ablation, monkeypatch, capsys):
 
     def stops_in_the_second_run(self):
         calls.append(self.run.path.name)
-        state = train(self)
-        return replace(state, iteration=2) if len(calls) == 2 else state
+        state, is_done = train(self)
+        return state, is_done and len(calls) != 2
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train", stops_in_the_second_run)
@@ -92,6 +92,13 @@ def test_an_interrupted_ablation_goes_on(ablation, monkeypatch, capsys):
     assert not (ablation.out / "table.json").exists()
     ablation.run(Console(quiet=True))
     assert (ablation.out / "table.json").exists()
+
+
+def test_a_run_of_other_settings_is_refused_before_another_is_trained(ablation, monkeypatch):
+    replace(ablation, variants=("MAML++",), seeds=1).run(Console(quiet=True))
+    monkeypatch.setattr(Trainer, "train", lambda self: pytest.fail("trained"))
+    with pytest.raises(InputError, match="but val_tasks=4 is asked for"):
+        replace(ablation, val_tasks=4).run(Console(quiet=True))
 
 
 def test_a_run_trained_on_is_tested_again(ablation):

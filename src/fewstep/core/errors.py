@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class InputError(ValueError):
@@ -12,6 +12,12 @@ class InputError(ValueError):
     The message is one line: what was given, the rule it breaks, the remedy. The command line
     prints it without a traceback and exits with code 2.
     """
+
+
+def check_some(what: str, values: Sequence[object]) -> None:
+    """Raise InputError if there are none."""
+    if not values:
+        raise InputError(f"{what} is empty; give at least one")
 
 
 def check_name(option: str, value: str, names: Iterable[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from fewstep.core.errors import check_some
 from fewstep.experiments.alpha_runs import Setting, train
 from fewstep.experiments.pool import each
 from fewstep.report.figure import new_figure, save_figure
@@ -49,6 +50,7 @@ class AlphaConvergence:
 
     def run(self, console: Console) -> None:
         """Train what is not trained yet; draw the figure."""
+        check_some("hyper_lrs", self.hyper_lrs)
         middle = self.hyper_lrs[len(self.hyper_lrs) // 2]
         maml = ("MAML", None, None)
         columns = {
@@ -119,9 +121,10 @@ def plot_convergence(outcomes: Mapping[tuple[str, str], Mapping[str, Any]], path
         for row, name in ((0, "inner_lr"), (1, "outer_lr")):
             course = [rates.get(name, outcome[name]) for rates in outcome["rates"]]
             ax[row].plot(iterations, course, **style)
-        window = 10
-        smooth = np.convolve(outcome["losses"], np.ones(window) / window, mode="valid")
-        ax[2].plot(range(window, window + len(smooth)), smooth, **style)
+        losses, window = outcome["losses"], 10
+        if len(losses) >= window:  # of a run that broke before, there is no running mean
+            smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+            ax[2].plot(range(window, len(losses) + 1), smooth, **style)
         if outcome["validation"]:
             ax[3].plot(*zip(*outcome["validation"], strict=True), **style)
     for j, column in enumerate(columns):

@@ -9,10 +9,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from fewstep.core.errors import InputError
 from fewstep.data.omniglot import Omniglot
 from fewstep.training.algorithm_options import AlgorithmOptions
 from fewstep.training.build import Problem, build_learner, build_problem
-from fewstep.training.config import ClassificationOptions, RunConfig
+from fewstep.training.config import ClassificationOptions, RunConfig, to_dict
 from fewstep.training.files import make_folder
 from fewstep.training.network_options import Conv4Options
 from fewstep.training.presets import preset
@@ -87,7 +88,7 @@ def train(
     """Train until the running mean of the loss is below a threshold, or to the last iteration.
 
     Args:
-        path: JSON file of the outcome; where it exists it is read, and nothing trained.
+        path: JSON file of the outcome; a whole one is read, and nothing trained.
         config: Settings.
         threshold: Loss to reach; minus infinity trains to the end.
         window: Iterations of the running mean.
@@ -97,10 +98,15 @@ def train(
     Returns:
         Losses, rates, hypergradients, validation losses, test scores, the iteration at which the
         threshold was reached, and the one at which a number that was not finite broke it off.
+
+    Raises:
+        InputError: the file is of other settings.
     """
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
+    how = {"threshold": threshold, "window": window, "val_every": val_every, "test": is_tested}
+    settings = {name: str(value) for name, value in (_flat(to_dict(config)) | how).items()}
+    settings.pop("device")
+    if (kept := _kept(path, settings)) is not None:
+        return kept
     shared = replace(config, algorithm=AlgorithmOptions(), recipe="maml")  # one problem for all
     problem = _problem(shared)
     learner = build_learner(config, problem, config.device)
@@ -129,6 +135,7 @@ def train(
     if is_tested:
         test = learner.evaluate(problem.episodes["test"], config.test_tasks).as_dict()
     outcome = {
+        "settings": settings,
         "inner_lr": config.algorithm.inner_lr,
         "outer_lr": config.algorithm.outer_lr,
         "inner_hyper_lr": config.algorithm.inner_hyper_lr,
@@ -143,3 +150,27 @@ def train(
     make_folder(path.parent)
     write_json(path, outcome)
     return outcome
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        inner = _flat(value) if isinstance(value, dict) else None
+        flat |= {name: value} if inner is None else {f"{name}.{k}": v for k, v in inner.items()}
+    return flat
+
+
+def _kept(path: Path, settings: dict[str, str]) -> dict[str, Any] | None:
+    """Return the outcome in a file; None if there is none, or half of one."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    held = found.get("settings", {})
+    for name in held | settings:
+        if held.get(name) != settings.get(name):
+            raise InputError(
+                f"{path} holds a run with {name}={held.get(name)}, but "
+                f"{name}={settings.get(name)} is asked for; choose another folder with --out"
+            )
+    return found

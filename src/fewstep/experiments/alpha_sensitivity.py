@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from fewstep.core.errors import InputError
+from fewstep.core.errors import InputError, check_some
 from fewstep.experiments.alpha_runs import Setting, train
 from fewstep.experiments.pool import each
 from fewstep.report.figure import new_figure, save_figure
@@ -52,6 +52,10 @@ class AlphaSensitivity:
 
     def run(self, console: Console) -> None:
         """Train every cell that is not trained yet; write the figure and the table."""
+        for name in ("inner_lrs", "outer_lrs", "hyper_lrs"):
+            check_some(name, getattr(self, name))
+        if math.isnan(self.threshold):
+            raise InputError("threshold=nan must be a number, such as 2.5")
         methods = {"MAML": (None, None, False)} | {
             f"Alpha MAML, eta_alpha={a:g}, eta_beta={b:g}": (a, b, False)
             for a, b in map(_pair, self.hyper_lrs)

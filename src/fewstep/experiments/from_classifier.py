@@ -23,7 +23,7 @@ from fewstep.experiments.maml_plus_plus import (
     cell,
     plot_validation,
 )
-from fewstep.experiments.sweep import Test, complete
+from fewstep.experiments.sweep import Test, check_plan, complete
 from fewstep.training.algorithm_options import AlgorithmOptions
 from fewstep.training.build import build_problem, resolve_device
 from fewstep.training.config import ClassificationOptions, RunConfig, SupervisedOptions
@@ -86,6 +86,7 @@ class MamlPlusPlusFromClassifier:
         if not ranks.is_first:
             console = Console(quiet=True)
         stages = self.stages()
+        check_plan({self.out / name: config for name, config in stages.items()})
         build_problem(stages["maml++"], device)  # refuses now what would be refused after hours
         found: dict[str, list[dict[str, Any]]] = {}
         for name, config in stages.items():

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from fewstep.core.errors import InputError, check_name
+from fewstep.core.errors import InputError, check_name, check_some
 from fewstep.core.precision import Precision
 from fewstep.core.ranks import Ranks
 from fewstep.data.omniglot import Omniglot
@@ -107,6 +107,7 @@ class MamlPlusPlusAblation:
 
     def run(self, console: Console) -> None:
         """Train what is not trained yet; write the table and the figure."""
+        check_some("variants", self.variants)
         for variant in self.variants:
             check_name("variant", variant, VARIANTS)
         if self.seeds < 1:

@@ -136,6 +136,7 @@ def complete_all(
     Returns:
         What each run's tests wrote; of interrupted runs nothing.
     """
+    check_plan(plan)
     runs: Iterator[tuple[Path, list[dict[str, Any]] | None]]
     if workers == 1 and not ray:
         runs = ((p, complete(p, config, tests, console, ranks)) for p, config in plan.items())
@@ -149,6 +150,17 @@ def complete_all(
         results[path] = found
         say(console, f"done: {path} ({len(results)} of {len(plan)})")
     return results
+
+
+def check_plan(plan: Mapping[Path, RunConfig]) -> None:
+    """Check, before any of them is trained, that the folders of runs hold no others.
+
+    Raises:
+        InputError: one holds a run with other settings.
+    """
+    for path, config in plan.items():
+        if (path / "config.toml").exists():
+            _check_same(path, RunFolder.open(path).settings(), config)
 
 
 # Settings that say how to compute, and change no result but rounding.

@@ -6,7 +6,7 @@ import contextlib
 import io
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from types import MappingProxyType
@@ -68,8 +68,7 @@ def _check_options(options: type, arguments: Sequence[str], default: object) -> 
 
 def _names(options: Any) -> Iterator[str]:
     for f in fields(options):
-        value = getattr(options, f.name, None)
-        if is_dataclass(value):
+        if is_dataclass(value := _default(options, f)):
             yield from _names(value)
         else:
             yield f"--{f.name.replace('_', '-')}"
@@ -85,8 +84,15 @@ def _join_help(options: Any) -> None:
     }
     for f in fields(kind):
         f.metadata = MappingProxyType({"help": texts.get(f.name)})
-        if is_dataclass(value := getattr(options, f.name, None)):
+        if is_dataclass(value := _default(options, f)):
             _join_help(value)
+
+
+def _default(options: Any, f: Field[Any]) -> Any:
+    """Return an option's value, or, of a class, its default."""
+    if isinstance(options, type) and f.default_factory is not MISSING:
+        return f.default_factory()
+    return getattr(options, f.name, None)
 
 
 def run_config(arguments: Sequence[str]) -> RunConfig:
