@@ -6,9 +6,14 @@ import importlib
 import importlib.util
 import multiprocessing
 import os
+import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from itertools import islice
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 import torch
@@ -76,24 +81,77 @@ def each(
 def _in_processes(
     function: Callable[..., Result], jobs: Mapping[Key, Job], workers: int
 ) -> Iterator[tuple[Key, Result]]:
+    """Give each process one job at a time, so that after an interrupt none has another to begin.
+
+    Each has a pipe of its own: of ProcessPoolExecutor's queues, one that is terminated keeps the
+    locks, for which the others would wait forever.
+    """
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start_worker)
+    left = iter(jobs.items())
+    processes: dict[Connection, BaseProcess] = {}
+    busy: dict[Connection, Key] = {}
+    is_done = False
     try:
-        keys = {pool.submit(function, *job): key for key, job in jobs.items()}
-        for done in as_completed(keys):
-            yield keys[done], done.result()
-    except BaseException:  # an interrupt above all: runs write a checkpoint on SIGTERM
-        for process in multiprocessing.active_children():
-            process.terminate()
-        raise
+        for key, job in islice(left, workers):
+            pipe, its_end = context.Pipe()
+            started = context.Process(target=_work, args=(function, its_end))
+            started.start()
+            processes[pipe] = started
+            its_end.close()  # here, so that its death is an end of file
+            with _death_told(started):
+                pipe.send(job)
+            busy[pipe] = key
+        while busy:
+            for pipe in busy.keys() & set(wait(busy)):
+                with _death_told(processes[pipe]):
+                    result, error = pipe.recv()
+                if error is not None:
+                    raise error
+                yield busy.pop(pipe), result  # whoever wants no more closes this generator
+                for key, job in islice(left, 1):
+                    with _death_told(processes[pipe]):
+                        pipe.send(job)
+                    busy[pipe] = key
+        is_done = True
     finally:
-        pool.shutdown(cancel_futures=True)
+        try:
+            for pipe, process in processes.items():
+                if not is_done:  # an interrupt above all: runs write a checkpoint on SIGTERM
+                    process.terminate()
+                pipe.close()
+            for process in processes.values():
+                process.join()
+        except KeyboardInterrupt:  # the second one
+            for process in processes.values():
+                process.kill()
+            raise
 
 
-def _start_worker() -> None:
+@contextmanager
+def _death_told(process: BaseProcess) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, ConnectionError) as error:
+        process.join()
+        raise RuntimeError(f"a worker died with exit code {process.exitcode}") from error
+
+
+def _work(function: Callable[..., Any], pipe: Connection) -> None:
+    """Do jobs until the parent closes its end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which sends SIGTERM
     torch.set_num_threads(1)
     keep_freed_memory()
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    with suppress(EOFError, ConnectionError):
+        while True:
+            job = pipe.recv()
+            try:
+                answer = function(*job), None
+            except BaseException as error:
+                error.add_note(traceback.format_exc())  # which is not pickled
+                pipe.send((None, error))
+            else:
+                pipe.send(answer)
 
 
 def _end_with_parent() -> None:

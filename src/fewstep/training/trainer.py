@@ -242,15 +242,22 @@ class _Log(_NoLog):
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Turn the first interrupt or termination into a wish to stop after this iteration."""
+    """Turn an interrupt or termination into a wish to stop after this iteration.
+
+    A second Ctrl-C interrupts at once. A second SIGTERM does not: where the whole group is told,
+    a worker hears it again from its parent. SIGINT stays ignored where it was, as in workers.
+    """
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        if received:
+        if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
 
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    heard = [
+        s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN
+    ]
+    before = {s: signal.signal(s, note) for s in heard}
     try:
         yield received
     finally:
