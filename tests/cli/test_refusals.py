@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fewstep.cli.main import main
+from fewstep.training.run_folder import RunFolder
 from tests.cli.conftest import SINUSOID, refused, train_on_images
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
@@ -142,3 +143,33 @@ def test_a_damaged_run_is_named(capsys, damage):
     ):
         file.write_bytes(file.read_bytes()[:20])
     assert "here" in refused(capsys, "evaluate here")
+
+
+DAMAGE = ["garbage", "[1]", "{}", '{"iteration": "x"}', '{"iteration": 1, "loss": []}', "\0" * 9]
+
+
+def test_a_damaged_line_of_metrics_is_named(capsys):
+    assert main([*SINUSOID.split(), "--out", "here"]) == 0
+    file = Path("here/metrics.jsonl")
+    lines = file.read_text().splitlines()
+    for damage in DAMAGE:
+        capsys.readouterr()
+        file.write_text("\n".join([*lines[:2], damage, *lines[3:], ""]))
+        for command in ("resume here --iterations 5", "plot here"):
+            error = refused(capsys, command)
+            assert "line 3 of here/metrics.jsonl is damaged; remove the line" in error
+        assert main(["evaluate", "here", "--tasks", "3", "--device", "cpu"]) == 0
+        [scores] = Path("here").glob("evaluation-test-best*.json")
+        assert json.loads(scores.read_text())["training_seconds"] is None
+
+
+@pytest.mark.parametrize("end", ["\n", "\n{"])
+@pytest.mark.parametrize("damage", [*map(str.encode, DAMAGE), b"\xff"])
+def test_a_damaged_last_line_of_metrics_is_dropped(empty_folder, damage, end):
+    """As a power cut leaves it."""
+    run = RunFolder(empty_folder)
+    whole = '{"iteration": 1, "loss": NaN}\n'
+    run.metrics_file.write_bytes(whole.encode() + damage + end.encode())
+    assert [line["iteration"] for line in run.metrics()] == [1]
+    run.truncate_metrics(1)
+    assert run.metrics_file.read_text() == whole

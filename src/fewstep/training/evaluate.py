@@ -100,8 +100,6 @@ def evaluate_run(
         scores = evaluate(counted, num_tasks, num_steps=num_steps, statistics=statistics)
     if run is None:
         return Evaluated(scores)
-    # Nothing where a run was copied without its metrics.
-    trained_for = sum(m.get("seconds", 0) for m in run.metrics())
     summary: dict[str, Any] = {
         "split": split,
         "checkpoint": checkpoint,
@@ -113,11 +111,20 @@ def evaluate_run(
         "episodes": to_dict(experiment.config.episodes),
         **scores.as_dict(),
         "evaluation_seconds": round(time.perf_counter() - started, 2),
-        "training_seconds": round(trained_for, 1) if trained_for else None,
+        "training_seconds": _training_seconds(run),
         "environment": environment(command_line(), experiment.device),
     }
     file = evaluation_file(run, split, checkpoint, num_steps, changes)
     return Evaluated(scores, file, summary)
+
+
+def _training_seconds(run: RunFolder) -> float | None:
+    """Return None where a run was copied without its metrics, or has damaged ones."""
+    try:
+        seconds = sum(m.get("seconds", 0) for m in run.metrics())
+    except InputError:  # the scores are not to be lost to it
+        return None
+    return round(seconds, 1) if seconds else None
 
 
 def _kept(run: RunFolder, checkpoint: Checkpoint) -> tuple[Kept, ...]:

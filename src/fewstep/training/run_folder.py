@@ -184,11 +184,24 @@ class RunFolder:
             ) from error
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return the lines of metrics.jsonl; a last line cut short by a kill is left out."""
+        """Return the lines of metrics.jsonl, but for a last one that a kill or power cut damaged.
+
+        Raises:
+            InputError: another line is damaged.
+        """
         if not self.metrics_file.exists():
             return []
-        lines = self.metrics_file.read_text().split("\n")
-        return [json.loads(line) for line in lines[:-1]]
+        lines = self.metrics_file.read_text(errors="replace").split("\n")[:-1]
+        metrics = []
+        for number, line in enumerate(lines, 1):
+            try:
+                metrics.append(_metrics_of(line))
+            except (ValueError, TypeError, KeyError) as error:
+                if number < len(lines):
+                    raise InputError(
+                        f"line {number} of {self.metrics_file} is damaged; remove the line"
+                    ) from error
+        return metrics
 
     def note_start(self, iteration: int, iterations: int, device: str) -> None:
         """Add a line to starts.jsonl: by which command, commit and machine training goes on.
@@ -205,9 +218,24 @@ class RunFolder:
         write_atomically(path, (before + line).encode())
 
     def truncate_metrics(self, iteration: int) -> None:
-        """Drop what was logged after `iteration`, which a resumed run will log again."""
+        """Drop what was logged after `iteration`, which a resumed run will log again.
+
+        Raises:
+            InputError: a line is damaged.
+        """
         kept = [m for m in self.metrics() if m["iteration"] <= iteration]
         write_atomically(self.metrics_file, "".join(json_line(m) for m in kept).encode())
+
+
+def _metrics_of(line: str) -> dict[str, Any]:
+    values = json.loads(line)
+    if not (isinstance(values["iteration"], int) and all(map(_is_number, values.values()))):
+        raise TypeError("not numbers of an iteration")
+    return dict(values)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
 
 
 def _rank(kept: Kept) -> float:

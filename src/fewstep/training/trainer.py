@@ -55,7 +55,7 @@ class Trainer:
 
         Raises:
             TrainingStopped: a loss was not finite.
-            InputError: the disk is full.
+            InputError: the disk is full, or a line of metrics.jsonl is damaged.
         """
         state, is_stopped = self._restore(), False
         config, ranks = self.experiment.config, self.experiment.learner.ranks
