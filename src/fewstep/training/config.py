@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -155,8 +156,12 @@ class RunConfig:
             raise InputError(f"epoch_length={self.epoch_length} must be at least 1 iteration")
         if self.checkpoint_every is not None and self.checkpoint_every < 1:
             raise InputError(f"checkpoint_every={self.checkpoint_every} must be at least 1 step")
-        if self.memory_budget is not None and not self.memory_budget > 0:
-            raise InputError(f"memory_budget={self.memory_budget} must be positive, in MiB")
+        if self.memory_budget is not None and not 0 < self.memory_budget < math.inf:
+            raise InputError(
+                f"memory_budget={self.memory_budget} must be positive and finite, in MiB"
+            )
+        if not -(2**63) <= self.seed < 2**64:  # what torch.manual_seed takes
+            raise InputError(f"seed={self.seed} must be between {-(2**63)} and {2**64 - 1}")
         is_supervised = self.recipe == "supervised"
         if is_supervised and self.dataset == "sinusoid":
             raise InputError("recipe='supervised' learns classes, and dataset='sinusoid' has none")

@@ -58,12 +58,15 @@ def _one_line(box: str) -> str:
 
 
 def _check_options(options: type, arguments: Sequence[str], default: object) -> None:
-    """Raise InputError with the nearest valid name at the first unknown option."""
+    """Raise InputError at the first option that is unknown, with the nearest one, or empty."""
     known = ["--help", *_names(options if default is None else default)]
-    for word in arguments:
-        name = word.partition("=")[0].replace("_", "-")
+    for word, following in zip_longest(arguments, arguments[1:]):
+        name, equals, value = word.partition("=")
+        name = name.replace("_", "-")
         if name.startswith("--"):
             check_name("option", name, known)
+            if (value if equals else following) == "":  # which as a path is the working folder
+                raise InputError(f"{name} '' is empty; give a value or leave it out")
 
 
 def _names(options: Any) -> Iterator[str]:
@@ -151,8 +154,9 @@ def load_config(path: Path) -> RunConfig:
         InputError: the file cannot be read, or holds an unknown key or a wrong value.
     """
     values = read_toml(path)
-    base = preset(**{tag: values[tag] for tag in ("dataset", "network", "recipe") if tag in values})
+    tags = {tag: str(values[tag]) for tag in ("dataset", "network", "recipe") if tag in values}
     try:
+        base = preset(**tags)
         return parse(RunConfig, option_arguments(values, base), prog="fewstep train", default=base)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
