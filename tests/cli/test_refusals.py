@@ -125,7 +125,10 @@ def test_a_state_that_says_nothing(capsys):
     capsys.readouterr()
     state = Path("here/state.json")
     values = json.loads(state.read_text())
-    for text in ("[]", "{}", "null", json.dumps(values | {"best": []})):
+    wrong = [{"best": []}, {"iteration": -4}, {"iteration": "x"}, {"last": 5}]
+    for key, value in (("rank", "x"), ("name", None), ("iteration", 1.5)):
+        wrong.append({"best": [values["best"][0] | {key: value}]})
+    for text in ("[]", "{}", "null", *(json.dumps(values | change) for change in wrong)):
         state.write_text(text)
         for command in ("evaluate here", "resume here", f"{SINUSOID} --initial here"):
             assert "here/state.json is damaged (" in refused(capsys, command)

@@ -64,7 +64,16 @@ class State:
         best = tuple(Kept(**kept) for kept in values.pop("best"))
         if not best:
             raise ValueError("no checkpoint is the best")
-        return cls(best=best, **values)
+        state = cls(best=best, **values)
+        for kept in (Kept(state.last, state.iteration, None), *best):
+            if not (
+                isinstance(kept.name, str)
+                and isinstance(kept.iteration, int)
+                and kept.iteration >= 0
+                and (kept.rank is None or _is_number(kept.rank))
+            ):
+                raise ValueError(f"no checkpoint is {kept}")
+        return state
 
 
 class RunFolder:
