@@ -56,6 +56,12 @@ class ClassificationOptions(Augmentation):
     eval_rotations: Rotations = "none"
     """The same in validation and test."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("ways", 2), ("shots", 1), ("queries", 1), ("eval_queries", 1)):
+            if (value := getattr(self, name)) < least:
+                raise InputError(f"{name}={value} must be at least {least}")
+
 
 @dataclass(frozen=True)
 class RegressionOptions:
