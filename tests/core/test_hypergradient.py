@@ -345,7 +345,7 @@ def test_auto_finds_rates_from_far_off():
     losses = []
     for recipe in (maml_plus_plus, auto):
         torch.manual_seed(0)
-        learner = MetaLearner(case.build(), recipe(2, 1e-3, 1e-5), case.loss)
+        learner = MetaLearner(case.build(), recipe(2, 1e-3, 1e-5), case.loss, replay=True)
         batch = case.batch(tasks=4)
         for _ in range(600):
             metrics = learner.step(batch)

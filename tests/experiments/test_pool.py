@@ -81,19 +81,14 @@ def started():
         command.communicate()
 
 
-@pytest.mark.parametrize(
-    ("send", "number"),
-    [(os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT), (os.killpg, signal.SIGTERM)],
-    ids=["SIGTERM", "Ctrl-C", "SIGTERM to all"],
-)
-def test_interrupted_workers_write_a_checkpoint_and_start_no_other_run(
-    tmp_path, started, send, number
-):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_workers_write_a_checkpoint_and_start_no_other_run(tmp_path, started, number):
+    """Where all hear it, as of Ctrl-C, workers are told again by their parent."""
     command = started(tmp_path, SWEEP)
     metrics = [tmp_path / str(i) / "metrics.jsonl" for i in range(2)]
     _wait(command, lambda: all(m.exists() and m.read_text() for m in metrics))
-    send(command.pid, number)
-    assert command.wait(10) != 0
+    os.killpg(command.pid, number)
+    assert command.wait(60) != 0
     for file in metrics:
         last = json.loads(file.read_text().splitlines()[-1])
         state = json.loads((file.parent / "state.json").read_text())
@@ -109,7 +104,7 @@ def test_a_second_interrupt_kills_the_workers(tmp_path, started):
     time.sleep(0.5)
     assert command.poll() is None  # waits for them
     os.killpg(command.pid, signal.SIGINT)
-    assert command.wait(10) != 0
+    assert command.wait(60) != 0
     before = [f.read_text() for f in files]
     time.sleep(0.3)
     assert [f.read_text() for f in files] == before
@@ -117,5 +112,5 @@ def test_a_second_interrupt_kills_the_workers(tmp_path, started):
 
 def test_a_worker_that_dies_ends_the_command(tmp_path, started):
     command = started(tmp_path, DYING)
-    _, said = command.communicate(timeout=30)
+    _, said = command.communicate(timeout=120)
     assert b"exit code 3" in said
