@@ -59,9 +59,10 @@ def test_train_evaluate_plot(empty_folder, capsys):
 
     assert main(f"evaluate {run} --steps 2 --tasks 4 --split val --checkpoint last".split()) == 0
     out = capsys.readouterr().out
-    assert "checkpoint: last, iteration 4\n" in out
+    file = run / "evaluation-val-last-2-steps-tasks-4.json"
+    assert f"checkpoint: last, iteration 4; tasks 4\nwrote {file}\n" in out
     assert "4 tasks; 2 inner steps" in out
-    saved = json.loads((run / "evaluation-val-last-2-steps-tasks-4.json").read_text())
+    saved = json.loads(file.read_text())
     assert len(saved["curve"]) == 3
     assert saved["environment"]["command"]
 
@@ -195,7 +196,9 @@ def test_views_of_images(empty_folder, capsys):
     losses = []
     for views in ("mirrored", "turned"):
         assert main(f"evaluate {run} --tasks 3 --views {views}".split()) == 0
-        saved = json.loads((run / f"evaluation-test-best-10-steps-views-{views}.json").read_text())
+        file = run / f"evaluation-test-best-10-steps-views-{views}.json"
+        assert f"; views {views}\nwrote {file}\n" in capsys.readouterr().out
+        saved = json.loads(file.read_text())
         assert saved["views"] == views
         assert (saved["checkpoint"], saved["after"]) == ("best", [10])
         losses.append(saved["loss_curve"][-1])
@@ -238,7 +241,7 @@ def test_every_part_of_maml_plus_plus(empty_folder, capsys):
     )
     out = capsys.readouterr().out
     assert "normalisation statistics: support set" in out
-    assert re.search("checkpoint: ensemble, iterations (2, 4|4, 2)\n", out)
+    assert re.search("checkpoint: ensemble, iterations (2, 4|4, 2); statistics support\n", out)
     assert Path("plus/evaluation-test-ensemble-2-steps-statistics-support.json").exists()
     error = refused(capsys, "evaluate plus --steps 3 --tasks 3")
     assert "num_steps=3 is more than the 2" in error

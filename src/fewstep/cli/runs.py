@@ -148,6 +148,7 @@ class Evaluate:
         run = RunFolder.open(self.run_folder)
         config = load_config(run.path / "config.toml")
         episodes = self._episodes(config.episodes)
+        changes = self._changes(config.test_tasks)
         config = replace(config, episodes=episodes, device=resolve_device(self.device))
         ranks = Ranks.of_torchrun(config.device)
         tested = evaluate_run(
@@ -160,14 +161,16 @@ class Evaluate:
             num_steps=config.algorithm.eval_steps if self.steps is None else self.steps,
             statistics=self.statistics,
             views=self.views,
-            changes=self._changes(config.test_tasks),
+            changes=changes,
         )
         ranks.part()
         if ranks.is_first:
             of = f"checkpoint: {self.checkpoint}, {_named(tested.summary['iterations'])}"
+            of += "".join(f"; {change.replace('-', ' ', 1)}" for change in changes)
             console.print(_table(tested.scores))
             say(console, f"{self.split}: {tested.scores}\n{of}")
             tested.save()
+            say(console, f"wrote {tested.file}")
 
     def _episodes(self, episodes: EpisodeOptions) -> EpisodeOptions:
         """Return the run's episodes with what was asked for."""
