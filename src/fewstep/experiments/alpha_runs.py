@@ -9,8 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from fewstep.core.errors import InputError
 from fewstep.data.omniglot import Omniglot
+from fewstep.experiments.sweep import check_equal, check_same
 from fewstep.training.algorithm_options import AlgorithmOptions
 from fewstep.training.build import Problem, build_learner, build_problem
 from fewstep.training.config import ClassificationOptions, RunConfig, to_dict
@@ -103,9 +103,7 @@ def train(
         InputError: the file is of other settings.
     """
     how = {"threshold": threshold, "window": window, "val_every": val_every, "test": is_tested}
-    settings = {name: str(value) for name, value in (_flat(to_dict(config)) | how).items()}
-    settings.pop("device")
-    if (kept := _kept(path, settings)) is not None:
+    if (kept := _kept(path, config, how)) is not None:
         return kept
     shared = replace(config, algorithm=AlgorithmOptions(), recipe="maml")  # one problem for all
     problem = _problem(shared)
@@ -135,7 +133,8 @@ def train(
     if is_tested:
         test = learner.evaluate(problem.episodes["test"], config.test_tasks).as_dict()
     outcome = {
-        "settings": settings,
+        "settings": to_dict(config),
+        "how": how,
         "inner_lr": config.algorithm.inner_lr,
         "outer_lr": config.algorithm.outer_lr,
         "inner_hyper_lr": config.algorithm.inner_hyper_lr,
@@ -152,25 +151,14 @@ def train(
     return outcome
 
 
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        inner = _flat(value) if isinstance(value, dict) else None
-        flat |= {name: value} if inner is None else {f"{name}.{k}": v for k, v in inner.items()}
-    return flat
-
-
-def _kept(path: Path, settings: dict[str, str]) -> dict[str, Any] | None:
+def _kept(path: Path, config: RunConfig, how: dict[str, Any]) -> dict[str, Any] | None:
     """Return the outcome in a file; None if there is none, or half of one."""
     try:
         found: dict[str, Any] = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         return None
-    held = found.get("settings", {})
-    for name in held | settings:
-        if held.get(name) != settings.get(name):
-            raise InputError(
-                f"{path} holds a run with {name}={held.get(name)}, but "
-                f"{name}={settings.get(name)} is asked for; choose another folder with --out"
-            )
+    held = found.get("how", {})
+    for name, asked in how.items():
+        check_equal(path, name, held.get(name), asked)
+    check_same(path, found["settings"], config)
     return found

@@ -104,7 +104,7 @@ def _opened(path: Path, config: RunConfig) -> Iterator[RunFolder]:
     with locked(path):
         if (path / "config.toml").exists():
             run = RunFolder.open(path)
-            _check_same(path, run.settings(), config)
+            check_same(path, run.settings(), config)
         else:
             run = RunFolder.create(path, to_dict(config))
         yield run
@@ -160,23 +160,29 @@ def check_plan(plan: Mapping[Path, RunConfig]) -> None:
     """
     for path, config in plan.items():
         if (path / "config.toml").exists():
-            _check_same(path, RunFolder.open(path).settings(), config)
+            check_same(path, RunFolder.open(path).settings(), config)
 
 
 # Settings that say how to compute, and change no result but rounding.
 _HOW = ("device", "chunk_size", "checkpoint_every", "memory_budget", "replay", "compile")
 
 
-def _check_same(path: Path, held: dict[str, Any], asked: Any) -> None:
+def check_same(path: Path, held: dict[str, Any], asked: Any) -> None:
     """Raise InputError unless a run's file holds these settings; what it lacks is the default."""
     settings, default = to_dict(asked), to_dict(type(asked)())
     for key in sorted(held.keys() | settings.keys()):
         if is_dataclass(part := getattr(asked, key, None)):
-            _check_same(path, held.get(key, {}), part)
+            check_same(path, held.get(key, {}), part)
             continue
         there, here = held.get(key, default.get(key)), settings.get(key)
-        if there != here and key not in _HOW:
-            raise InputError(
-                f"{path} holds a run with {key}={there!r}, but {key}={here!r} is asked for; "
-                "choose another folder with --out"
-            )
+        if key not in _HOW:
+            check_equal(path, key, there, here)
+
+
+def check_equal(path: Path, name: str, there: object, here: object) -> None:
+    """Raise InputError unless a run has what is asked for."""
+    if there != here:
+        raise InputError(
+            f"{path} holds a run with {name}={there!r}, but {name}={here!r} is asked for; "
+            "choose another folder with --out"
+        )
