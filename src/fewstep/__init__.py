@@ -19,7 +19,7 @@ from fewstep.core.norm import NormStatistics, PerStepAffine, SharedAffine
 from fewstep.core.outer import SGD, Adam, ClipByValue, Constant, CosineAnnealing, NoClipping
 from fewstep.core.query_weights import FinalStep, MultiStepLoss
 from fewstep.core.ranks import Ranks
-from fewstep.core.rates import ConstantRate, ElementRates, LayerStepRates, LearnedRate
+from fewstep.core.rates import ConstantRate, ElementRates, LayerStepRates, LearnedRate, StepRates
 from fewstep.core.scores import Difference, Scores, paired_difference
 from fewstep.core.tasks import Episodes, TaskBatch
 
@@ -56,6 +56,7 @@ __all__ = [
     "Ranks",
     "Scores",
     "SharedAffine",
+    "StepRates",
     "TaskBatch",
     "alpha_maml",
     "auto",

@@ -15,6 +15,7 @@ from fewstep import (
     FinalStep,
     FixedOrder,
     MetaLearner,
+    StepRates,
     TaskBatch,
     fomaml,
     maml,
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 DIM, TASKS = 4, 3
 ALPHA = 0.02
+RISING = StepRates((ALPHA, 2 * ALPHA, 3 * ALPHA))  # and 3 ALPHA from then on
 
 
 class Point(nn.Module):
@@ -37,18 +39,6 @@ class Point(nn.Module):
 
 def half_squares(outputs: Tensor, targets: Tensor) -> Tensor:
     return 0.5 * (outputs - targets).square().sum()
-
-
-class Rising:
-    """alpha[k] = (k + 1) ALPHA."""
-
-    per_step = False
-
-    def table(self, adapted: dict[str, Tensor], num_steps: int) -> dict[str, Tensor]:
-        return {}
-
-    def __call__(self, table: dict[str, Tensor], name: str, step: int) -> float:
-        return (step + 1) * ALPHA
 
 
 class EveryStep:
@@ -92,7 +82,7 @@ def assert_equal_to_1e10(actual: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("rate", [ConstantRate(ALPHA), Rising()], ids=["constant", "rising"])
+@pytest.mark.parametrize("rate", [ConstantRate(ALPHA), RISING], ids=["constant", "rising"])
 @pytest.mark.parametrize("weights", [FinalStep(), EveryStep()], ids=["final step", "every step"])
 @pytest.mark.parametrize("num_steps", [1, 2, 5])
 def test_meta_gradient(batch, order, rate, weights, num_steps):
@@ -101,6 +91,11 @@ def test_meta_gradient(batch, order, rate, weights, num_steps):
     gradient, _ = MetaLearner(module, algorithm, half_squares).meta_gradient(batch)
     _, expected = closed_form(module.theta.detach(), batch, algorithm)
     assert_equal_to_1e10(gradient["theta"], expected)
+
+
+def test_the_last_of_fixed_rates_repeats():
+    rates = [RISING({}, "theta", k) for k in range(5)]
+    assert rates == [ALPHA, 2 * ALPHA, 3 * ALPHA, 3 * ALPHA, 3 * ALPHA]
 
 
 @pytest.mark.parametrize("recipe", [maml, fomaml])

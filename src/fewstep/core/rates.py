@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from fewstep.core.errors import InputError
+from fewstep.core.errors import InputError, check_some
 
 
 class InnerRate(Protocol):
@@ -60,6 +60,36 @@ class ConstantRate:
     def __call__(self, table: Mapping[str, Tensor], name: str, step: int) -> float:
         """Return alpha."""
         return self.inner_lr
+
+
+@dataclass(frozen=True)
+class StepRates:
+    """Fixed inner learning rates, one for each step.
+
+    theta[k+1] = theta[k] - alpha[k] * grad L_support(theta[k])
+
+    Args:
+        inner_lrs: alpha[0], alpha[1], ...; steps after the last take the last.
+
+    Raises:
+        InputError: there is none, or one is not finite.
+    """
+
+    inner_lrs: tuple[float, ...]
+    per_step = False
+
+    def __post_init__(self) -> None:
+        check_some("inner_lrs", self.inner_lrs)
+        for rate in self.inner_lrs:
+            _check_rate("inner_lrs", rate)
+
+    def table(self, adapted: Mapping[str, Tensor], num_steps: int) -> dict[str, Tensor]:
+        """Return nothing: no rate is learned."""
+        return {}
+
+    def __call__(self, table: Mapping[str, Tensor], name: str, step: int) -> float:
+        """Return alpha[step]."""
+        return self.inner_lrs[min(step, len(self.inner_lrs) - 1)]
 
 
 @dataclass(frozen=True)
