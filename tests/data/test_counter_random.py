@@ -8,6 +8,7 @@ from fewstep.data.counter_random import (
     _mix,
     key_from_name,
     random_bits,
+    random_normal,
     random_subset,
     random_uniform,
 )
@@ -142,3 +143,27 @@ def test_ordered_subsets_are_equally_likely():
     outcomes = [5 * a + b for a, b in permutations(range(5), 2)]
     assert counts[outcomes].sum() == 50_000
     assert abs(chi_square(counts[outcomes].double())) < 4
+
+
+def test_normal_numbers_are_normal():
+    drawn = random_normal(KEY, torch.arange(200)[:, None], torch.arange(1000)).flatten()
+    share = 0.5 * (1 + torch.erf(drawn / math.sqrt(2)))  # uniform, if drawn is normal
+    assert abs(chi_square(torch.histc(share, bins=100, min=0, max=1))) < 4
+    pairs = torch.histogramdd(
+        torch.stack([share[:-1], share[1:]], 1), bins=[20, 20], range=[0.0, 1.0, 0.0, 1.0]
+    ).hist
+    assert abs(chi_square(pairs)) < 4
+
+
+def test_normal_numbers_do_not_change():
+    i = torch.arange(3)
+    found = random_normal(KEY, i, torch.tensor(7)).tolist()
+    assert found == pytest.approx([0.0835861951699, 0.4627418466374, 1.7928992624946], abs=1e-12)
+    assert random_normal(KEY, i[2:], torch.tensor(7)).item() == found[2]
+
+
+@pytest.mark.parametrize(("first", "size"), [(0, 0.0), (1 - 2.0**-24, 5.768)])
+def test_normal_numbers_are_finite_at_both_ends(first, size, monkeypatch):
+    pair = torch.tensor([first, 0.0], dtype=torch.float64)
+    monkeypatch.setattr("fewstep.data.counter_random.random_uniform", lambda *_: pair)
+    assert random_normal(KEY, torch.tensor(0)).item() == pytest.approx(size, abs=1e-3)
