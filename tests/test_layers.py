@@ -1,4 +1,4 @@
-"""Imports go one way: core <- models, data <- training <- report <- experiments <- cli."""
+"""Imports go one way: core <- models, data <- rl, training <- report <- experiments <- cli."""
 
 import ast
 from pathlib import Path
@@ -13,9 +13,10 @@ ALLOWED = {
     "core": {"core"},
     "models": {"core", "models"},
     "data": {"core", "data"},
+    "rl": {"core", "data", "rl"},
     "training": {"core", "models", "data", "training", "fewstep"},
-    "report": {"core", "models", "data", "training", "report", "fewstep"},
-    "experiments": {"core", "models", "data", "training", "report", "experiments", "fewstep"},
+    "report": {"core", "models", "data", "rl", "training", "report", "fewstep"},
+    "experiments": {"core", "models", "data", "rl", "training", "report", "experiments", "fewstep"},
     "cli": {"core", "models", "data", "training", "report", "experiments", "cli", "fewstep"},
     "fewstep": {"core", "models"},  # the package's own front, __init__.py
     "__main__": {"cli"},

@@ -1,0 +1,64 @@
+"""What a task is in reinforcement learning: an environment, here many at once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Outcome(NamedTuple):
+    """What one time step gives.
+
+    Args:
+        observations: What is seen next, (tasks, episodes, observation_size).
+        rewards: (tasks, episodes).
+        ended: Whether the episode is over, (tasks, episodes), bool; what comes after is ignored.
+    """
+
+    observations: Tensor
+    rewards: Tensor
+    ended: Tensor
+
+
+class Environments(Protocol):
+    """The environments of several tasks, in each of which several episodes run side by side."""
+
+    def reset(self) -> Tensor:
+        """Begin all episodes; return the observations, (tasks, episodes, observation_size)."""
+        ...
+
+    def step(self, actions: Tensor) -> Outcome:
+        """Take actions, (tasks, episodes, action_size), in all of them."""
+        ...
+
+
+class TaskEnvironments(Protocol):
+    """A source of tasks, in which task i is always the same."""
+
+    @property
+    def observation_size(self) -> int:
+        """Numbers of an observation."""
+        ...
+
+    @property
+    def action_size(self) -> int:
+        """Numbers of an action."""
+        ...
+
+    @property
+    def horizon(self) -> int:
+        """Time steps of an episode, at most."""
+        ...
+
+    def environments(self, start: int, count: int, episodes: int) -> Environments:
+        """Return tasks start, ..., start + count - 1, with so many episodes of each."""
+        ...
+
+    def noise(self, start: int, count: int, episodes: int, step: int) -> Tensor:
+        """Return normal numbers for the actions of the episodes after `step` inner steps.
+
+        Returns:
+            (horizon, tasks, episodes, action_size), of task i always the same.
+        """
+        ...

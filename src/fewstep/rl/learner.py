@@ -1,0 +1,349 @@
+"""MAML for reinforcement learning: policies that adapt by gradients of their own episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fewstep.core.adapted import AdaptedParameters
+from fewstep.core.algorithm import Algorithm
+from fewstep.core.errors import InputError
+from fewstep.core.inner import InnerLoop, Point
+from fewstep.core.meta_parameters import MetaParameters
+from fewstep.core.network import TaskNetwork, Tensors
+from fewstep.core.rates import ConstantRate, InnerRate
+from fewstep.core.tasks import TaskBatch
+from fewstep.rl.advantages import advantages
+from fewstep.rl.environments import TaskEnvironments
+from fewstep.rl.policy import kl_divergence, log_probability
+from fewstep.rl.rollouts import Rollouts, roll_out
+from fewstep.rl.trust_region import Seen, TrustRegion, Update
+
+
+@dataclass(frozen=True)
+class Experience:
+    """Rollouts as examples to learn from, those of a task in one row.
+
+    Args:
+        observations: (tasks, examples, observation_size).
+        actions: (tasks, examples, action_size).
+        outputs: Of the policy that acted, (tasks, examples, 2 action_size).
+        advantages: (tasks, examples).
+        weights: Of mean 1, and 0 for what came after the end of an episode, (tasks, examples).
+    """
+
+    observations: Tensor
+    actions: Tensor
+    outputs: Tensor
+    advantages: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, rollouts: Rollouts, *, discount: float, trace: float) -> Experience:
+        """Return what rollouts teach."""
+        a = advantages(rollouts, discount=discount, trace=trace)
+        running = rollouts.running.flatten(1)
+        return cls(
+            rollouts.observations.flatten(1, 2),
+            rollouts.actions.flatten(1, 2),
+            rollouts.outputs.flatten(1, 2),
+            a.flatten(1),
+            running / running.mean(1, keepdim=True),
+        )
+
+    def support(self) -> TaskBatch:
+        """Return tasks whose support loss is that of the policy gradient."""
+        x = self.observations
+        y = torch.cat([self.actions, (self.weights * self.advantages)[..., None]], -1)
+        return TaskBatch(x, y, x, y)
+
+
+def policy_gradient_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return -mean(log pi(action) A), whose gradient is that of the expected return, negative.
+
+    Args:
+        outputs: Of the policy, (examples, 2 action_size).
+        targets: Actions and, last, their weighted advantages A, (examples, action_size + 1).
+    """
+    return -(log_probability(outputs, targets[..., :-1]) * targets[..., -1]).mean()
+
+
+@dataclass(frozen=True)
+class Returns:
+    """What tasks gave after 0, 1, ... inner steps.
+
+    Args:
+        of_tasks: Mean return of each task's episodes, (tasks, steps + 1).
+    """
+
+    of_tasks: Tensor
+
+    @property
+    def curve(self) -> list[float]:
+        """Mean return after each number of steps."""
+        return [float(mean) for mean in self.of_tasks.double().mean(0)]
+
+    @property
+    def curve_ci95(self) -> list[float]:
+        """Half widths of the 95% intervals of `curve`, over the tasks."""
+        tasks = len(self.of_tasks)
+        return [1.96 * float(s) / tasks**0.5 for s in self.of_tasks.double().std(0)]
+
+    def __str__(self) -> str:
+        pairs = zip(self.curve, self.curve_ci95, strict=True)
+        course = ", ".join(f"{mean:.2f} ± {ci95:.2f}" for mean, ci95 in pairs)
+        steps = self.of_tasks.shape[1] - 1
+        return (
+            f"return {course} after 0 to {steps} steps (95% intervals, {len(self.of_tasks)} tasks)"
+        )
+
+
+@dataclass(frozen=True)
+class PolicyMetrics:
+    """What one iteration saw.
+
+    Args:
+        returns: Of its tasks, before the outer update.
+        update: What that did.
+    """
+
+    returns: Returns
+    update: Update
+
+
+class PolicyLearner:
+    """A policy, the parts by which it adapts, and the trust region that trains it.
+
+    theta[k+1] = theta[k] - alpha[k] grad L_k(theta[k]);  L_k = -mean(log pi(action) A), of episodes
+    that pi_theta[k] went through.
+
+    phi <- TRPO(phi, -mean(pi_theta[K](action) / pi_old(action) A)), of episodes by theta[K], mean
+    over tasks; the divergence is KL(pi_old || pi_theta[K]).
+
+    It is MAML's inner loop, and what it needs: new episodes after each step. phi are the policy's
+    parameters, updated in place, and learned inner rates.
+
+    Args:
+        policy: Maps observations to means and logarithms of deviations, as `GaussianPolicy` does;
+            without buffers.
+        num_steps: K, inner steps; 0 trains one policy for all tasks.
+        inner_rate: alpha.
+        derivative_order: 2, or 1 for first-order MAML.
+        adapted: The parameters that the inner loop changes; all by default.
+        outer: The outer update.
+        episodes: Of each task, after each number of steps.
+        discount: gamma of the advantages.
+        trace: lambda of the advantages.
+
+    Raises:
+        InputError: an argument is out of its range, or the policy has buffers.
+
+    Deviation: the second derivative of L_k at its own samples leaves out how theta moves the
+        samples, as the authors' code does.
+
+    Reference: Finn, Abbeel and Levine, Model-Agnostic Meta-Learning, ICML 2017, arXiv:1703.03400,
+        algorithm 3.
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        num_steps: int = 1,
+        inner_rate: InnerRate | None = None,
+        *,
+        derivative_order: Literal[1, 2] = 2,
+        adapted: AdaptedParameters | None = None,
+        outer: TrustRegion | None = None,
+        episodes: int = 20,
+        discount: float = 0.99,
+        trace: float = 1.0,
+    ) -> None:
+        if derivative_order not in (1, 2):
+            raise InputError(f"derivative_order={derivative_order} must be 1 or 2")
+        if episodes < 1:
+            raise InputError(f"episodes={episodes} must be at least 1")
+        for name, value in (("discount", discount), ("trace", trace)):
+            if not 0 <= value <= 1:
+                raise InputError(f"{name}={value} must be between 0 and 1")
+        if any(True for _ in policy.buffers()):
+            raise InputError(
+                f"{type(policy).__name__} has buffers, which no policy here may have; take "
+                "LayerNorm in place of batch normalisation"
+            )
+        self.derivative_order = derivative_order
+        self.episodes, self.discount, self.trace = episodes, discount, trace
+        self.outer = outer or TrustRegion()
+        algorithm = Algorithm(
+            num_steps, inner_rate or ConstantRate(0.1), adapted=adapted or AdaptedParameters()
+        )
+        self._meta = MetaParameters(policy, algorithm)
+        network = TaskNetwork(
+            policy, policy_gradient_loss, None, vectorize=True, precision="float32"
+        )
+        self._loop = InnerLoop(network, self._meta, algorithm)
+        self.parameters = self._meta.parameters
+        self.iteration = 0
+
+    @property
+    def policy(self) -> nn.Module:
+        """The policy from which the inner loop starts."""
+        return self._loop.network.module
+
+    def step(self, tasks: TaskEnvironments, start: int, count: int) -> PolicyMetrics:
+        """Do one iteration: episodes, inner steps, episodes of the adapted policies, outer update.
+
+        Args:
+            tasks: Where the tasks come from.
+            start: Number of the first task.
+            count: How many.
+
+        Raises:
+            FloatingPointError: the loss or its gradient is not finite; phi is left as it was.
+        """
+        num_steps = self._loop.algorithm.num_steps
+        with self._loop.mode(is_training=True, use="batch"):
+            gathered = list(self._gather(self._loop, tasks, slice(start, start + count), num_steps))
+            of_steps = [self._experience(rollouts) for rollouts in gathered]
+            update = self.outer.step(
+                list(self.parameters.values()), partial(self._objective, of_steps)
+            )
+        self.iteration += 1
+        returns = torch.stack([rollouts.returns for rollouts in gathered], 1)
+        return PolicyMetrics(Returns(returns), update)
+
+    def evaluate(
+        self,
+        tasks: TaskEnvironments,
+        num_tasks: int = 40,
+        *,
+        num_steps: int | None = None,
+        inner_rate: InnerRate | None = None,
+        episodes: int | None = None,
+        chunk_size: int = 40,
+    ) -> Returns:
+        """Adapt to the first `num_tasks` tasks, and return what they gave on the way.
+
+        Args:
+            tasks: Where the tasks come from.
+            num_tasks: How many.
+            num_steps: Inner steps; None takes those of training.
+            inner_rate: Fixed rates in place of those of training, such as
+                `StepRates((0.1, 0.05))`.
+            episodes: After each number of steps; None takes those of training.
+            chunk_size: Tasks at once; bounds memory, changes no result.
+
+        Raises:
+            InputError: `num_tasks` is below 2, which gives no interval, or `num_steps` is more
+                than the rates have rows for.
+        """
+        if num_tasks < 2:
+            raise InputError(f"num_tasks={num_tasks} must be at least 2 to give an interval")
+        returns = []
+        for start in range(0, num_tasks, chunk_size):
+            chunk = slice(start, min(start + chunk_size, num_tasks))
+            rollouts = self.roll_out(
+                tasks, chunk, num_steps=num_steps, inner_rate=inner_rate, episodes=episodes
+            )
+            returns.append(torch.stack([each.returns for each in rollouts], 1))
+        return Returns(torch.cat(returns))
+
+    def roll_out(
+        self,
+        tasks: TaskEnvironments,
+        numbers: slice,
+        *,
+        num_steps: int | None = None,
+        inner_rate: InnerRate | None = None,
+        episodes: int | None = None,
+    ) -> list[Rollouts]:
+        """Return the episodes of tasks after 0, 1, ... inner steps.
+
+        Args:
+            tasks: Where the tasks come from.
+            numbers: Which tasks, from a start to a stop.
+            num_steps: As in `evaluate`, as are the others.
+            inner_rate: Fixed rates.
+            episodes: After each number of steps.
+        """
+        loop = self._loop
+        if inner_rate is not None:
+            loop = replace(loop, algorithm=replace(loop.algorithm, inner_rate=inner_rate))
+        steps = loop.algorithm.num_steps if num_steps is None else num_steps
+        loop.algorithm.check_steps(steps)
+        with loop.mode(is_training=False, use="batch"):
+            return list(self._gather(loop, tasks, numbers, steps, episodes))
+
+    def state_tensors(self) -> Tensors:
+        """Return all that training changes, by name."""
+        return self._meta.tensors() | {"iteration": torch.tensor(self.iteration)}
+
+    def load_state_tensors(self, state: Tensors) -> None:
+        """Take over what `state_tensors` gave.
+
+        Raises:
+            InputError: it is another policy's.
+        """
+        self._meta.load({name: t for name, t in state.items() if name != "iteration"})
+        self.iteration = int(state["iteration"])
+
+    def _gather(
+        self,
+        loop: InnerLoop,
+        tasks: TaskEnvironments,
+        numbers: slice,
+        num_steps: int,
+        episodes: int | None = None,
+    ) -> Iterator[Rollouts]:
+        """Yield episodes by theta[0], theta[1], ..., each adapted on those by the one before."""
+        start, count = numbers.start, numbers.stop - numbers.start
+        episodes = self.episodes if episodes is None else episodes
+        environments = tasks.environments(start, count, episodes)
+        point = loop.start(count)
+        for step in range(num_steps + 1):
+            noise = tasks.noise(start, count, episodes, step)
+            with torch.no_grad():
+                rollouts = roll_out(partial(self._outputs, point.theta), environments, noise)
+                yield rollouts
+                if step < num_steps:
+                    point = _descend(loop, point, self._experience(rollouts), order=1)
+
+    def _objective(self, of_steps: list[Experience], *, differentiable: bool) -> Seen:
+        """Return outer loss and divergence of phi, as it is now, for episodes gathered before."""
+        point = self._loop.start(len(of_steps[0].observations))
+        for experience in of_steps[:-1]:
+            order = self.derivative_order if differentiable else 1
+            point = _descend(self._loop, point, experience, order=order)
+        query = of_steps[-1]
+        outputs = self._outputs(point.theta, query.observations)
+        ratio = torch.exp(
+            log_probability(outputs, query.actions) - log_probability(query.outputs, query.actions)
+        )
+        loss = -(query.weights * ratio * query.advantages).mean()
+        divergence = (query.weights * kl_divergence(query.outputs, outputs)).mean()
+        return Seen(loss, divergence, outputs)
+
+    def _outputs(self, theta: Tensors, observations: Tensor) -> Tensor:
+        """Return each task's policy's outputs, (tasks, ..., 2 action_size)."""
+
+        def of_task(parameters: Tensors, of_it: Tensor) -> Tensor:
+            outputs: Tensor = functional_call(self.policy, parameters, (of_it,))
+            return outputs
+
+        return torch.vmap(of_task, randomness="different")(theta, observations)
+
+    def _experience(self, rollouts: Rollouts) -> Experience:
+        return Experience.of(rollouts, discount=self.discount, trace=self.trace)
+
+
+def _descend(loop: InnerLoop, point: Point, experience: Experience, *, order: int) -> Point:
+    """Do the next inner step."""
+    *_, after = loop.trajectory(
+        experience.support(), point.step + 1, derivative_order=order, start=point
+    )
+    return after

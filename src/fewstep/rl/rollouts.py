@@ -1,0 +1,66 @@
+"""Episodes that a policy went through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.rl.environments import Environments
+from fewstep.rl.policy import mean_and_log_std
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """What happened in the episodes of several tasks; after the end of an episode all is zero.
+
+    Args:
+        observations: (tasks, episodes, time, observation_size).
+        actions: (tasks, episodes, time, action_size).
+        outputs: What the policy gave, (tasks, episodes, time, 2 action_size).
+        rewards: (tasks, episodes, time).
+        running: 1 until an episode has ended, then 0, (tasks, episodes, time).
+    """
+
+    observations: Tensor
+    actions: Tensor
+    outputs: Tensor
+    rewards: Tensor
+    running: Tensor
+
+    @property
+    def returns(self) -> Tensor:
+        """Sum of the rewards of an episode, mean over the episodes of a task, (tasks,)."""
+        return self.rewards.sum(-1).mean(-1)
+
+
+def roll_out(
+    policy: Callable[[Tensor], Tensor], environments: Environments, noise: Tensor
+) -> Rollouts:
+    """Run all episodes to their ends, side by side.
+
+    action = mean + std * noise
+
+    Args:
+        policy: Maps observations, (tasks, episodes, observation_size), to outputs of each task's
+            policy, (tasks, episodes, 2 action_size).
+        environments: Where to act.
+        noise: Normal numbers, (time, tasks, episodes, action_size).
+    """
+    observations = environments.reset()
+    running = observations.new_ones(observations.shape[:2])
+    steps = []
+    for of_time in noise:
+        outputs = policy(observations)
+        mean, log_std = mean_and_log_std(outputs)
+        actions = mean + torch.exp(log_std) * of_time
+        found = environments.step(actions)
+        on = running[..., None]
+        steps.append(
+            (observations * on, actions * on, outputs * on, found.rewards * running, running)
+        )
+        observations = found.observations
+        running = running * ~found.ended
+    return Rollouts(*(torch.stack(parts, 2) for parts in zip(*steps, strict=True)))

@@ -1,0 +1,97 @@
+"""The trust region on quadratics, where its step has a closed form."""
+
+import pytest
+import torch
+
+from fewstep import InputError
+from fewstep.rl import TrustRegion
+from fewstep.rl.trust_region import Seen, conjugate_gradient
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+DIM = 6
+
+
+def positive_definite():
+    a = torch.randn(DIM, DIM)
+    return a @ a.T + torch.eye(DIM)
+
+
+class Quadratic:
+    """Loss g . d + c |d|^2, divergence 1/2 d^T H d, outputs B d; d = x - x0, x of two tensors."""
+
+    def __init__(self, curvature=0.0):
+        self.h, self.g, self.curvature = positive_definite(), torch.randn(DIM), curvature
+        self.outputs = torch.randn(DIM, DIM)
+        self.parameters = [
+            torch.randn(2, requires_grad=True),
+            torch.randn(2, 2, requires_grad=True),
+        ]
+        self.start = self.x().detach()
+
+    def x(self):
+        return torch.cat([p.reshape(-1) for p in self.parameters])
+
+    def __call__(self, *, differentiable):
+        y = self.outputs @ (self.x() - self.start)
+        d = torch.linalg.solve(self.outputs, y)
+        return Seen(self.g @ d + self.curvature * d @ d, 0.5 * d @ self.h @ d, y)
+
+
+def test_conjugate_gradients_solve_the_system():
+    a, b = positive_definite(), torch.randn(DIM)
+    x = conjugate_gradient(lambda v: a @ v, b, iterations=DIM)
+    torch.testing.assert_close(a @ x, b)
+
+
+def test_the_step_is_the_natural_gradient_at_the_bound():
+    """x - x0 = -sqrt(2 delta / (g^T H^-1 g)) H^-1 g, shortened once, as it is at the bound."""
+    problem = Quadratic()
+    update = TrustRegion(0.01, damping=0.0, shrink=0.99).step(problem.parameters, problem)
+    natural = torch.linalg.solve(problem.h, problem.g)
+    full = -torch.sqrt(0.02 / (problem.g @ natural)) * natural
+    assert update.shrinks in (0, 1)  # rounding decides on which side of the bound the first is
+    torch.testing.assert_close(problem.x() - problem.start, 0.99**update.shrinks * full)
+    assert update.divergence == pytest.approx(0.01 * 0.99 ** (2 * update.shrinks))
+    assert update.loss == pytest.approx((problem.g @ (problem.x() - problem.start)).item())
+
+
+def test_a_step_is_shortened_until_the_loss_is_lower():
+    problem = Quadratic(curvature=40.0)
+    update = TrustRegion(1.0).step(problem.parameters, problem)
+    assert update.shrinks > 3
+    assert update.loss < update.loss_before
+    assert update.loss == pytest.approx(problem(differentiable=False)[0].item())
+
+
+def test_nothing_moves_where_no_length_will_do():
+    problem = Quadratic(curvature=1e9)
+    update = TrustRegion(1.0, lengths=3).step(problem.parameters, problem)
+    assert update.shrinks is None
+    assert torch.equal(problem.x(), problem.start)
+
+
+def test_parameters_that_nothing_depends_on_stay():
+    problem = Quadratic()
+    idle = torch.randn(3, requires_grad=True)
+    before = idle.detach().clone()
+    TrustRegion().step([*problem.parameters, idle], problem)
+    assert torch.equal(idle, before)
+    assert not torch.equal(problem.x(), problem.start)
+
+
+def test_a_loss_that_is_not_finite_changes_nothing():
+    problem = Quadratic()
+    problem.g[0] = torch.nan
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        TrustRegion().step(problem.parameters, problem)
+    assert torch.equal(problem.x(), problem.start)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"max_divergence": 0.0}, {"damping": -1.0}, {"shrink": 1.0}, {"lengths": 0},
+              {"iterations": 0}],
+)  # fmt: skip
+def test_arguments_out_of_range_are_refused(wrong):
+    with pytest.raises(InputError, match="TrustRegion"):
+        TrustRegion(**wrong)
