@@ -117,4 +117,5 @@ def test_more_iterations_go_on_from_the_end(tmp_path):
     starts = [json.loads(line) for line in (extended / "starts.jsonl").read_text().splitlines()]
     assert [(s["iteration"], s["iterations"]) for s in starts] == [(0, 27), (27, ITERATIONS)]
     assert all(s["command"] and s["commit"] and s["hardware"] for s in starts)
+    assert [s["settings"]["iterations"] for s in starts] == [27, ITERATIONS]
     assert _content(extended) == _content(whole)

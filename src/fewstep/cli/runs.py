@@ -40,6 +40,7 @@ from fewstep.training.files import locked, make_folder
 from fewstep.training.initial import fitting, initial_of
 from fewstep.training.parse import load_config, run_config
 from fewstep.training.run_folder import RunFolder
+from fewstep.training.same_settings import check_unchanged
 from fewstep.training.trainer import Trainer
 
 
@@ -91,6 +92,7 @@ class Resume:
         """Train from the last checkpoint, if there is anything left to train, and test."""
         run = RunFolder.open(self.run_folder)
         config = load_config(run.path / "config.toml")
+        check_unchanged(run, config)
         if self.iterations is not None:
             config = replace(config, iterations=self.iterations)
         if self.device is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from fewstep.training.evaluate import Checkpoint, evaluate_run, evaluation_file,
 from fewstep.training.files import locked, make_folder
 from fewstep.training.initial import initial_of
 from fewstep.training.run_folder import RunFolder
+from fewstep.training.same_settings import differences
 from fewstep.training.trainer import Trainer
 
 
@@ -163,20 +164,10 @@ def check_plan(plan: Mapping[Path, RunConfig]) -> None:
             check_same(path, RunFolder.open(path).settings(), config)
 
 
-# Settings that say how to compute, and change no result but rounding.
-_HOW = ("device", "chunk_size", "checkpoint_every", "memory_budget", "replay", "compile")
-
-
 def check_same(path: Path, held: dict[str, Any], asked: Any) -> None:
     """Raise InputError unless a run's file holds these settings; what it lacks is the default."""
-    settings, default = to_dict(asked), to_dict(type(asked)())
-    for key in sorted(held.keys() | settings.keys()):
-        if is_dataclass(part := getattr(asked, key, None)):
-            check_same(path, held.get(key, {}), part)
-            continue
-        there, here = held.get(key, default.get(key)), settings.get(key)
-        if key not in _HOW:
-            check_equal(path, key, there, here)
+    for name, there, here in differences(held, asked):
+        check_equal(path, name, there, here)
 
 
 def check_equal(path: Path, name: str, there: object, here: object) -> None:

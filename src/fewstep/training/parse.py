@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -153,13 +153,25 @@ def load_config(path: Path) -> RunConfig:
     Raises:
         InputError: the file cannot be read, or holds an unknown key or a wrong value.
     """
-    values = read_toml(path)
+    return config_of(read_toml(path), path)
+
+
+def config_of(values: Mapping[str, Any], source: Path) -> RunConfig:
+    """Return settings by the nested values that stand for them; what these lack is the default.
+
+    Args:
+        values: As `to_dict` gives them.
+        source: File that they are of, for messages.
+
+    Raises:
+        InputError: an unknown key or a wrong value.
+    """
     tags = {tag: str(values[tag]) for tag in ("dataset", "network", "recipe") if tag in values}
     try:
         base = preset(**tags)
         return parse(RunConfig, option_arguments(values, base), prog="fewstep train", default=base)
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise InputError(f"{source}: {error}") from error
 
 
 def value_of(arguments: Sequence[str], option: str) -> str | None:

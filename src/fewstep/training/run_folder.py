@@ -86,6 +86,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metrics_file = path / "metrics.jsonl"
+        self.starts_file = path / "starts.jsonl"
         self.tensorboard = path / "tensorboard"
         self._checkpoints = path / "checkpoints"
 
@@ -212,19 +213,36 @@ class RunFolder:
                     ) from error
         return metrics
 
-    def note_start(self, iteration: int, iterations: int, device: str) -> None:
+    def note_start(self, iteration: int, settings: dict[str, Any]) -> None:
         """Add a line to starts.jsonl: by which command, commit and machine training goes on.
 
         Args:
             iteration: Outer updates done before.
-            iterations: The total to reach.
-            device: Where it trains.
+            settings: What it goes on with.
         """
-        path = self.path / "starts.jsonl"
-        before = path.read_text() if path.exists() else ""
-        start = {"iteration": iteration, "iterations": iterations}
-        line = json_line(start | environment(command_line(), device))
-        write_atomically(path, (before + line).encode())
+        before = self.starts_file.read_text() if self.starts_file.exists() else ""
+        start = {"iteration": iteration, "iterations": settings["iterations"]}
+        start |= environment(command_line(), settings["device"]) | {"settings": settings}
+        write_atomically(self.starts_file, (before + json_line(start)).encode())
+
+    def first_settings(self) -> dict[str, Any] | None:
+        """Return the settings of the first start that noted them; None if none did.
+
+        Raises:
+            InputError: a line is damaged.
+        """
+        if not self.starts_file.exists():
+            return None
+        for number, line in enumerate(self.starts_file.read_text(errors="replace").splitlines(), 1):
+            try:
+                settings = json.loads(line).get("settings")
+                if settings is not None:
+                    return dict(settings)
+            except (ValueError, TypeError, AttributeError) as error:
+                raise InputError(
+                    f"line {number} of {self.starts_file} is damaged; remove the line"
+                ) from error
+        return None
 
     def truncate_metrics(self, iteration: int) -> None:
         """Drop what was logged after `iteration`, which a resumed run will log again.

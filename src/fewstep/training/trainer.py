@@ -21,6 +21,7 @@ from fewstep.core.network import Tensors
 from fewstep.core.scores import Scores
 from fewstep.data.counter_random import key_from_name
 from fewstep.training.build import Experiment
+from fewstep.training.config import to_dict
 from fewstep.training.display import Display
 from fewstep.training.run_folder import RunFolder, State, json_line
 
@@ -60,7 +61,7 @@ class Trainer:
         state, is_stopped = self._restore(), False
         config, ranks = self.experiment.config, self.experiment.learner.ranks
         if self.run is not None and state.iteration < config.iterations:
-            self.run.note_start(state.iteration, config.iterations, config.device)
+            self.run.note_start(state.iteration, to_dict(config))
         display = Display(self.console, config.iterations, state.iteration, config.tasks)
         make_log = _NoLog if self.run is None else partial(_Log, self.run, state.iteration)
         with make_log() as log, display.shown(), _stop_signals() as stop:
