@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -309,21 +310,42 @@ def test_other_recipes_on_sinusoids(empty_folder, capsys, recipe):
     assert _size(f"runs/sinusoid-{recipe}-1/fits.png") > (400, 200)
 
 
+STOPPING = "stopping after this iteration or validation; another Ctrl-C stops at once\n"
+
+
 def test_an_interrupt_in_the_last_validation_is_heard(empty_folder, capsys, monkeypatch):
-    usual = MetaLearner.evaluate
+    usual, answered = MetaLearner.evaluate, []
 
     def interrupted(*arguments, **options):
         os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):
+            if (answer := capsys.readouterr().out).endswith(STOPPING):  # before the validation ends
+                answered.append(answer)
+                break
+            time.sleep(0.01)
         return usual(*arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(MetaLearner, "evaluate", interrupted)
         assert main([*SINUSOID.split(), "--val-every", "4"]) == 0
+    assert len(answered) == 1
     out = capsys.readouterr().out
     assert "iteration 4: validation" in out
     assert "stopped after iteration 4; the checkpoint is written\nnext: fewstep resume" in out
     assert main(["resume", "runs/sinusoid-maml-1"]) == 0
     assert "test: loss" in capsys.readouterr().out
+
+
+def test_a_second_interrupt_says_how_to_go_on(empty_folder, capsys, monkeypatch):
+    def interrupted_twice(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(MetaLearner, "evaluate", interrupted_twice)
+    assert main(SINUSOID.split()) == 130
+    printed = capsys.readouterr()
+    assert printed.out.endswith(f"{STOPPING}next: fewstep resume runs/sinusoid-maml-1\n")
+    assert printed.err == "fewstep: interrupted\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

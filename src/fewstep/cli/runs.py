@@ -249,7 +249,12 @@ def _train(experiment: Experiment, run: RunFolder, console: Console) -> None:
         chosen = f"chunk_size={learner.chunk_size}, checkpoint_every={learner.checkpoint_every}"
         say(console, f"memory budget of {config.memory_budget:g} MiB: {chosen}")
     name = quote(str(run.path))
-    if not _train_and_test(experiment, run, console):
+    try:
+        is_done = _train_and_test(experiment, run, console)
+    except KeyboardInterrupt:
+        say(console, f"next: fewstep resume {name}")
+        raise
+    if not is_done:
         say(console, f"next: fewstep resume {name}")
         return
     plot_runs([run], run.path / "curves.png")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from threading import Thread
 from types import FrameType
 
 import torch
@@ -24,6 +25,8 @@ from fewstep.training.build import Experiment
 from fewstep.training.config import to_dict
 from fewstep.training.display import Display
 from fewstep.training.run_folder import RunFolder, State, json_line
+
+_STOPPING = "stopping after this iteration or validation; another Ctrl-C stops at once"
 
 
 class TrainingStopped(RuntimeError):
@@ -64,7 +67,7 @@ class Trainer:
             self.run.note_start(state.iteration, to_dict(config))
         display = Display(self.console, config.iterations, state.iteration, config.tasks)
         make_log = _NoLog if self.run is None else partial(_Log, self.run, state.iteration)
-        with make_log() as log, display.shown(), _stop_signals() as stop:
+        with make_log() as log, display.shown(), _stop_signals(display) as stop:
             unread = _Unread()
             for iteration in range(state.iteration + 1, config.iterations + 1):
                 unread.add(iteration, self._iterate(iteration), self.experiment.learner.rates())
@@ -242,17 +245,20 @@ class _Log(_NoLog):
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Turn an interrupt or termination into a wish to stop after this iteration.
+def _stop_signals(display: Display) -> Iterator[list[int]]:
+    """Turn an interrupt or termination into a wish to stop after this iteration, and say so.
 
     A second Ctrl-C interrupts at once. A second SIGTERM does not: where the whole group is told,
     a worker hears it again from its parent. SIGINT stays ignored where it was, as in workers.
     """
     received: list[int] = []
+    answer = Thread(target=display.print, args=(_STOPPING,), daemon=True)
 
     def note(number: int, frame: FrameType | None) -> None:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not received:
+            answer.start()  # this thread may be printing, and hold the locks that the answer needs
         received.append(number)
 
     heard = [
@@ -264,3 +270,5 @@ def _stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if received:
+            answer.join()
