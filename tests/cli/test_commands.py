@@ -264,9 +264,13 @@ def test_a_memory_budget_chooses_chunks_and_checkpoints(empty_folder, capsys):
     assert "memory budget of 0.001 MiB is below" in refused(capsys, f"{train} --memory-budget 1e-3")
 
 
-def test_data_commands(empty_folder, capsys):
+def test_data_commands(empty_folder, capsys, monkeypatch):
     train_on_images(empty_folder / "mine")
+    monkeypatch.setenv("COLUMNS", "40")
     assert main(["data", "list"]) == 0
+    lines = [line.removeprefix("next:").strip() for line in capsys.readouterr().out.splitlines()]
+    for dataset in ("glyphs", "omniglot", "mini-imagenet", "folder --root FOLDER", "sinusoid"):
+        assert f"fewstep train --dataset {dataset}" in lines
     assert main(f"data prepare --dataset folder --root {empty_folder}/mine --size 16".split()) == 0
     options = "--size 16 --shots 2 --queries 2 --count 2"
     assert main(f"data show --dataset folder --root mine {options}".split()) == 0

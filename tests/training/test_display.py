@@ -1,5 +1,8 @@
 """Bars that count what is drawn."""
 
+import io
+
+import pytest
 import torch
 from rich.console import Console
 
@@ -17,3 +20,16 @@ def test_tasks_are_counted_as_they_are_drawn():
         assert torch.equal(counted.batch(2, 3).x_query, tasks.x_query[2:])
         assert bar.completed == 5
     assert not progress.tasks
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_narrow_terminal_shows_what_is_done_and_left(width):
+    console = Console(width=width, force_terminal=True, file=io.StringIO())
+    progress = bars(console)
+    text = "loss 1.234  accuracy 45.7%"
+    progress.add_task(text, total=100000, completed=12345, rate="1333 tasks/s")
+    with console.capture() as shown:
+        console.print(progress.get_renderable())
+    for part in (text, "12345/100000", "-:--:--"):
+        assert part in shown.get()
+    assert ("1333 tasks/s" in shown.get()) == (width == 80)

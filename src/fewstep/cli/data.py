@@ -47,13 +47,16 @@ class DataList:
 
     def run(self, console: Console) -> None:
         """Print the table."""
-        table = Table("data set", "what it is", "try it")
+        table = Table("data set", "what it is")
         for name in SOURCES:
-            root = " --root FOLDER" if name == "folder" else ""
-            table.add_row(name, _DESCRIPTIONS[name], f"fewstep train --dataset {name}{root}")
+            table.add_row(name, _DESCRIPTIONS[name])
         console.print(table)
         say(console, f"prepared arrays: {cache_folder()}  ($FEWSTEP_CACHE moves them)")
         say(console, "raw data: --root, or $FEWSTEP_DATA/<data set>")
+        for name in SOURCES:  # below the table, which would break them on a narrow terminal
+            root = " --root FOLDER" if name == "folder" else ""
+            first = "next: " if name == next(iter(SOURCES)) else "      "
+            say(console, f"{first}fewstep train --dataset {name}{root}")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from fewstep.core.tasks import Episodes, TaskBatch
 
@@ -27,16 +28,18 @@ def say(console: Console, text: str) -> None:
 
 def bars(console: Console) -> Progress:
     """Return what shows progress bars on a terminal, and nothing elsewhere."""
+    rate = [TextColumn("{task.fields[rate]}")] if console.width >= 80 else []  # else all are cut
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
+        BarColumn(bar_width=None, table_column=Column(ratio=1)),  # what the others leave
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
+        *rate,
         TimeRemainingColumn(),
         console=console,
         disable=not console.is_terminal,
         transient=True,
+        expand=True,
     )
 
 
