@@ -1,8 +1,12 @@
 """Figures as they are drawn."""
 
 import pytest
+import torch
 
+from fewstep.data.episodes import ClassificationEpisodes
+from fewstep.data.store import ClassStore
 from fewstep.report.curves import _draw_validation, plot_runs
+from fewstep.report.episode_picture import picture_episodes
 from fewstep.report.figure import label_plainly, new_figure
 from fewstep.training.run_folder import RunFolder, json_line
 
@@ -38,11 +42,18 @@ def test_losses_are_labelled_so(tmp_path, monkeypatch, metric, logarithmic):
     assert len(labelled) == logarithmic
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path, monkeypatch):
+@pytest.fixture
+def figures(monkeypatch):
+    """Figures in place of their files."""
     figures = []
-    monkeypatch.setattr(
-        "fewstep.report.curves.save_figure", lambda figure, _: figures.append(figure)
-    )
+    for module in ("curves", "episode_picture"):
+        monkeypatch.setattr(
+            f"fewstep.report.{module}.save_figure", lambda figure, _: figures.append(figure)
+        )
+    return figures
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path, figures):
     lines = [{"iteration": i, "loss": 1.0, "val_loss": 1.0, "val_ci95": 0.1} for i in (1, 2)]
     paths = [tmp_path / name for name in ("a/run", "b/run", "b/other")]
     for path in paths:
@@ -51,12 +62,12 @@ def test_runs_of_one_name_are_told_apart(tmp_path, monkeypatch):
 
     def labels(*runs):
         plot_runs([RunFolder(path) for path in runs], tmp_path / "curves.png")
-        for axes in figures.pop().axes:
-            yield [text.get_text() for text in axes.get_legend().get_texts()]
+        (legend,) = figures.pop().legends
+        return [text.get_text() for text in legend.get_texts()]
 
-    assert list(labels(paths[0])) == [["run"]] * 2
-    assert list(labels(*paths)) == [["a/run", "b/run", "b/other"]] * 2
-    assert list(labels(*paths[1:])) == [["run", "other"]] * 2
+    assert labels(paths[0]) == ["run"]
+    assert labels(*paths) == ["a/run", "b/run", "b/other"]
+    assert labels(*paths[1:]) == ["run", "other"]
 
 
 def test_one_validation_has_its_interval_too():
@@ -66,3 +77,39 @@ def test_one_validation_has_its_interval_too():
     )
     ((bar,),) = (line.get_segments() for line in axes.containers[0][2])
     assert bar[:, 1].tolist() == pytest.approx([40, 60])
+
+
+def test_a_legend_lies_on_no_curve(tmp_path, figures):
+    lines = [
+        {"iteration": i, "loss": 1.0, "val_accuracy": i / 9, "val_ci95": 1.0} for i in range(9)
+    ]
+    runs = []
+    for number in range(4):
+        path = tmp_path / f"{number}-a-run-of-a-rather-long-name"
+        path.mkdir()
+        (path / "metrics.jsonl").write_text("".join(map(json_line, lines)))
+        runs.append(RunFolder(path))
+    plot_runs(runs, tmp_path / "curves.png")
+    (figure,) = figures
+    figure.draw_without_rendering()
+    legend = figure.legends[0].get_window_extent()
+    assert 0 <= legend.x0 < legend.x1 <= figure.bbox.width
+    for axes in figure.axes:
+        assert axes.get_legend() is None
+        assert legend.y1 <= axes.get_tightbbox().y0
+    assert "running mean" in figure.axes[0].get_title()
+
+
+def test_a_picture_of_episodes_is_filled(figures, tmp_path):
+    store = ClassStore.from_counts(
+        torch.zeros(400, 1, 4, 4, dtype=torch.uint8), [20] * 20, list(map(str, range(20)))
+    )
+    for ways, shots, queries, count in ((20, 5, 15, 3), (20, 1, 3, 3)):
+        episodes = ClassificationEpisodes(store, "train", ways=ways, shots=shots, queries=queries)
+        picture_episodes(episodes, count, tmp_path / "episodes.png")
+        figure = figures.pop()
+        figure.draw_without_rendering()
+        boxes = [axes.get_position() for axes in figure.axes]
+        for low, high in (("x0", "x1"), ("y0", "y1")):
+            ends = min(getattr(b, low) for b in boxes), max(getattr(b, high) for b in boxes)
+            assert ends[1] - ends[0] > 0.9

@@ -131,7 +131,12 @@ def plot_convergence(outcomes: Mapping[tuple[str, str], Mapping[str, Any]], path
         axes[0, j].set_title(column)
         axes[0, j].legend(fontsize=8)
         axes[3, j].set_xlabel("iteration")
-    names = ("alpha, inner rate", "beta, outer rate", "training loss", "validation loss")
+    names = (
+        "alpha, inner rate",
+        "beta, outer rate",
+        "training loss, mean of 10",
+        "validation loss",
+    )
     for i, name in enumerate(names):
         axes[i, 0].set_ylabel(name)
         for ax in axes[i]:

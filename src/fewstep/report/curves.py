@@ -50,7 +50,8 @@ def plot_runs(runs: Sequence[RunFolder], path: Path) -> None:
         colour = f"C{number}"
         _draw_smoothed(left, lines, "loss", colour, name)
         _draw_validation(right, lines, metric, colour, name)
-    left.set(xlabel="iteration", ylabel="query loss", title="training", yscale="log")
+    training = "training, running mean over 2% of the run"
+    left.set(xlabel="iteration", ylabel="query loss", title=training, yscale="log")
     percent = " (%)" if metric == "accuracy" else ""
     right.set(xlabel="iteration", ylabel=f"{metric}{percent}", title="validation, 95% interval")
     if metric == "loss":
@@ -59,7 +60,11 @@ def plot_runs(runs: Sequence[RunFolder], path: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.get_yscale() == "log":
             label_plainly(axes.yaxis)
-        axes.legend()
+    columns = max(
+        1, 120 // (max(map(len, series)) + 8)
+    )  # of characters that the figure has room for
+    handles, labels = right.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)  # on no band
     save_figure(figure, path)
 
 

@@ -20,8 +20,9 @@ def picture_episodes(episodes: ClassificationEpisodes, count: int, path: Path) -
     """
     batch = episodes.batch(0, count)
     height = 0.5 * episodes.ways + 0.6
-    width = 0.5 * (episodes.shots + episodes.queries) + 0.4
-    figure = new_figure(min(width * count, 24), min(height, 24))
+    width = count * (0.5 * (episodes.shots + episodes.queries) + 0.4)
+    scale = min(1, 24 / max(width, height))  # of both, as images stay square
+    figure = new_figure(scale * width, scale * height)
     axes = figure.subplots(1, 2 * count, width_ratios=[episodes.shots, episodes.queries] * count)
     for task in range(count):
         sets = (
