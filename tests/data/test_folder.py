@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from fewstep.core.errors import InputError
@@ -63,6 +65,38 @@ def test_a_split_without_classes_is_named(tmp_path, split):
     write_images(tmp_path, {split: 2})
     with pytest.raises(InputError, match=f"{split} holds no class/image; put a folder of images"):
         ImageFolder(tmp_path, size=8).splits()
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (("train", "validation", "test"), "train and validation and test, which would be classes, "
+         "as there is no val; did you mean val by validation? rename them"),
+        (("Train", "val", "Test", "a", "b"), "as there is no train and no test; did you mean train "
+         "by Train and test by Test? rename them"),
+        (("train", "test", "a", "b", "c"), "train and test, which would be classes, as there is no "
+         "val; add it, or rename them"),
+    ],
+)  # fmt: skip
+def test_splits_of_other_names_are_no_classes(tmp_path, folders, message):
+    write_images(tmp_path, {f"{name}/{of}": 2 for name in folders for of in ("a", "b")})
+    with pytest.raises(InputError, match=re.escape(f"{tmp_path} has folders")) as error:
+        ImageFolder(tmp_path, size=8).splits()
+    assert str(error.value).endswith(message)
+
+
+def test_a_class_may_be_one_of_trains(tmp_path):
+    write_images(tmp_path, CLASSES | {"train": 2})
+    assert sum(map(len, ImageFolder(tmp_path, size=8).splits().values())) == 11
+
+
+@pytest.mark.parametrize(("classes", "stray"), [(SPLIT, "train"), (CLASSES, ".")])
+def test_images_in_no_class_are_named(tmp_path, classes, stray):
+    write_images(tmp_path, classes | {stray: 2})
+    named = f"left out, 2 in all, such as {tmp_path / stray / '000.png'}; move each into"
+    with pytest.warns(UserWarning, match=named):
+        splits = ImageFolder(tmp_path, size=8).splits()
+    assert {name for store in splits.values() for name in store.names} == set(classes)
 
 
 def test_other_files_do_not_count(tmp_path):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,9 @@ from fewstep.data.prepared import Pixels, RawClass, fingerprint, load_or_prepare
 from fewstep.data.store import ClassStore
 
 SPLITS = ("train", "val", "test")
-
+_ALSO_CALLED = {
+    "train": ("training",), "val": ("valid", "validation", "dev"), "test": ("testing",),
+}  # fmt: skip
 
 Colour = Literal["rgb", "grey"]
 
@@ -79,20 +82,26 @@ class ImageFolder:
 
 def _files(root: Path) -> dict[str, list[Path]]:
     """Return the images of every class, named `class`, or `split/class` of a folder that splits."""
-    is_split = set(SPLITS) <= {p.name for p in root.iterdir() if p.is_dir()}
+    folders = {p.name for p in root.iterdir() if p.is_dir()}
+    is_split = set(SPLITS) <= folders
+    if not is_split:
+        _check_no_splits(root, folders)
     depth = 2 if is_split else 1
     files: dict[str, list[Path]] = defaultdict(list)
+    stray: list[Path] = []
     for file in files_below(root):
         parts = file.relative_to(root).parts
-        if len(parts) == 1 or not is_image(file.name):
+        if not is_image(file.name):
             continue
-        if is_split and parts[0] not in SPLITS:
+        if is_split and len(parts) > 1 and parts[0] not in SPLITS:
             raise InputError(
                 f"{root / parts[0]} has images and is beside train, val and test; move it out of "
                 f"{root} or into one of them"
             )
         if len(parts) > depth:
             files["/".join(parts[:depth])].append(file)
+        else:
+            stray.append(file)
     if not files:
         raise InputError(
             f"{root} has no image in class/image or split/class/image; sort the images into a "
@@ -103,7 +112,31 @@ def _files(root: Path) -> dict[str, list[Path]]:
             raise InputError(
                 f"{root / split} holds no class/image; put a folder of images for each class there"
             )
+    if stray:
+        warnings.warn(
+            f"images in no class are left out, {len(stray)} in all, such as {stray[0]}; move each "
+            "into the folder of its class",
+            stacklevel=1,
+        )
     return files
+
+
+def _check_no_splits(root: Path, folders: Set[str]) -> None:
+    """Raise InputError if folders that would be classes are meant as splits, by their names."""
+    meant = {
+        name: split
+        for split, others in _ALSO_CALLED.items()
+        for name in sorted(folders)
+        if name.lower() in (split, *others)
+    }
+    if len(set(meant.values())) > 1:  # one alone may be a class, of trains
+        missing = [split for split in SPLITS if split not in folders]
+        wrong = [f"{split} by {name}" for name, split in meant.items() if name != split]
+        remedy = f"did you mean {' and '.join(wrong)}? rename" if wrong else "add it, or rename"
+        raise InputError(
+            f"{root} has folders {' and '.join(meant)}, which would be classes, as there is no "
+            f"{' and no '.join(missing)}; {remedy} them"
+        )
 
 
 def _read(files: dict[str, list[Path]], pixels: Callable[[bytes, str], Pixels]) -> list[RawClass]:
