@@ -75,6 +75,12 @@ def test_a_budget_below_one_task_is_refused():
     assert (learner.chunk_size, learner.checkpoint_every) == before
 
 
+@pytest.mark.parametrize("budget", [float("inf"), float("nan")])
+def test_a_budget_that_is_no_number_is_refused(budget):
+    with pytest.raises(InputError, match=f"memory budget of {budget} MiB must be finite"):
+        plan_memory(*learner_and_batch(2), budget)
+
+
 def test_a_plan_is_the_same_whether_or_not_a_recording_is_at_hand():
     learner, batch = learner_and_batch(2, replay=True)
     learner.meta_gradient(batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -100,8 +101,10 @@ def plan_memory(
         iterations: Where to measure, as schedules change what a graph holds; the worst counts.
 
     Raises:
-        InputError: one task with one step at a time needs more.
+        InputError: one task with one step at a time needs more, or the budget is not finite.
     """
+    if not math.isfinite(budget_mib):
+        raise InputError(f"memory budget of {budget_mib:g} MiB must be finite; give a number")
     tasks = len(batch)
     some = batch.batch(0, min(2, tasks))  # of one task alone, more memory is shared
     for checkpoint_every in (None, 1):
