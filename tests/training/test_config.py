@@ -3,6 +3,7 @@ import io
 import sys
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -146,6 +147,11 @@ def test_the_file_gives_defaults_and_options_override_them(tmp_path):
         ("[network]\nx = 1", "unknown network \"{'x': 1}\""),
         (f"seed = {2**70}", f"seed={2**70} must be between"),
         ("memory_budget = inf", "memory_budget=inf must be positive and finite, in MiB"),
+        (
+            '[algorithm]\nnot_adapted = ["--seed", "5"]',
+            "not_adapted has '--seed', which reads as an",
+        ),
+        ('[algorithm]\nnot_adapted = ["-x"]', "reads as an option; write its hyphen as '[-]'"),
         ('initial = ""', "c.toml: --initial '' is empty; give a value or leave it out"),
     ],
 )
@@ -156,6 +162,14 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path, text, message):
         run_config(["--config", str(path)])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_word_with_a_hyphen_is_no_option(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text('initial = "--seed=3"\n[algorithm]\nnot_adapted = ["[-]x"]')
+    config = load_config(path)
+    assert (config.initial, config.seed) == (Path("--seed=3"), 0)
+    assert config.algorithm.not_adapted == ("[-]x",)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])

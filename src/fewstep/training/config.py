@@ -240,6 +240,15 @@ def option_arguments(values: Mapping[str, Any], default: Any) -> list[str]:
         if isinstance(value, Mapping):
             arguments += option_arguments(value, held)
             continue
+        option = f"--{key.replace('_', '-')}"
+        if isinstance(value, str) and value.startswith("-"):
+            arguments.append(f"{option}={value}")  # apart it would be an option
+            continue
         words = value if isinstance(value, list) else [value]
-        arguments += [f"--{key.replace('_', '-')}", *map(str, words)]
+        for word in words:
+            if isinstance(word, str) and word.startswith("-"):
+                raise InputError(
+                    f"{key} has {word!r}, which reads as an option; write its hyphen as '[-]'"
+                )
+        arguments += [option, *map(str, words)]
     return arguments
