@@ -27,6 +27,7 @@ from fewstep.experiments.alpha_convergence import AlphaConvergence
 from fewstep.experiments.alpha_sensitivity import AlphaSensitivity
 from fewstep.experiments.from_classifier import MamlPlusPlusFromClassifier
 from fewstep.experiments.maml_plus_plus import MamlPlusPlusAblation
+from fewstep.experiments.navigation import MamlNavigation
 from fewstep.training.parse import parse
 from fewstep.training.trainer import TrainingStopped
 
@@ -53,6 +54,7 @@ COMMANDS: dict[str, type[Command]] = {
     "data show": DataShow,
     "reproduce maml++-ablation": MamlPlusPlusAblation,
     "reproduce maml++-from-classifier": MamlPlusPlusFromClassifier,
+    "reproduce maml-navigation": MamlNavigation,
     "reproduce alpha-sensitivity": AlphaSensitivity,
     "reproduce alpha-convergence": AlphaConvergence,
     "reproduce alpha-comparison": AlphaComparison,

@@ -24,6 +24,7 @@ def check_name(option: str, value: str, names: Iterable[str]) -> None:
     """Raise InputError with the nearest valid name unless `value` is one of `names`."""
     names = list(names)
     if value not in names:
-        near = difflib.get_close_matches(value, names, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else f"valid are {', '.join(names)}"
+        in_small = {name.lower(): name for name in names}
+        near = difflib.get_close_matches(value.lower(), in_small, n=1, cutoff=0.4)
+        hint = f"did you mean {in_small[near[0]]!r}?" if near else f"valid are {', '.join(names)}"
         raise InputError(f"unknown {option} {value!r}; {hint}")

@@ -1,0 +1,230 @@
+"""2D navigation: MAML's returns before and after gradient steps, against the paper's baselines."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fewstep.core.errors import InputError, check_name, check_some
+from fewstep.experiments.policy_runs import METHODS, PolicyRun, train_policy, trained_policy
+from fewstep.experiments.pool import each
+from fewstep.report.figure import new_figure, save_figure
+from fewstep.report.navigation_paths import plot_paths
+from fewstep.training.build import resolve_device
+from fewstep.training.display import say
+from fewstep.training.files import write_atomically
+from fewstep.training.run_folder import command_line, environment, write_json
+
+PAPER = {
+    "MAML": (-40.41, -11.68, -3.33, -3.23),
+}
+
+
+@dataclass(frozen=True)
+class MamlNavigation:
+    """The returns of 2D navigation after 0 to 3 gradient steps, MAML against its baselines.
+
+    A policy walks a point to a goal that it learns of by the rewards alone. It is trained to be
+    good after one step, by a trust region; baselines are the same without a step ("pretrained"),
+    without training ("random"), and one that sees the goal ("oracle").
+    """
+
+    methods: tuple[str, ...] = tuple(METHODS)
+    """Rows of the table."""
+    seeds: int = 3
+    """Runs of each row."""
+    iterations: int = 100
+    """Outer updates of a run, as in the authors' code; the paper has up to 500."""
+    tasks: int = 20
+    """Tasks of an iteration."""
+    episodes: int = 20
+    """Episodes of a task, before the step and after it."""
+    inner_lr: float = 0.1
+    """Inner rate in training, the paper's; the authors' code has 0.5."""
+    max_divergence: float = 0.01
+    """How far adapted policies may move in an iteration, in nats."""
+    hidden: tuple[int, ...] = (100, 100)
+    """Units of the policy's hidden layers."""
+    horizon: int = 100
+    """Time steps of an episode, at most."""
+    val_every: int = 10
+    """Iterations between validations, which choose the policy that is tested."""
+    val_tasks: int = 40
+    """Tasks of a validation."""
+    test_tasks: int = 600
+    """Tasks of the test; the paper has 40."""
+    test_episodes: int = 40
+    """Episodes of a test task after each number of steps."""
+    test_lrs: tuple[float, ...] = (0.1, 0.05)
+    """Inner rates of the test's steps, the last repeated: the paper's."""
+    test_steps: int = 3
+    """Inner steps of the test."""
+    workers: int = 1
+    """Runs at once, a single-threaded process each."""
+    ray: bool = False
+    """Send the runs to a Ray cluster instead."""
+    out: Path = Path("runs/maml-navigation")
+    """Folder of the runs, the table and the figures; a second call goes on where one stopped."""
+    device: str = "cpu"
+    """"cpu", "cuda", ...; "auto" takes a GPU where there is one."""
+
+    def run(self, console: Console) -> None:
+        """Train what is not trained yet; write the table and the figures."""
+        check_some("methods", self.methods)
+        check_some("test_lrs", self.test_lrs)
+        for method in self.methods:
+            check_name("method", method, METHODS)
+        for name in ("seeds", "tasks", "episodes", "val_every", "test_episodes"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("iterations", "test_steps"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}={getattr(self, name)} must be 0 or more")
+        for name in ("val_tasks", "test_tasks"):
+            if getattr(self, name) < 2:
+                raise InputError(f"{name}={getattr(self, name)} must be at least 2")
+        device = resolve_device(self.device)
+        plan = {
+            (method, seed): (self._folder(method, seed), self._settings(method, seed, device))
+            for seed in range(self.seeds)
+            for method in self.methods
+        }
+        shown = console if self.workers == 1 and not self.ray else None
+        train = train_policy if shown is None else partial(train_policy, console=shown)
+        found = dict(
+            each(
+                train, plan, workers=self.workers, ray=self.ray,
+                console=console if shown is None else Console(quiet=True),
+            )
+        )  # fmt: skip
+        outcomes = {m: [found[m, seed] for seed in range(self.seeds)] for m in self.methods}
+        rows = {method: _row(of_seeds) for method, of_seeds in outcomes.items()}
+        write_json(
+            self.out / "table.json",
+            {
+                "command": command_line(),
+                "environment": environment(command_line(), device),
+                "rows": rows,
+            },
+        )
+        table = self._markdown(rows)
+        write_atomically(self.out / "table.md", table.encode())
+        plot_returns(outcomes, self.out / "returns.png")
+        written = "table.md, table.json and returns.png"
+        if (first := plan.get(("MAML", 0))) is not None:
+            learner = trained_policy(*first)
+            plot_paths(learner, first[1].navigation("test"), self.out / "paths.png", self.test_lrs)
+            written = "table.md, table.json, returns.png and paths.png"
+        say(console, table)
+        say(console, f"wrote {written} in {self.out}")
+
+    def _folder(self, method: str, seed: int) -> Path:
+        return self.out / f"{method.lower().replace(' ', '-')}-seed{seed}"
+
+    def _settings(self, method: str, seed: int, device: str) -> PolicyRun:
+        return PolicyRun(
+            method=method,
+            seed=seed,
+            iterations=self.iterations,
+            tasks=self.tasks,
+            episodes=self.episodes,
+            inner_lr=self.inner_lr,
+            max_divergence=self.max_divergence,
+            hidden=self.hidden,
+            horizon=self.horizon,
+            val_every=self.val_every,
+            val_tasks=self.val_tasks,
+            test_tasks=self.test_tasks,
+            test_episodes=self.test_episodes,
+            test_lrs=self.test_lrs,
+            test_steps=self.test_steps,
+            device=device,
+        )
+
+    def _markdown(self, rows: Mapping[str, dict[str, Any]]) -> str:
+        seeds = f"{self.seeds} seed{'s' * (self.seeds > 1)}"
+        spread = " (standard deviation over the seeds)" * (self.seeds > 1)
+        lines = [
+            f"2D navigation, {self.iterations} iterations of {self.tasks} tasks of "
+            f"{self.episodes} episodes, {seeds}, {self.test_tasks} test tasks each.",
+            f"Return ± 95% interval over the test tasks{spread}, by gradient steps.",
+            "",
+            f"| method | {' | '.join(map(str, range(self.test_steps + 1)))} | s per run |",
+            f"|---|{'---|' * (self.test_steps + 2)}",
+        ]
+        for method, row in rows.items():
+            lines.append(
+                _line(method, [*map(_cell, row["steps"])], row["seconds"], self.test_steps)
+            )
+            if method in PAPER:
+                numbers = [f"{number:.2f}" for number in PAPER[method][: self.test_steps + 1]]
+                lines.append(_line(f"{method}, paper", numbers, None, self.test_steps))
+        return "\n".join(lines) + "\n"
+
+
+def _line(name: str, cells: list[str], seconds: float | None, steps: int) -> str:
+    cells = cells + [""] * (steps + 1 - len(cells))
+    return f"| {' | '.join([name, *cells, '' if seconds is None else f'{seconds:.0f}'])} |"
+
+
+def _row(of_seeds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return mean, interval over all tasks and spread of the seeds after each number of steps."""
+    curves = zip(*(outcome["test"]["curve"] for outcome in of_seeds), strict=True)
+    intervals = zip(*(outcome["test"]["ci95"] for outcome in of_seeds), strict=True)
+    steps = [
+        {
+            "mean": statistics.mean(means),
+            "ci95": sum(ci**2 for ci in ci95) ** 0.5 / len(ci95),
+            "seeds": list(means),
+        }
+        for means, ci95 in zip(curves, intervals, strict=True)
+    ]
+    return {"steps": steps, "seconds": statistics.mean(o["seconds"] for o in of_seeds)}
+
+
+def _cell(value: Mapping[str, Any]) -> str:
+    text = f"{value['mean']:.2f} ± {value['ci95']:.2f}"
+    if len(value["seeds"]) > 1:
+        text += f" ({statistics.stdev(value['seeds']):.2f})"
+    return text
+
+
+def plot_returns(outcomes: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
+    """Draw the returns in validation over training, and those of the test by gradient steps.
+
+    Args:
+        outcomes: What `train_policy` returned for each seed, by the method.
+        path: PNG file to write.
+    """
+    figure = new_figure(11, 4.2)
+    left, right = figure.subplots(1, 2)
+    for number, (method, of_seeds) in enumerate(outcomes.items()):
+        style = {"color": f"C{number}"}
+        courses = [outcome["validation"] for outcome in of_seeds]
+        if all(courses):
+            iterations = [row[0] for row in courses[0]]
+            values = [[row[1] for row in rows] for rows in zip(*courses, strict=True)]
+            left.plot(iterations, [statistics.mean(v) for v in values], label=method, **style)
+            low, high = [min(v) for v in values], [max(v) for v in values]
+            left.fill_between(iterations, low, high, alpha=0.2, linewidth=0, **style)
+        steps = _row(of_seeds)["steps"]
+        means, ci95 = [s["mean"] for s in steps], [s["ci95"] for s in steps]
+        right.errorbar(
+            range(len(means)), means, ci95, marker="o", markersize=4, capsize=3, label=method,
+            **style,
+        )  # fmt: skip
+    for method in outcomes.keys() & PAPER.keys():
+        right.plot(PAPER[method], "x--", color="0.5", label=f"{method}, paper")
+    left.set(xlabel="iteration", ylabel="return after the steps of training", title="validation")
+    right.set(xlabel="gradient steps", ylabel="return", title="test, 95% interval")
+    right.set_xticks(range(max(len(line.get_xdata()) for line in right.lines)))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    right.legend()
+    save_figure(figure, path)

@@ -1,0 +1,253 @@
+"""Runs of policies that learn to navigate."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from fewstep.core.errors import InputError, check_name
+from fewstep.core.rates import ConstantRate, StepRates
+from fewstep.experiments.sweep import check_equal
+from fewstep.rl.learner import PolicyLearner, Returns
+from fewstep.rl.navigation import NavigationTasks
+from fewstep.rl.policy import GaussianPolicy
+from fewstep.rl.trust_region import TrustRegion
+from fewstep.training.display import bars
+from fewstep.training.files import locked, make_folder, write_atomically
+from fewstep.training.run_folder import command_line, environment, write_json
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a policy is trained.
+
+    Args:
+        num_steps: Inner steps in training; 0 trains one policy for all tasks.
+        derivative_order: Of the meta-gradient.
+        shows_goal: The policy sees where it should go.
+        is_trained: Else it stays as it was drawn.
+    """
+
+    num_steps: int = 1
+    derivative_order: int = 2
+    shows_goal: bool = False
+    is_trained: bool = True
+
+
+METHODS = {
+    "MAML": Method(),
+    "first-order MAML": Method(derivative_order=1),
+    "pretrained": Method(num_steps=0),
+    "random": Method(num_steps=0, is_trained=False),
+    "oracle": Method(num_steps=0, shows_goal=True),
+}
+
+
+@dataclass(frozen=True)
+class PolicyRun:
+    """The settings of a run; those of training that a user may choose are `MamlNavigation`'s."""
+
+    method: str
+    seed: int
+    iterations: int
+    tasks: int
+    episodes: int
+    inner_lr: float
+    max_divergence: float
+    hidden: tuple[int, ...]
+    horizon: int
+    val_every: int
+    val_tasks: int
+    test_tasks: int
+    test_episodes: int
+    test_lrs: tuple[float, ...]
+    test_steps: int
+    device: str
+
+    def learner(self) -> PolicyLearner:
+        """Return what is trained, as it is at the start."""
+        check_name("method", self.method, METHODS)
+        method = METHODS[self.method]
+        torch.manual_seed(self.seed)
+        sizes = self.navigation("train")
+        policy = GaussianPolicy(sizes.observation_size, sizes.action_size, self.hidden)
+        return PolicyLearner(
+            policy.to(self.device),
+            method.num_steps,
+            ConstantRate(self.inner_lr),
+            derivative_order=1 if method.derivative_order == 1 else 2,
+            outer=TrustRegion(self.max_divergence),
+            episodes=self.episodes,
+        )
+
+    def navigation(self, split: str) -> NavigationTasks:
+        """Return the tasks of a split; validation and test are the same for all seeds."""
+        return NavigationTasks(
+            split,
+            seed=self.seed if split == "train" else 0,
+            horizon=self.horizon,
+            shows_goal=METHODS[self.method].shows_goal,
+            device=self.device,
+        )
+
+
+@dataclass
+class _Course:
+    """What a run has seen so far, with the best parameters by validation."""
+
+    training: list[list[float]]
+    validation: list[list[float]]
+    best: dict[str, Tensor]
+    seconds: float
+
+    @property
+    def rank(self) -> float:
+        """The best return in validation so far."""
+        return max((row[1] for row in self.validation), default=-float("inf"))
+
+
+def train_policy(path: Path, run: PolicyRun, console: Console | None = None) -> dict[str, Any]:
+    """Train a policy from wherever its run stands, and test the one that was best in validation.
+
+    Every iteration is saved; a killed run goes on to the bit.
+
+    Args:
+        path: Folder of the run; need not exist.
+        run: Its settings.
+        console: Where to show progress; None for nowhere.
+
+    Returns:
+        What outcome.json holds.
+
+    Raises:
+        InputError: the folder holds a run with other settings, or another process has it.
+    """
+    make_folder(path)
+    with locked(path):
+        if (outcome := _outcome(path, run)) is not None:
+            return outcome
+        learner = run.learner()
+        course = _resume(path / "state.safetensors", run, learner)
+        iterations = run.iterations if METHODS[run.method].is_trained else 0
+        with bars(console or Console(quiet=True)) as progress:
+            bar = progress.add_task(
+                path.name, total=iterations, completed=learner.iteration, rate=""
+            )
+            while learner.iteration < iterations:
+                _iterate(run, learner, course, iterations)
+                _save(path / "state.safetensors", run, learner, course)
+                text = f"return {course.training[-1][-1]:.1f}"
+                progress.update(bar, completed=learner.iteration, rate=text)
+            if course.best:
+                learner.load_state_tensors(course.best)
+            returns = evaluate_policy(run, learner)
+        write_atomically(path / "policy.safetensors", save(_contiguous(learner.state_tensors())))
+        found = {
+            "settings": asdict(run),
+            "environment": environment(command_line(), run.device),
+            "seconds": course.seconds,
+            "best": learner.iteration,
+            "training": course.training,
+            "validation": course.validation,
+            "test": {
+                "curve": returns.curve,
+                "ci95": returns.curve_ci95,
+                "of_tasks": [[round(r, 4) for r in row] for row in returns.of_tasks.tolist()],
+            },
+        }
+        write_json(path / "outcome.json", found)
+    return found
+
+
+def evaluate_policy(run: PolicyRun, learner: PolicyLearner) -> Returns:
+    """Return what the test tasks gave after 0, 1, ... steps at the rates of the test."""
+    return learner.evaluate(
+        run.navigation("test"),
+        run.test_tasks,
+        num_steps=0 if METHODS[run.method].shows_goal else run.test_steps,
+        inner_rate=StepRates(run.test_lrs),
+        episodes=run.test_episodes,
+    )
+
+
+def trained_policy(path: Path, run: PolicyRun) -> PolicyLearner:
+    """Return the learner that a finished run has kept."""
+    learner = run.learner()
+    learner.load_state_tensors(load_file(path / "policy.safetensors"))
+    return learner
+
+
+def _iterate(run: PolicyRun, learner: PolicyLearner, course: _Course, iterations: int) -> None:
+    """Do one iteration, and a validation where one is due."""
+    began = time.monotonic()
+    metrics = learner.step(run.navigation("train"), learner.iteration * run.tasks, run.tasks)
+    course.training.append(metrics.returns.curve)
+    if learner.iteration % run.val_every == 0 or learner.iteration == iterations:
+        returns = learner.evaluate(run.navigation("val"), run.val_tasks)
+        row = [float(learner.iteration), returns.curve[-1], returns.curve_ci95[-1]]
+        if row[1] > course.rank:
+            course.best = {n: t.detach().clone() for n, t in learner.state_tensors().items()}
+        course.validation.append(row)
+    course.seconds += time.monotonic() - began
+
+
+def _save(path: Path, run: PolicyRun, learner: PolicyLearner, course: _Course) -> None:
+    tensors = {f"now.{name}": t for name, t in learner.state_tensors().items()}
+    tensors |= {f"best.{name}": t for name, t in course.best.items()}
+    told = {"training": course.training, "validation": course.validation}
+    metadata = {
+        "settings": json.dumps(asdict(run)),
+        "course": json.dumps(told | {"seconds": course.seconds}),
+    }
+    write_atomically(path, save(_contiguous(tensors), metadata))
+
+
+def _resume(path: Path, run: PolicyRun, learner: PolicyLearner) -> _Course:
+    if not path.exists():
+        return _Course([], [], {}, 0.0)
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise InputError(f"{path} is damaged ({error}); remove it to start anew") from error
+    _check_settings(path.parent, run, json.loads(metadata["settings"]))
+    parts: dict[str, dict[str, Tensor]] = {"now": {}, "best": {}}
+    for key, tensor in tensors.items():
+        part, _, name = key.partition(".")
+        parts[part][name] = tensor.to(run.device)
+    learner.load_state_tensors(parts["now"])
+    return _Course(best=parts["best"], **json.loads(metadata["course"]))
+
+
+def _outcome(path: Path, run: PolicyRun) -> dict[str, Any] | None:
+    """Return what a finished run wrote; None of one that is not."""
+    try:
+        found: dict[str, Any] = json.loads((path / "outcome.json").read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise InputError(f"{path / 'outcome.json'} is damaged; remove it") from error
+    _check_settings(path, run, found["settings"])
+    return found
+
+
+def _check_settings(path: Path, run: PolicyRun, held: Mapping[str, Any]) -> None:
+    asked = json.loads(json.dumps(asdict(run)))  # tuples are lists in a file
+    for name, value in asked.items():
+        if name != "device":
+            check_equal(path, name, held.get(name), value)
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}

@@ -1,0 +1,144 @@
+"""Tasks made of Gymnasium environments; needs `pip install "fewstep[rl]"`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.core.errors import InputError
+from fewstep.data.counter_random import key_from_name, random_bits, random_normal
+from fewstep.rl.environments import Outcome
+
+Environment = gymnasium.Env[Any, Any]
+
+
+class GymnasiumTasks:
+    """Tasks of environments that a function makes; each episode has an environment of its own.
+
+    Where actions are bounded, [-1, 1] of a policy is the whole of their range, and what is beyond
+    is cut off. Noise and seeds of resets are pure functions of (seed, task, step, episode).
+
+    Args:
+        make: Returns an environment of task i, a new one at each call. Observations and actions are
+            `gymnasium.spaces.Box`es of one dimension.
+        horizon: Time steps of an episode, at most.
+        seed: Any integer.
+        dtype: Of observations, rewards and noise.
+
+    Raises:
+        InputError: `horizon` is below 1, or a space is another.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[int], Environment],
+        *,
+        horizon: int,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if horizon < 1:
+            raise InputError(f"horizon={horizon} must be at least 1 time step")
+        self.horizon = horizon
+        self.dtype = dtype
+        self._make = make
+        with make(0) as first:
+            self.observation_size = _size("observations", first.observation_space)
+            self.action_size = _size("actions", first.action_space)
+        self._key_noise = key_from_name(seed, "gymnasium/noise")
+        self._key_reset = key_from_name(seed, "gymnasium/reset")
+
+    def environments(self, start: int, count: int, episodes: int) -> GymnasiumEnvironments:
+        """Return tasks start, ..., start + count - 1, with so many episodes of each."""
+        numbers = torch.arange(start, start + count)
+        return GymnasiumEnvironments(
+            [[self._make(task) for _ in range(episodes)] for task in numbers.tolist()],
+            lambda resets: random_bits(
+                self._key_reset, numbers[:, None], torch.tensor(resets), torch.arange(episodes)
+            ),
+            self.dtype,
+        )
+
+    def noise(self, start: int, count: int, episodes: int, step: int) -> Tensor:
+        """Return the noise of the actions, (horizon, count, episodes, action_size)."""
+        noise = random_normal(
+            self._key_noise,
+            torch.arange(start, start + count)[None, :, None, None],
+            torch.tensor(step),
+            torch.arange(self.horizon)[:, None, None, None],
+            torch.arange(episodes)[None, None, :, None],
+            torch.arange(self.action_size),
+        )
+        return noise.to(self.dtype)
+
+
+class GymnasiumEnvironments:
+    """Environments that take their steps one after the other, until their episodes end.
+
+    Args:
+        environments: Those of each task's episodes.
+        seeds: Gives the seeds of all resets, (tasks, episodes), by how many there were before.
+        dtype: Of observations and rewards.
+    """
+
+    def __init__(
+        self,
+        environments: list[list[Environment]],
+        seeds: Callable[[int], Tensor],
+        dtype: torch.dtype,
+    ) -> None:
+        self._all = [environment for of_task in environments for environment in of_task]
+        self._shape = (len(environments), len(environments[0]))
+        self._seeds, self._dtype, self._resets = seeds, dtype, 0
+        self._bounds = [_bounds(environment) for environment in self._all]
+        self._seen: list[Any] = []
+        self._ended: list[bool] = []
+
+    def reset(self) -> Tensor:
+        """Begin all episodes."""
+        seeds = (self._seeds(self._resets) >> 32).flatten().tolist()  # of 31 bits, as some need
+        self._resets += 1
+        pairs = zip(self._all, seeds, strict=True)
+        self._seen = [environment.reset(seed=seed)[0] for environment, seed in pairs]
+        self._ended = [False] * len(self._all)
+        return self._observations()
+
+    def step(self, actions: Tensor) -> Outcome:
+        """Take actions where the episodes have not ended."""
+        rewards = [0.0] * len(self._all)
+        for i, action in enumerate(actions.flatten(0, 1).double().cpu().numpy()):
+            if self._ended[i]:
+                continue
+            lower, upper, kind = self._bounds[i]
+            if lower is not None:
+                action = lower + (np.clip(action, -1, 1) + 1) / 2 * (upper - lower)
+            self._seen[i], reward, terminated, truncated, _ = self._all[i].step(action.astype(kind))
+            rewards[i], self._ended[i] = float(reward), bool(terminated or truncated)
+        return Outcome(
+            self._observations(),
+            torch.tensor(rewards, dtype=self._dtype).view(self._shape),
+            torch.tensor(self._ended).view(self._shape),
+        )
+
+    def _observations(self) -> Tensor:
+        return torch.as_tensor(np.stack(self._seen), dtype=self._dtype).view(*self._shape, -1)
+
+
+def _size(what: str, space: gymnasium.Space[Any]) -> int:
+    if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
+        raise InputError(f"the {what} of the environment are {space}; give a Box of one dimension")
+    return int(space.shape[0])
+
+
+def _bounds(environment: Environment) -> tuple[Any, Any, Any]:
+    """Return lowest and highest actions, None where there are none, and their type."""
+    space = environment.action_space
+    assert isinstance(space, gymnasium.spaces.Box)
+    if not space.is_bounded():
+        return None, None, space.dtype
+    return space.low.astype(float), space.high.astype(float), space.dtype

@@ -1,0 +1,137 @@
+"""The table and the figures of 2D navigation, on short episodes of few tasks."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+
+from fewstep.cli.main import main
+from fewstep.core.errors import InputError
+from fewstep.experiments import policy_runs
+from fewstep.experiments.navigation import MamlNavigation
+from fewstep.experiments.policy_runs import train_policy, trained_policy
+from fewstep.rl import PolicyLearner
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    return MamlNavigation(
+        seeds=2, iterations=3, tasks=3, episodes=3, hidden=(6,), horizon=5, val_every=2,
+        val_tasks=3, test_tasks=4, test_episodes=3, out=tmp_path / "out",
+    )  # fmt: skip
+
+
+def settings(experiment, method="MAML"):
+    return experiment._settings(method, 0, "cpu")
+
+
+def test_the_table_and_the_figures(experiment, monkeypatch):
+    experiment.run(QUIET)
+    table = json.loads((experiment.out / "table.json").read_text())
+    assert list(table["rows"]) == list(experiment.methods)
+    outcomes = [
+        json.loads((experiment.out / f"maml-seed{seed}" / "outcome.json").read_text())
+        for seed in range(2)
+    ]
+    for step, found in enumerate(table["rows"]["MAML"]["steps"]):
+        means = [
+            sum(row[step] for row in o["test"]["of_tasks"]) / experiment.test_tasks
+            for o in outcomes
+        ]
+        assert found["seeds"] == pytest.approx(means, abs=1e-3)
+        assert found["mean"] == pytest.approx(sum(means) / 2, abs=1e-3)
+    assert len(table["rows"]["oracle"]["steps"]) == 1  # it knows the goal and takes no step
+    text = (experiment.out / "table.md").read_text()
+    assert "| MAML, paper | -40.41 | -11.68 | -3.33 | -3.23 |" in text
+    for picture in ("returns.png", "paths.png"):
+        with Image.open(experiment.out / picture) as image:
+            assert min(image.size) > 300
+
+    monkeypatch.setattr(PolicyLearner, "step", lambda *_: pytest.fail("trained again"))
+    experiment.run(QUIET)
+    assert json.loads((experiment.out / "table.json").read_text())["rows"] == table["rows"]
+
+
+def test_methods_differ_in_what_they_say():
+    """Training moves all but the random one, whose policy all others but the oracle begin with."""
+    experiment = MamlNavigation(hidden=(6,))
+    start = {m: settings(experiment, m).learner().state_tensors() for m in experiment.methods}
+    for method in ("first-order MAML", "pretrained", "random"):
+        assert all(torch.equal(t, start["MAML"][n]) for n, t in start[method].items())
+    assert start["oracle"]["mean.0.weight"].shape == (6, 4)
+    orders = {m: settings(experiment, m).learner().derivative_order for m in experiment.methods}
+    assert orders == {m: 1 if m == "first-order MAML" else 2 for m in experiment.methods}
+
+
+def test_a_killed_run_goes_on_to_the_bit(experiment, tmp_path, monkeypatch):
+    run = settings(experiment)
+    straight = train_policy(tmp_path / "straight", run)
+    save, calls = policy_runs._save, []
+
+    def killed(*args):
+        save(*args)
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(policy_runs, "_save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_policy(tmp_path / "killed", run)
+    monkeypatch.setattr(policy_runs, "_save", save)
+    again = train_policy(tmp_path / "killed", run)
+    for part in ("training", "validation", "test", "best"):
+        assert again[part] == straight[part]
+    policies = [load_file(tmp_path / n / "policy.safetensors") for n in ("straight", "killed")]
+    assert all(torch.equal(t, policies[1][name]) for name, t in policies[0].items())
+
+
+def test_the_best_policy_in_validation_is_tested(experiment, tmp_path, monkeypatch):
+    run = replace(settings(experiment), iterations=4, val_every=1)
+    outcome = train_policy(tmp_path / "run", run)
+    returns = [row[1] for row in outcome["validation"]]
+    assert [row[0] for row in outcome["validation"]] == [1, 2, 3, 4]
+    assert outcome["best"] == 1 + returns.index(max(returns))
+    learner = trained_policy(tmp_path / "run", run)
+    assert learner.iteration == outcome["best"]
+    again = learner.evaluate(run.navigation("val"), run.val_tasks)
+    assert again.curve[-1] == max(returns)
+
+
+def test_other_settings_are_refused_in_the_folder_of_a_run(experiment, tmp_path):
+    run = settings(experiment)
+    train_policy(tmp_path / "done", run)
+    with pytest.raises(InputError, match=r"inner_lr=0\.1, but inner_lr=0\.5 is asked for"):
+        train_policy(tmp_path / "done", replace(run, inner_lr=0.5))
+    (tmp_path / "done" / "outcome.json").unlink()  # as if it had been killed
+    with pytest.raises(InputError, match=r"inner_lr=0\.1, but inner_lr=0\.5 is asked for"):
+        train_policy(tmp_path / "done", replace(run, inner_lr=0.5))
+
+
+@pytest.mark.parametrize("file", ["state.safetensors", "outcome.json"])
+def test_a_damaged_file_is_told(file, experiment, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / file).write_bytes(b"{")
+    with pytest.raises(InputError, match=f"{file}.* is damaged"):
+        train_policy(tmp_path / "run", settings(experiment))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--methods", "mmal"], "unknown method 'mmal'; did you mean 'MAML'?"),
+        (["--seeds", "0"], "seeds=0 must be at least 1"),
+        (["--iterations", "-1"], "iterations=-1 must be 0 or more"),
+        (["--test-tasks", "1"], "test_tasks=1 must be at least 2"),
+        (["--inner-lr", "nan"], "inner_lr=nan must be a finite number"),
+        (["--hidden", "0"], "must have at least 1 each"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(words, told, tmp_path, capsys):
+    assert main(["reproduce", "maml-navigation", "--out", str(tmp_path / "out"), *words]) == 2
+    assert told in capsys.readouterr().err

@@ -1,0 +1,114 @@
+"""Tasks of Gymnasium environments, against the same tasks of ours, and on a pendulum."""
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+from fewstep import ConstantRate, InputError
+from fewstep.rl import GaussianPolicy, NavigationTasks, PolicyLearner
+from fewstep.rl.gymnasium_tasks import GymnasiumTasks
+
+HORIZON = 12
+
+
+class Point(gymnasium.Env):
+    """2D navigation, as a Gymnasium environment."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = gymnasium.spaces.Box(-0.1, 0.1, (2,), np.float64)
+
+    def __init__(self, goal):
+        self.goal = goal
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.position = np.zeros(2)
+        return self.position, {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.position = self.position + action
+        away = self.position - self.goal
+        return self.position, -np.linalg.norm(away), bool((abs(away) < 0.01).all()), False, {}
+
+
+@pytest.fixture
+def ours():
+    """Return tasks whose goals are near, so that some episodes end at them."""
+    tasks = NavigationTasks("train", horizon=HORIZON, dtype=torch.float64)
+    far = tasks.goals
+    tasks.goals = lambda start, count: 0.1 * far(start, count)
+    return tasks
+
+
+@pytest.fixture
+def theirs(ours):
+    tasks = GymnasiumTasks(
+        lambda task: Point(ours.goals(task, 1)[0].numpy()), horizon=HORIZON, dtype=torch.float64
+    )
+    tasks.noise = ours.noise
+    return tasks
+
+
+@pytest.mark.usefixtures("float64")
+def test_episodes_are_those_of_the_same_tasks_of_ours(ours, theirs):
+    assert (theirs.observation_size, theirs.action_size) == (2, 2)
+    learner = PolicyLearner(GaussianPolicy(2, 2, hidden=(6,)), 2, ConstantRate(0.3), episodes=40)
+    pairs = zip(
+        learner.roll_out(ours, slice(3, 6)), learner.roll_out(theirs, slice(3, 6)), strict=True
+    )
+    ends = 0
+    for here, there in pairs:
+        ends += int((here.running[..., -1] == 0).sum())
+        for name in ("observations", "actions", "rewards", "running"):
+            torch.testing.assert_close(getattr(there, name), getattr(here, name))
+    assert ends > 0  # else what comes after an end was not compared
+
+
+def pendulum(task):
+    """Return a pendulum of another length for each task."""
+    environment = gymnasium.make("Pendulum-v1")
+    environment.unwrapped.l = 0.5 + 0.1 * task
+    return environment
+
+
+def test_a_policy_trains_on_pendulums_and_a_task_is_always_the_same():
+    tasks = GymnasiumTasks(pendulum, horizon=8)
+    learner = PolicyLearner(GaussianPolicy(3, 1, hidden=(6,)), 1, ConstantRate(0.1), episodes=4)
+    update = learner.step(tasks, 0, 3).update
+    assert update.loss < update.loss_before
+    whole, again = (learner.evaluate(tasks, 3).of_tasks for _ in range(2))
+    assert torch.equal(whole, again)
+    alone = learner.roll_out(tasks, slice(2, 3))
+    torch.testing.assert_close(torch.stack([r.returns for r in alone], 1), whole[2:])
+    first, second = alone[0].observations[0, :, 0], alone[1].observations[0, :, 0]
+    starts = torch.cat([first, second])
+    assert len(starts.unique(dim=0)) == len(starts)  # a pendulum starts at random: each elsewhere
+
+
+def test_an_episode_that_its_environment_cuts_off_has_ended():
+    tasks = GymnasiumTasks(lambda _: gymnasium.wrappers.TimeLimit(Point(np.ones(2)), 5), horizon=8)
+    learner = PolicyLearner(GaussianPolicy(2, 2), episodes=2)
+    (rollouts,) = learner.roll_out(tasks, slice(0, 1), num_steps=0)
+    assert rollouts.running[0].tolist() == [[1, 1, 1, 1, 1, 0, 0, 0]] * 2
+    assert not rollouts.rewards[0, :, 5:].any()
+
+
+def test_actions_without_bounds_are_taken_as_they_are():
+    class Free(Point):
+        action_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+
+    tasks = GymnasiumTasks(lambda _: Free(np.ones(2)), horizon=1, dtype=torch.float64)
+    environments = tasks.environments(0, 1, episodes=1)
+    environments.reset()
+    found = environments.step(torch.tensor([[[7.0, -3.0]]], dtype=torch.float64))
+    assert found.observations.tolist() == [[[7.0, -3.0]]]
+
+
+@pytest.mark.parametrize("name", ["observation_space", "action_space"])
+def test_other_spaces_are_refused(name):
+    environment = Point(np.ones(2))
+    setattr(environment, name, gymnasium.spaces.Discrete(3))
+    with pytest.raises(InputError, match=r"Discrete\(3\); give a Box of one dimension"):
+        GymnasiumTasks(lambda _: environment, horizon=5)
