@@ -13,22 +13,30 @@ from fewstep.cli.main import main
 from fewstep.core.errors import InputError
 from fewstep.experiments import policy_runs
 from fewstep.experiments.navigation import MamlNavigation
-from fewstep.experiments.policy_runs import train_policy, trained_policy
+from fewstep.experiments.policy_runs import (
+    METHODS,
+    PolicyRun,
+    Setting,
+    train_policy,
+    trained_policy,
+)
 from fewstep.rl import PolicyLearner
 
 QUIET = Console(quiet=True)
+SETTING = Setting(
+    iterations=3, tasks=3, episodes=3, hidden=(6,), horizon=5, val_every=2, val_tasks=3,
+    test_tasks=4, test_episodes=3,
+)  # fmt: skip
 
 
 @pytest.fixture
 def experiment(tmp_path):
-    return MamlNavigation(
-        seeds=2, iterations=3, tasks=3, episodes=3, hidden=(6,), horizon=5, val_every=2,
-        val_tasks=3, test_tasks=4, test_episodes=3, out=tmp_path / "out",
-    )  # fmt: skip
+    return MamlNavigation(seeds=2, setting=SETTING, out=tmp_path / "out")
 
 
-def settings(experiment, method="MAML"):
-    return experiment._settings(method, 0, "cpu")
+@pytest.fixture
+def run():
+    return PolicyRun("MAML", 0, SETTING)
 
 
 def test_the_table_and_the_figures(experiment, monkeypatch):
@@ -41,8 +49,7 @@ def test_the_table_and_the_figures(experiment, monkeypatch):
     ]
     for step, found in enumerate(table["rows"]["MAML"]["steps"]):
         means = [
-            sum(row[step] for row in o["test"]["of_tasks"]) / experiment.test_tasks
-            for o in outcomes
+            sum(row[step] for row in o["test"]["of_tasks"]) / SETTING.test_tasks for o in outcomes
         ]
         assert found["seeds"] == pytest.approx(means, abs=1e-3)
         assert found["mean"] == pytest.approx(sum(means) / 2, abs=1e-3)
@@ -60,17 +67,17 @@ def test_the_table_and_the_figures(experiment, monkeypatch):
 
 def test_methods_differ_in_what_they_say():
     """Training moves all but the random one, whose policy all others but the oracle begin with."""
-    experiment = MamlNavigation(hidden=(6,))
-    start = {m: settings(experiment, m).learner().state_tensors() for m in experiment.methods}
+    learners = {method: PolicyRun(method, 0, SETTING).learner() for method in METHODS}
+    start = {method: learner.state_tensors() for method, learner in learners.items()}
     for method in ("first-order MAML", "pretrained", "random"):
         assert all(torch.equal(t, start["MAML"][n]) for n, t in start[method].items())
     assert start["oracle"]["mean.0.weight"].shape == (6, 4)
-    orders = {m: settings(experiment, m).learner().derivative_order for m in experiment.methods}
-    assert orders == {m: 1 if m == "first-order MAML" else 2 for m in experiment.methods}
+    for method, learner in learners.items():
+        assert learner.derivative_order == (1 if method == "first-order MAML" else 2)
+        assert METHODS[method].num_steps == learner._loop.algorithm.num_steps
 
 
-def test_a_killed_run_goes_on_to_the_bit(experiment, tmp_path, monkeypatch):
-    run = settings(experiment)
+def test_a_killed_run_goes_on_to_the_bit(run, tmp_path, monkeypatch):
     straight = train_policy(tmp_path / "straight", run)
     save, calls = policy_runs._save, []
 
@@ -91,34 +98,34 @@ def test_a_killed_run_goes_on_to_the_bit(experiment, tmp_path, monkeypatch):
     assert all(torch.equal(t, policies[1][name]) for name, t in policies[0].items())
 
 
-def test_the_best_policy_in_validation_is_tested(experiment, tmp_path, monkeypatch):
-    run = replace(settings(experiment), iterations=4, val_every=1)
+def test_the_best_policy_in_validation_is_tested(run, tmp_path):
+    run = replace(run, setting=replace(SETTING, iterations=4, val_every=1))
     outcome = train_policy(tmp_path / "run", run)
     returns = [row[1] for row in outcome["validation"]]
     assert [row[0] for row in outcome["validation"]] == [1, 2, 3, 4]
     assert outcome["best"] == 1 + returns.index(max(returns))
     learner = trained_policy(tmp_path / "run", run)
     assert learner.iteration == outcome["best"]
-    again = learner.evaluate(run.navigation("val"), run.val_tasks)
+    again = learner.evaluate(run.navigation("val"), SETTING.val_tasks)
     assert again.curve[-1] == max(returns)
 
 
-def test_other_settings_are_refused_in_the_folder_of_a_run(experiment, tmp_path):
-    run = settings(experiment)
+def test_other_settings_are_refused_in_the_folder_of_a_run(run, tmp_path):
+    other = replace(run, setting=replace(SETTING, inner_lr=0.5))
     train_policy(tmp_path / "done", run)
     with pytest.raises(InputError, match=r"inner_lr=0\.1, but inner_lr=0\.5 is asked for"):
-        train_policy(tmp_path / "done", replace(run, inner_lr=0.5))
+        train_policy(tmp_path / "done", other)
     (tmp_path / "done" / "outcome.json").unlink()  # as if it had been killed
     with pytest.raises(InputError, match=r"inner_lr=0\.1, but inner_lr=0\.5 is asked for"):
-        train_policy(tmp_path / "done", replace(run, inner_lr=0.5))
+        train_policy(tmp_path / "done", other)
 
 
 @pytest.mark.parametrize("file", ["state.safetensors", "outcome.json"])
-def test_a_damaged_file_is_told(file, experiment, tmp_path):
+def test_a_damaged_file_is_told(file, run, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / file).write_bytes(b"{")
     with pytest.raises(InputError, match=f"{file}.* is damaged"):
-        train_policy(tmp_path / "run", settings(experiment))
+        train_policy(tmp_path / "run", run)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +133,7 @@ def test_a_damaged_file_is_told(file, experiment, tmp_path):
     [
         (["--methods", "mmal"], "unknown method 'mmal'; did you mean 'MAML'?"),
         (["--seeds", "0"], "seeds=0 must be at least 1"),
-        (["--iterations", "-1"], "iterations=-1 must be 0 or more"),
+        (["--iterations", "-1"], "iterations=-1 must be at least 0"),
         (["--test-tasks", "1"], "test_tasks=1 must be at least 2"),
         (["--inner-lr", "nan"], "inner_lr=nan must be a finite number"),
         (["--hidden", "0"], "must have at least 1 each"),

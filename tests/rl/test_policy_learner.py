@@ -17,7 +17,7 @@ from fewstep import (
 )
 from fewstep.rl import GaussianPolicy, NavigationTasks, PolicyLearner, TrustRegion
 from fewstep.rl.environments import Outcome
-from fewstep.rl.learner import Experience
+from fewstep.rl.experience import Experience
 from fewstep.rl.policy import kl_divergence, log_probability, mean_and_log_std
 from fewstep.rl.trust_region import hessian_product
 

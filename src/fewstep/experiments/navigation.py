@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,13 @@ from typing import Any
 from rich.console import Console
 
 from fewstep.core.errors import InputError, check_name, check_some
-from fewstep.experiments.policy_runs import METHODS, PolicyRun, train_policy, trained_policy
+from fewstep.experiments.policy_runs import (
+    METHODS,
+    PolicyRun,
+    Setting,
+    train_policy,
+    trained_policy,
+)
 from fewstep.experiments.pool import each
 from fewstep.report.figure import new_figure, save_figure
 from fewstep.report.navigation_paths import plot_paths
@@ -21,9 +27,8 @@ from fewstep.training.display import say
 from fewstep.training.files import write_atomically
 from fewstep.training.run_folder import command_line, environment, write_json
 
-PAPER = {
-    "MAML": (-40.41, -11.68, -3.33, -3.23),
-}
+PAPER = {"MAML": (-40.41, -11.68, -3.33, -3.23)}
+Plan = dict[tuple[str, int], tuple[Path, PolicyRun]]
 
 
 @dataclass(frozen=True)
@@ -39,32 +44,8 @@ class MamlNavigation:
     """Rows of the table."""
     seeds: int = 3
     """Runs of each row."""
-    iterations: int = 100
-    """Outer updates of a run, as in the authors' code; the paper has up to 500."""
-    tasks: int = 20
-    """Tasks of an iteration."""
-    episodes: int = 20
-    """Episodes of a task, before the step and after it."""
-    inner_lr: float = 0.1
-    """Inner rate in training, the paper's; the authors' code has 0.5."""
-    max_divergence: float = 0.01
-    """How far adapted policies may move in an iteration, in nats."""
-    hidden: tuple[int, ...] = (100, 100)
-    """Units of the policy's hidden layers."""
-    horizon: int = 100
-    """Time steps of an episode, at most."""
-    val_every: int = 10
-    """Iterations between validations, which choose the policy that is tested."""
-    val_tasks: int = 40
-    """Tasks of a validation."""
-    test_tasks: int = 600
-    """Tasks of the test; the paper has 40."""
-    test_episodes: int = 40
-    """Episodes of a test task after each number of steps."""
-    test_lrs: tuple[float, ...] = (0.1, 0.05)
-    """Inner rates of the test's steps, the last repeated: the paper's."""
-    test_steps: int = 3
-    """Inner steps of the test."""
+    setting: Setting = field(default_factory=Setting)
+    """What is learned, and how it is tested."""
     workers: int = 1
     """Runs at once, a single-threaded process each."""
     ray: bool = False
@@ -77,32 +58,21 @@ class MamlNavigation:
     def run(self, console: Console) -> None:
         """Train what is not trained yet; write the table and the figures."""
         check_some("methods", self.methods)
-        check_some("test_lrs", self.test_lrs)
         for method in self.methods:
             check_name("method", method, METHODS)
-        for name in ("seeds", "tasks", "episodes", "val_every", "test_episodes"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("iterations", "test_steps"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name}={getattr(self, name)} must be 0 or more")
-        for name in ("val_tasks", "test_tasks"):
-            if getattr(self, name) < 2:
-                raise InputError(f"{name}={getattr(self, name)} must be at least 2")
+        if self.seeds < 1:
+            raise InputError(f"seeds={self.seeds} must be at least 1")
+        self.setting.check()
         device = resolve_device(self.device)
         plan = {
-            (method, seed): (self._folder(method, seed), self._settings(method, seed, device))
+            (method, seed): (
+                self.out / f"{method.lower().replace(' ', '-')}-seed{seed}",
+                PolicyRun(method, seed, self.setting, device),
+            )
             for seed in range(self.seeds)
             for method in self.methods
         }
-        shown = console if self.workers == 1 and not self.ray else None
-        train = train_policy if shown is None else partial(train_policy, console=shown)
-        found = dict(
-            each(
-                train, plan, workers=self.workers, ray=self.ray,
-                console=console if shown is None else Console(quiet=True),
-            )
-        )  # fmt: skip
+        found = self._complete(plan, console)
         outcomes = {m: [found[m, seed] for seed in range(self.seeds)] for m in self.methods}
         rows = {method: _row(of_seeds) for method, of_seeds in outcomes.items()}
         write_json(
@@ -119,52 +89,36 @@ class MamlNavigation:
         written = "table.md, table.json and returns.png"
         if (first := plan.get(("MAML", 0))) is not None:
             learner = trained_policy(*first)
-            plot_paths(learner, first[1].navigation("test"), self.out / "paths.png", self.test_lrs)
+            tasks, rates = first[1].navigation("test"), self.setting.test_lrs
+            plot_paths(learner, tasks, self.out / "paths.png", rates)
             written = "table.md, table.json, returns.png and paths.png"
         say(console, table)
         say(console, f"wrote {written} in {self.out}")
 
-    def _folder(self, method: str, seed: int) -> Path:
-        return self.out / f"{method.lower().replace(' ', '-')}-seed{seed}"
-
-    def _settings(self, method: str, seed: int, device: str) -> PolicyRun:
-        return PolicyRun(
-            method=method,
-            seed=seed,
-            iterations=self.iterations,
-            tasks=self.tasks,
-            episodes=self.episodes,
-            inner_lr=self.inner_lr,
-            max_divergence=self.max_divergence,
-            hidden=self.hidden,
-            horizon=self.horizon,
-            val_every=self.val_every,
-            val_tasks=self.val_tasks,
-            test_tasks=self.test_tasks,
-            test_episodes=self.test_episodes,
-            test_lrs=self.test_lrs,
-            test_steps=self.test_steps,
-            device=device,
-        )
+    def _complete(self, plan: Plan, console: Console) -> dict[tuple[str, int], dict[str, Any]]:
+        """Complete the runs, with a bar for each if it is one after the other, else for all."""
+        is_alone = self.workers == 1 and not self.ray
+        train = partial(train_policy, console=console) if is_alone else train_policy
+        quiet = Console(quiet=True) if is_alone else console
+        return dict(each(train, plan, workers=self.workers, ray=self.ray, console=quiet))
 
     def _markdown(self, rows: Mapping[str, dict[str, Any]]) -> str:
+        setting, steps = self.setting, self.setting.test_steps
         seeds = f"{self.seeds} seed{'s' * (self.seeds > 1)}"
         spread = " (standard deviation over the seeds)" * (self.seeds > 1)
         lines = [
-            f"2D navigation, {self.iterations} iterations of {self.tasks} tasks of "
-            f"{self.episodes} episodes, {seeds}, {self.test_tasks} test tasks each.",
+            f"2D navigation, {setting.iterations} iterations of {setting.tasks} tasks of "
+            f"{setting.episodes} episodes, {seeds}, {setting.test_tasks} test tasks each.",
             f"Return ± 95% interval over the test tasks{spread}, by gradient steps.",
             "",
-            f"| method | {' | '.join(map(str, range(self.test_steps + 1)))} | s per run |",
-            f"|---|{'---|' * (self.test_steps + 2)}",
+            f"| method | {' | '.join(map(str, range(steps + 1)))} | s per run |",
+            f"|---|{'---|' * (steps + 2)}",
         ]
         for method, row in rows.items():
-            lines.append(
-                _line(method, [*map(_cell, row["steps"])], row["seconds"], self.test_steps)
-            )
+            lines.append(_line(method, [*map(_cell, row["steps"])], row["seconds"], steps))
             if method in PAPER:
-                numbers = [f"{number:.2f}" for number in PAPER[method][: self.test_steps + 1]]
-                lines.append(_line(f"{method}, paper", numbers, None, self.test_steps))
+                numbers = [f"{number:.2f}" for number in PAPER[method][: steps + 1]]
+                lines.append(_line(f"{method}, paper", numbers, None, steps))
         return "\n".join(lines) + "\n"
 
 

@@ -15,12 +15,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from fewstep.core.errors import InputError, check_name
+from fewstep.core.errors import InputError
 from fewstep.core.rates import ConstantRate, StepRates
 from fewstep.experiments.sweep import check_equal
-from fewstep.rl.learner import PolicyLearner, Returns
+from fewstep.rl.learner import PolicyLearner
 from fewstep.rl.navigation import NavigationTasks
 from fewstep.rl.policy import GaussianPolicy
+from fewstep.rl.returns import Returns
 from fewstep.rl.trust_region import TrustRegion
 from fewstep.training.display import bars
 from fewstep.training.files import locked, make_folder, write_atomically
@@ -54,40 +55,70 @@ METHODS = {
 
 
 @dataclass(frozen=True)
+class Setting:
+    """What is learned, and how it is tested."""
+
+    iterations: int = 100
+    """Outer updates of a run, as in the authors' code; the paper has up to 500."""
+    tasks: int = 20
+    """Tasks of an iteration."""
+    episodes: int = 20
+    """Episodes of a task, before the step and after it."""
+    inner_lr: float = 0.1
+    """Inner rate in training, the paper's; the authors' code has 0.5."""
+    max_divergence: float = 0.01
+    """How far adapted policies may move in an iteration, in nats."""
+    hidden: tuple[int, ...] = (100, 100)
+    """Units of the policy's hidden layers."""
+    horizon: int = 100
+    """Time steps of an episode, at most."""
+    val_every: int = 10
+    """Iterations between validations, which choose the policy that is tested."""
+    val_tasks: int = 40
+    """Tasks of a validation."""
+    test_tasks: int = 600
+    """Tasks of the test; the paper has 40."""
+    test_episodes: int = 40
+    """Episodes of a test task after each number of steps."""
+    test_lrs: tuple[float, ...] = (0.1, 0.05)
+    """Inner rates of the test's steps, the last repeated: the paper's."""
+    test_steps: int = 3
+    """Inner steps of the test."""
+
+    def check(self) -> None:
+        """Check what nothing else does.
+
+        Raises:
+            InputError: a number is too small.
+        """
+        least = {"iterations": 0, "test_steps": 0, "tasks": 1, "val_every": 1}
+        for name, lowest in {**least, "test_episodes": 1, "val_tasks": 2, "test_tasks": 2}.items():
+            if getattr(self, name) < lowest:
+                raise InputError(f"{name}={getattr(self, name)} must be at least {lowest}")
+
+
+@dataclass(frozen=True)
 class PolicyRun:
-    """The settings of a run; those of training that a user may choose are `MamlNavigation`'s."""
+    """A run: a method, and the seed of its policy and training tasks."""
 
     method: str
     seed: int
-    iterations: int
-    tasks: int
-    episodes: int
-    inner_lr: float
-    max_divergence: float
-    hidden: tuple[int, ...]
-    horizon: int
-    val_every: int
-    val_tasks: int
-    test_tasks: int
-    test_episodes: int
-    test_lrs: tuple[float, ...]
-    test_steps: int
-    device: str
+    setting: Setting
+    device: str = "cpu"
 
     def learner(self) -> PolicyLearner:
         """Return what is trained, as it is at the start."""
-        check_name("method", self.method, METHODS)
-        method = METHODS[self.method]
+        method, setting = METHODS[self.method], self.setting
         torch.manual_seed(self.seed)
         sizes = self.navigation("train")
-        policy = GaussianPolicy(sizes.observation_size, sizes.action_size, self.hidden)
+        policy = GaussianPolicy(sizes.observation_size, sizes.action_size, setting.hidden)
         return PolicyLearner(
             policy.to(self.device),
             method.num_steps,
-            ConstantRate(self.inner_lr),
+            ConstantRate(setting.inner_lr),
             derivative_order=1 if method.derivative_order == 1 else 2,
-            outer=TrustRegion(self.max_divergence),
-            episodes=self.episodes,
+            outer=TrustRegion(setting.max_divergence),
+            episodes=setting.episodes,
         )
 
     def navigation(self, split: str) -> NavigationTasks:
@@ -95,7 +126,7 @@ class PolicyRun:
         return NavigationTasks(
             split,
             seed=self.seed if split == "train" else 0,
-            horizon=self.horizon,
+            horizon=self.setting.horizon,
             shows_goal=METHODS[self.method].shows_goal,
             device=self.device,
         )
@@ -138,7 +169,7 @@ def train_policy(path: Path, run: PolicyRun, console: Console | None = None) -> 
             return outcome
         learner = run.learner()
         course = _resume(path / "state.safetensors", run, learner)
-        iterations = run.iterations if METHODS[run.method].is_trained else 0
+        iterations = run.setting.iterations if METHODS[run.method].is_trained else 0
         with bars(console or Console(quiet=True)) as progress:
             bar = progress.add_task(
                 path.name, total=iterations, completed=learner.iteration, rate=""
@@ -153,7 +184,7 @@ def train_policy(path: Path, run: PolicyRun, console: Console | None = None) -> 
             returns = evaluate_policy(run, learner)
         write_atomically(path / "policy.safetensors", save(_contiguous(learner.state_tensors())))
         found = {
-            "settings": asdict(run),
+            "run": asdict(run),
             "environment": environment(command_line(), run.device),
             "seconds": course.seconds,
             "best": learner.iteration,
@@ -173,10 +204,10 @@ def evaluate_policy(run: PolicyRun, learner: PolicyLearner) -> Returns:
     """Return what the test tasks gave after 0, 1, ... steps at the rates of the test."""
     return learner.evaluate(
         run.navigation("test"),
-        run.test_tasks,
-        num_steps=0 if METHODS[run.method].shows_goal else run.test_steps,
-        inner_rate=StepRates(run.test_lrs),
-        episodes=run.test_episodes,
+        run.setting.test_tasks,
+        num_steps=0 if METHODS[run.method].shows_goal else run.setting.test_steps,
+        inner_rate=StepRates(run.setting.test_lrs),
+        episodes=run.setting.test_episodes,
     )
 
 
@@ -190,10 +221,12 @@ def trained_policy(path: Path, run: PolicyRun) -> PolicyLearner:
 def _iterate(run: PolicyRun, learner: PolicyLearner, course: _Course, iterations: int) -> None:
     """Do one iteration, and a validation where one is due."""
     began = time.monotonic()
-    metrics = learner.step(run.navigation("train"), learner.iteration * run.tasks, run.tasks)
+    metrics = learner.step(
+        run.navigation("train"), learner.iteration * run.setting.tasks, run.setting.tasks
+    )
     course.training.append(metrics.returns.curve)
-    if learner.iteration % run.val_every == 0 or learner.iteration == iterations:
-        returns = learner.evaluate(run.navigation("val"), run.val_tasks)
+    if learner.iteration % run.setting.val_every == 0 or learner.iteration == iterations:
+        returns = learner.evaluate(run.navigation("val"), run.setting.val_tasks)
         row = [float(learner.iteration), returns.curve[-1], returns.curve_ci95[-1]]
         if row[1] > course.rank:
             course.best = {n: t.detach().clone() for n, t in learner.state_tensors().items()}
@@ -206,7 +239,7 @@ def _save(path: Path, run: PolicyRun, learner: PolicyLearner, course: _Course) -
     tensors |= {f"best.{name}": t for name, t in course.best.items()}
     told = {"training": course.training, "validation": course.validation}
     metadata = {
-        "settings": json.dumps(asdict(run)),
+        "run": json.dumps(asdict(run)),
         "course": json.dumps(told | {"seconds": course.seconds}),
     }
     write_atomically(path, save(_contiguous(tensors), metadata))
@@ -221,7 +254,7 @@ def _resume(path: Path, run: PolicyRun, learner: PolicyLearner) -> _Course:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except Exception as error:
         raise InputError(f"{path} is damaged ({error}); remove it to start anew") from error
-    _check_settings(path.parent, run, json.loads(metadata["settings"]))
+    _check_same(path.parent, run, json.loads(metadata["run"]))
     parts: dict[str, dict[str, Tensor]] = {"now": {}, "best": {}}
     for key, tensor in tensors.items():
         part, _, name = key.partition(".")
@@ -238,15 +271,16 @@ def _outcome(path: Path, run: PolicyRun) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise InputError(f"{path / 'outcome.json'} is damaged; remove it") from error
-    _check_settings(path, run, found["settings"])
+    _check_same(path, run, found["run"])
     return found
 
 
-def _check_settings(path: Path, run: PolicyRun, held: Mapping[str, Any]) -> None:
+def _check_same(path: Path, run: PolicyRun, held: Mapping[str, Any]) -> None:
     asked = json.loads(json.dumps(asdict(run)))  # tuples are lists in a file
-    for name, value in asked.items():
-        if name != "device":
-            check_equal(path, name, held.get(name), value)
+    for name in ("method", "seed"):
+        check_equal(path, name, held[name], asked[name])
+    for name, value in asked["setting"].items():
+        check_equal(path, name, held["setting"].get(name), value)
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

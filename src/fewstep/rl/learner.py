@@ -18,90 +18,12 @@ from fewstep.core.inner import InnerLoop, Point
 from fewstep.core.meta_parameters import MetaParameters
 from fewstep.core.network import TaskNetwork, Tensors
 from fewstep.core.rates import ConstantRate, InnerRate
-from fewstep.core.tasks import TaskBatch
-from fewstep.rl.advantages import advantages
 from fewstep.rl.environments import TaskEnvironments
+from fewstep.rl.experience import Experience, policy_gradient_loss
 from fewstep.rl.policy import kl_divergence, log_probability
+from fewstep.rl.returns import Returns
 from fewstep.rl.rollouts import Rollouts, roll_out
 from fewstep.rl.trust_region import Seen, TrustRegion, Update
-
-
-@dataclass(frozen=True)
-class Experience:
-    """Rollouts as examples to learn from, those of a task in one row.
-
-    Args:
-        observations: (tasks, examples, observation_size).
-        actions: (tasks, examples, action_size).
-        outputs: Of the policy that acted, (tasks, examples, 2 action_size).
-        advantages: (tasks, examples).
-        weights: Of mean 1, and 0 for what came after the end of an episode, (tasks, examples).
-    """
-
-    observations: Tensor
-    actions: Tensor
-    outputs: Tensor
-    advantages: Tensor
-    weights: Tensor
-
-    @classmethod
-    def of(cls, rollouts: Rollouts, *, discount: float, trace: float) -> Experience:
-        """Return what rollouts teach."""
-        a = advantages(rollouts, discount=discount, trace=trace)
-        running = rollouts.running.flatten(1)
-        return cls(
-            rollouts.observations.flatten(1, 2),
-            rollouts.actions.flatten(1, 2),
-            rollouts.outputs.flatten(1, 2),
-            a.flatten(1),
-            running / running.mean(1, keepdim=True),
-        )
-
-    def support(self) -> TaskBatch:
-        """Return tasks whose support loss is that of the policy gradient."""
-        x = self.observations
-        y = torch.cat([self.actions, (self.weights * self.advantages)[..., None]], -1)
-        return TaskBatch(x, y, x, y)
-
-
-def policy_gradient_loss(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return -mean(log pi(action) A), whose gradient is that of the expected return, negative.
-
-    Args:
-        outputs: Of the policy, (examples, 2 action_size).
-        targets: Actions and, last, their weighted advantages A, (examples, action_size + 1).
-    """
-    return -(log_probability(outputs, targets[..., :-1]) * targets[..., -1]).mean()
-
-
-@dataclass(frozen=True)
-class Returns:
-    """What tasks gave after 0, 1, ... inner steps.
-
-    Args:
-        of_tasks: Mean return of each task's episodes, (tasks, steps + 1).
-    """
-
-    of_tasks: Tensor
-
-    @property
-    def curve(self) -> list[float]:
-        """Mean return after each number of steps."""
-        return [float(mean) for mean in self.of_tasks.double().mean(0)]
-
-    @property
-    def curve_ci95(self) -> list[float]:
-        """Half widths of the 95% intervals of `curve`, over the tasks."""
-        tasks = len(self.of_tasks)
-        return [1.96 * float(s) / tasks**0.5 for s in self.of_tasks.double().std(0)]
-
-    def __str__(self) -> str:
-        pairs = zip(self.curve, self.curve_ci95, strict=True)
-        course = ", ".join(f"{mean:.2f} ± {ci95:.2f}" for mean, ci95 in pairs)
-        steps = self.of_tasks.shape[1] - 1
-        return (
-            f"return {course} after 0 to {steps} steps (95% intervals, {len(self.of_tasks)} tasks)"
-        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,61 @@
+"""What episodes teach: actions, and how good they were."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.core.tasks import TaskBatch
+from fewstep.rl.advantages import advantages
+from fewstep.rl.policy import log_probability
+from fewstep.rl.rollouts import Rollouts
+
+
+@dataclass(frozen=True)
+class Experience:
+    """Rollouts as examples to learn from, those of a task in one row.
+
+    Args:
+        observations: (tasks, examples, observation_size).
+        actions: (tasks, examples, action_size).
+        outputs: Of the policy that acted, (tasks, examples, 2 action_size).
+        advantages: (tasks, examples).
+        weights: Of mean 1, and 0 for what came after the end of an episode, (tasks, examples).
+    """
+
+    observations: Tensor
+    actions: Tensor
+    outputs: Tensor
+    advantages: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, rollouts: Rollouts, *, discount: float, trace: float) -> Experience:
+        """Return what rollouts teach."""
+        a = advantages(rollouts, discount=discount, trace=trace)
+        running = rollouts.running.flatten(1)
+        return cls(
+            rollouts.observations.flatten(1, 2),
+            rollouts.actions.flatten(1, 2),
+            rollouts.outputs.flatten(1, 2),
+            a.flatten(1),
+            running / running.mean(1, keepdim=True),
+        )
+
+    def support(self) -> TaskBatch:
+        """Return tasks whose support loss is that of the policy gradient."""
+        x = self.observations
+        y = torch.cat([self.actions, (self.weights * self.advantages)[..., None]], -1)
+        return TaskBatch(x, y, x, y)
+
+
+def policy_gradient_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return -mean(log pi(action) A), whose gradient is that of the expected return, negative.
+
+    Args:
+        outputs: Of the policy, (examples, 2 action_size).
+        targets: Actions and, last, their weighted advantages A, (examples, action_size + 1).
+    """
+    return -(log_probability(outputs, targets[..., :-1]) * targets[..., -1]).mean()
