@@ -128,6 +128,14 @@ def test_a_damaged_file_is_told(file, run, tmp_path):
         train_policy(tmp_path / "run", run)
 
 
+def test_a_loss_that_is_not_finite_stops_with_what_to_do(tmp_path, capsys):
+    words = ["--methods", "MAML", "--inner-lr", "1e30", "--horizon", "3", "--tasks", "2"]
+    assert main(["reproduce", "maml-navigation", "--out", str(tmp_path / "out"), *words]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("fewstep: training stopped: MAML, seed 0, iteration 1: the loss is nan")
+    assert told.endswith("try a smaller inner_lr in another folder\n")
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -26,6 +26,7 @@ from fewstep.rl.trust_region import TrustRegion
 from fewstep.training.display import bars
 from fewstep.training.files import locked, make_folder, write_atomically
 from fewstep.training.run_folder import command_line, environment, write_json
+from fewstep.training.trainer import TrainingStopped
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,7 @@ def train_policy(path: Path, run: PolicyRun, console: Console | None = None) -> 
 
     Raises:
         InputError: the folder holds a run with other settings, or another process has it.
+        TrainingStopped: a loss was not finite; what was saved before is intact.
     """
     make_folder(path)
     with locked(path):
@@ -221,9 +223,14 @@ def trained_policy(path: Path, run: PolicyRun) -> PolicyLearner:
 def _iterate(run: PolicyRun, learner: PolicyLearner, course: _Course, iterations: int) -> None:
     """Do one iteration, and a validation where one is due."""
     began = time.monotonic()
-    metrics = learner.step(
-        run.navigation("train"), learner.iteration * run.setting.tasks, run.setting.tasks
-    )
+    tasks = run.setting.tasks
+    try:
+        metrics = learner.step(run.navigation("train"), learner.iteration * tasks, tasks)
+    except FloatingPointError as error:
+        raise TrainingStopped(
+            f"{run.method}, seed {run.seed}, iteration {learner.iteration + 1}: {error}; try a "
+            "smaller inner_lr in another folder"
+        ) from error
     course.training.append(metrics.returns.curve)
     if learner.iteration % run.setting.val_every == 0 or learner.iteration == iterations:
         returns = learner.evaluate(run.navigation("val"), run.setting.val_tasks)
