@@ -244,8 +244,13 @@ def test_every_part_of_maml_plus_plus(empty_folder, capsys):
     assert "normalisation statistics: support set" in out
     assert re.search("checkpoint: ensemble, iterations (2, 4|4, 2); statistics support\n", out)
     assert Path("plus/evaluation-test-ensemble-2-steps-statistics-support.json").exists()
-    error = refused(capsys, "evaluate plus --steps 3 --tasks 3")
-    assert "num_steps=3 is more than the 2" in error
+    write_images(Path("yours"), {"a": 1, "b": 1})
+    for command in ("evaluate plus --steps 3 --tasks 3",
+                    "predict plus --steps 3 --support yours --query yours/a"):  # fmt: skip
+        error = refused(capsys, command)
+        assert "num_steps=3 is more than the 2" in error
+        assert "or give extra_steps='repeat' to repeat" in error
+        assert main(f"{command} --extra-steps repeat".split()) == 0
 
 
 def test_a_memory_budget_chooses_chunks_and_checkpoints(empty_folder, capsys):

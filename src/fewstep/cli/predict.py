@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from fewstep.core.algorithm import ExtraSteps
 from fewstep.core.errors import InputError
 from fewstep.core.norm import Use
 from fewstep.core.tasks import TaskBatch
@@ -40,6 +41,9 @@ class Predict:
     """The best in validation, or the last."""
     steps: int | None = None
     """Inner steps; the run's eval_steps if not given."""
+    extra_steps: ExtraSteps | None = None
+    """More steps than trained: refuse, or repeat the last, where parts differ by step; the run's if
+    not given."""
     statistics: Use | None = None
     """What batch normalisation normalises by; the run's if not given. By "batch", the images of
     --query are normalised together, so that each answer depends on the others."""
@@ -61,7 +65,12 @@ class Predict:
             classes = _classes(self.support, ways)
         with reading(self.query):
             queries = [self.query] if self.query.is_file() else _images(self.query)
-        learner = load_learner(self.run_folder, checkpoint=self.checkpoint, device=self.device)
+        learner = load_learner(
+            self.run_folder,
+            checkpoint=self.checkpoint,
+            device=self.device,
+            extra_steps=self.extra_steps,
+        )
         device = next(learner.module.parameters()).device
         labels = [i for i, files in enumerate(classes.values()) for _ in files]
         files = [file for of_class in classes.values() for file in of_class]

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from fewstep.core.algorithm import ExtraSteps
 from fewstep.core.errors import InputError
 from fewstep.core.network import Tensors
 from fewstep.core.norm import Use
@@ -129,6 +130,9 @@ class Evaluate:
     """How many tasks."""
     steps: int | None = None
     """Inner steps; the run's eval_steps if not given."""
+    extra_steps: ExtraSteps | None = None
+    """More steps than trained: refuse, or repeat the last, where parts differ by step; the run's if
+    not given."""
     shots: int | None = None
     """Support examples of each class; the run's if not given."""
     queries: int | None = None
@@ -148,7 +152,7 @@ class Evaluate:
         if self.tasks < 2:
             raise InputError(f"tasks={self.tasks} must be at least 2, to give an interval")
         run = RunFolder.open(self.run_folder)
-        config = load_config(run.path / "config.toml")
+        config = load_config(run.path / "config.toml").with_extra_steps(self.extra_steps)
         episodes = self._episodes(config.episodes)
         changes = self._changes(config.test_tasks)
         config = replace(config, episodes=episodes, device=resolve_device(self.device))

@@ -122,8 +122,8 @@ class Algorithm:
         if num_steps > self.num_steps and per_step and self.extra_steps == "refuse":
             raise InputError(
                 f"{name}={num_steps} is more than the {self.num_steps} that "
-                f"{' and '.join(per_step)} learned; take fewer, or give the algorithm "
-                "extra_steps='repeat' in its settings to repeat the last step's values"
+                f"{' and '.join(per_step)} learned; take fewer, or give "
+                "extra_steps='repeat' to repeat the last step's values"
             )
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from fewstep.core.algorithm import ExtraSteps
 from fewstep.core.errors import InputError, check_name
 from fewstep.core.precision import Precision
 from fewstep.data.augmentation import Augmentation
@@ -189,6 +190,12 @@ class RunConfig:
                 f"network={self.network!r} does not fit dataset={self.dataset!r}; sinusoid takes "
                 "sinusoid-mlp, images take conv4 or fully-connected"
             )
+
+    def with_extra_steps(self, extra_steps: ExtraSteps | None) -> RunConfig:
+        """Return the settings for tests of more steps than trained; None leaves them."""
+        if extra_steps is None:
+            return self
+        return replace(self, algorithm=replace(self.algorithm, extra_steps=extra_steps))
 
 
 SOURCES: dict[str, type] = {

@@ -7,6 +7,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Literal, get_args
 
+from fewstep.core.algorithm import ExtraSteps
 from fewstep.core.errors import InputError, check_name
 from fewstep.core.learner import MetaLearner
 from fewstep.training.build import Problem, build_learner, resolve_device
@@ -31,7 +32,11 @@ def check_few_shot(config: RunConfig, path: Path) -> None:
 
 
 def load_learner(
-    path: Path | str, *, checkpoint: OneCheckpoint = "best", device: str = "auto"
+    path: Path | str,
+    *,
+    checkpoint: OneCheckpoint = "best",
+    device: str = "auto",
+    extra_steps: ExtraSteps | None = None,
 ) -> MetaLearner:
     """Return the learner of a run, ready to adapt to tasks of any source; needs no data.
 
@@ -39,6 +44,8 @@ def load_learner(
         path: Folder of the run.
         checkpoint: The best in validation, or the last.
         device: "cpu", "cuda", ...; "auto" takes a GPU where there is one.
+        extra_steps: Refuse more steps than trained, or repeat the last, where parts differ by step;
+            None takes the run's.
 
     Raises:
         InputError: there is no run, no checkpoint, no such device, it has learned no few-shot
@@ -46,7 +53,7 @@ def load_learner(
     """
     check_name("checkpoint", checkpoint, get_args(OneCheckpoint))
     run = RunFolder.open(Path(path))
-    config = load_config(run.path / "config.toml")
+    config = load_config(run.path / "config.toml").with_extra_steps(extra_steps)
     check_few_shot(config, run.path)
     config = replace(config, device=resolve_device(device))
     problem = Problem({}, (1,), 1)
