@@ -488,7 +488,7 @@ def test_what_is_printed():
     assert "running averages of each step" in str(learner.evaluate(batch, 3))
     assert "support set" in str(learner.evaluate(batch, 3, statistics="support"))
     assert "batch (transductive)" in str(learner.evaluate(batch, 3, statistics="batch"))
-    assert "per example" in str(learner_of(PLAIN, net("LayerNorm")).evaluate(batch, 3))
+    assert "none (no batch norm)" in str(learner_of(PLAIN, net("LayerNorm")).evaluate(batch, 3))
 
 
 # More steps than trained

@@ -86,10 +86,10 @@ def test_rank_is_high_for_the_better():
 @pytest.mark.parametrize(
     ("model", "metric", "name", "statistics"),
     [
-        ("mlp", None, "accuracy", "per example"),
+        ("mlp", None, "accuracy", "none (no batch norm)"),
         ("batch norm", None, "accuracy", "batch (transductive)"),
-        ("sinusoid MLP", None, "loss", "per example"),
-        ("sinusoid MLP", F.l1_loss, "l1_loss", "per example"),
+        ("sinusoid MLP", None, "loss", "none (no batch norm)"),
+        ("sinusoid MLP", F.l1_loss, "l1_loss", "none (no batch norm)"),
     ],
 )
 def test_learner_names_what_it_measured(model, metric, name, statistics):

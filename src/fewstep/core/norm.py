@@ -57,7 +57,7 @@ class NormStatistics:
     def describe(self, module: nn.Module) -> str:
         """Return what to print beside a score."""
         if not _parts(module, _BatchNorm):
-            return "per example"
+            return "none (no batch norm)"
         step = " of each step" if self.per_step else ""
         return {"batch": "batch (transductive)", "support": "support set",
                 "running": f"running averages{step}"}[self.use]  # fmt: skip
