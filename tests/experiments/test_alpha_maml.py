@@ -18,7 +18,7 @@ from fewstep.core.learner import MetaLearner
 from fewstep.experiments import alpha_convergence, alpha_runs
 from fewstep.experiments.alpha_comparison import CHANGES, AlphaComparison, draw, interval
 from fewstep.experiments.alpha_convergence import AlphaConvergence, plot_convergence
-from fewstep.experiments.alpha_runs import Setting, train
+from fewstep.experiments.alpha_runs import Setting, numeral, train
 from fewstep.experiments.alpha_sensitivity import AlphaSensitivity, _compare
 from fewstep.experiments.maml_plus_plus import MamlPlusPlusAblation
 from fewstep.experiments.pool import each
@@ -66,6 +66,18 @@ def test_the_grid(sensitivity, monkeypatch):
     monkeypatch.setattr(alpha_runs, "build_learner", lambda *_: pytest.fail("trained again"))
     sensitivity.run(QUIET)
     assert json.loads((sensitivity.out / "grid.json").read_text())["shares"] == summary["shares"]
+
+
+def test_rates_that_hardly_differ_have_outcomes_of_their_own(sensitivity):
+    near = replace(
+        sensitivity, inner_lrs=(0.1, 0.10000001), outer_lrs=(0.1,), iterations=1,
+        hyper_lrs=("0.01,0.02", "0.01,0.020000001"), guarded=False,
+    )  # fmt: skip
+    near.run(QUIET)
+    assert len(list((near.out / "cells").iterdir())) == 6
+    assert len(json.loads((near.out / "grid.json").read_text())["shares"]) == 3
+    names = [f"{numeral(rate)} {rate:g}".split() for rate in (0.1, 10.0, 0.00464, 1e-5, 1e30, 0.0)]
+    assert all(name == usual for name, usual in names)
 
 
 def test_shares_count_what_contradicts_the_claim():

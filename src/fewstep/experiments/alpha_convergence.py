@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from fewstep.core.errors import check_some
-from fewstep.experiments.alpha_runs import Setting, train
+from fewstep.experiments.alpha_runs import Setting, numeral, train
 from fewstep.experiments.pool import each
 from fewstep.report.figure import new_figure, save_figure
 from fewstep.training.build import resolve_device
@@ -57,11 +57,11 @@ class AlphaConvergence:
             "tuned": (self.tuned, [maml, ("Alpha MAML", middle, middle)]),
             "untuned, eta_beta varies": (
                 self.untuned,
-                [maml, *((f"eta_beta={eta:g}", middle, eta) for eta in self.hyper_lrs)],
+                [maml, *((f"eta_beta={numeral(eta)}", middle, eta) for eta in self.hyper_lrs)],
             ),
             "untuned, eta_alpha varies": (
                 self.untuned,
-                [maml, *((f"eta_alpha={eta:g}", eta, middle) for eta in self.hyper_lrs)],
+                [maml, *((f"eta_alpha={numeral(eta)}", eta, middle) for eta in self.hyper_lrs)],
             ),
         }
         device = resolve_device(self.setting.device)
@@ -74,8 +74,8 @@ class AlphaConvergence:
                     val_tasks=self.val_tasks,
                     device=device,
                 )
-                path = self.out / "curves" / f"{alpha:g}-{beta:g}-{eta_alpha}-{eta_beta}.json"
-                jobs[column, label] = (path, config)
+                file = f"{numeral(alpha)}-{numeral(beta)}-{eta_alpha}-{eta_beta}.json"
+                jobs[column, label] = (self.out / "curves" / file, config)
         validated = partial(train, val_every=self.val_every)
         found = dict(each(validated, jobs, workers=self.workers, ray=self.ray, console=console))
         outcomes = {key: found[key] for key in jobs}  # in the order of the legend

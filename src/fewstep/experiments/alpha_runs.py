@@ -71,6 +71,11 @@ class Setting:
         )
 
 
+def numeral(rate: float) -> str:
+    """Return all digits of a rate, so that no other has its name: 0.1, 10, 0.12345678."""
+    return repr(rate).removesuffix(".0")
+
+
 @lru_cache(maxsize=1)
 def _problem(config: RunConfig) -> Problem:
     return build_problem(config, config.device)

@@ -6,19 +6,24 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 
 from fewstep.core.errors import InputError, check_some
-from fewstep.experiments.alpha_runs import Setting, train
+from fewstep.experiments.alpha_runs import Setting, numeral, train
 from fewstep.experiments.pool import each
 from fewstep.report.figure import new_figure, save_figure
 from fewstep.training.build import resolve_device
+from fewstep.training.config import RunConfig
 from fewstep.training.display import say
 from fewstep.training.files import write_atomically
 from fewstep.training.run_folder import command_line, environment, write_json
+
+Grid = Sequence[Sequence[int | None]]
+_Method = tuple[float | None, float | None, bool]  # eta_alpha, eta_beta, with guards
 
 
 @dataclass(frozen=True)
@@ -56,31 +61,9 @@ class AlphaSensitivity:
             check_some(name, getattr(self, name))
         if math.isnan(self.threshold):
             raise InputError("threshold=nan must be a number, such as 2.5")
-        methods = {"MAML": (None, None, False)} | {
-            f"Alpha MAML, eta_alpha={a:g}, eta_beta={b:g}": (a, b, False)
-            for a, b in map(_pair, self.hyper_lrs)
-        }
-        if self.guarded:
-            a, b = _pair(self.hyper_lrs[0])
-            methods[f"Alpha MAML, guarded, eta_alpha={a:g}, eta_beta={b:g}"] = (a, b, True)
         device = resolve_device(self.setting.device)
-        jobs = {}
-        for name, (eta_alpha, eta_beta, guarded) in methods.items():
-            for alpha in self.inner_lrs:
-                for beta in self.outer_lrs:
-                    config = self.setting.config(alpha, beta, eta_alpha, eta_beta)
-                    config = replace(
-                        config,
-                        iterations=self.iterations,
-                        device=device,
-                        algorithm=replace(
-                            config.algorithm,
-                            hyper_step="multiplicative" if guarded else "additive",
-                        ),
-                    )
-                    file = f"{alpha:g}-{beta:g}-{eta_alpha}-{eta_beta}{'-guarded' * guarded}.json"
-                    path = self.out / "cells" / file
-                    jobs[name, alpha, beta] = (path, config)
+        methods = self._methods()
+        jobs = self._cells(methods, device)
         until = partial(train, threshold=self.threshold, window=10)
         results = each(until, jobs, workers=self.workers, ray=self.ray, console=console)
         reached = {key: outcome["reached"] for key, outcome in results}
@@ -104,8 +87,35 @@ class AlphaSensitivity:
         say(console, table)
         say(console, f"wrote table.md, grid.json and grid.png in {self.out}")
 
+    def _methods(self) -> dict[str, _Method]:
+        methods: dict[str, _Method] = {"MAML": (None, None, False)}
+        for a, b in map(_pair, self.hyper_lrs):
+            methods[f"Alpha MAML, {_named(a, b)}"] = (a, b, False)
+        if self.guarded:
+            a, b = _pair(self.hyper_lrs[0])
+            methods[f"Alpha MAML, guarded, {_named(a, b)}"] = (a, b, True)
+        return methods
 
-Grid = Sequence[Sequence[int | None]]
+    def _cells(
+        self, methods: Mapping[str, _Method], device: str
+    ) -> dict[tuple[str, float, float], tuple[Path, RunConfig]]:
+        """Return file and settings of each cell, by method, alpha and beta."""
+        cells = {}
+        for name, (eta_alpha, eta_beta, guarded) in methods.items():
+            for alpha, beta in product(self.inner_lrs, self.outer_lrs):
+                config = self.setting.config(alpha, beta, eta_alpha, eta_beta)
+                config = replace(
+                    config,
+                    iterations=self.iterations,
+                    device=device,
+                    algorithm=replace(
+                        config.algorithm, hyper_step="multiplicative" if guarded else "additive"
+                    ),
+                )
+                rates = f"{numeral(alpha)}-{numeral(beta)}-{eta_alpha}-{eta_beta}"
+                file = f"{rates}{'-guarded' * guarded}.json"
+                cells[name, alpha, beta] = (self.out / "cells" / file, config)
+        return cells
 
 
 def _pair(text: str) -> tuple[float, float]:
@@ -116,6 +126,10 @@ def _pair(text: str) -> tuple[float, float]:
             f"hyper_lrs {text!r} must be two numbers, eta_alpha,eta_beta, such as 0.01,0.1"
         ) from None
     return eta_alpha, eta_beta
+
+
+def _named(eta_alpha: float, eta_beta: float) -> str:
+    return f"eta_alpha={numeral(eta_alpha)}, eta_beta={numeral(eta_beta)}"
 
 
 def _compare(grid: Grid, maml: Grid) -> dict[str, float]:
