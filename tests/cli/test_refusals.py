@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fewstep.cli.main import main
+from fewstep.training.metrics_file import truncate_metrics
 from fewstep.training.run_folder import RunFolder
 from tests.cli.conftest import SINUSOID, refused, train_on_images
 
@@ -178,5 +179,5 @@ def test_a_damaged_last_line_of_metrics_is_dropped(empty_folder, damage, end):
     whole = '{"iteration": 1, "loss": NaN}\n'
     run.metrics_file.write_bytes(whole.encode() + damage + end.encode())
     assert [line["iteration"] for line in run.metrics()] == [1]
-    run.truncate_metrics(1)
+    truncate_metrics(run.metrics_file, 1)
     assert run.metrics_file.read_text() == whole

@@ -8,7 +8,8 @@ from fewstep.data.store import ClassStore
 from fewstep.report.curves import _draw_validation, plot_runs
 from fewstep.report.episode_picture import picture_episodes
 from fewstep.report.figure import label_plainly, new_figure
-from fewstep.training.run_folder import RunFolder, json_line
+from fewstep.training.metrics_file import json_line
+from fewstep.training.run_folder import RunFolder
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from torch import Tensor
 import fewstep
 from fewstep.core.errors import InputError
 from fewstep.training.files import write_atomically
+from fewstep.training.metrics_file import is_number, json_line, read_metrics
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class State:
                 isinstance(kept.name, str)
                 and isinstance(kept.iteration, int)
                 and kept.iteration >= 0
-                and (kept.rank is None or _is_number(kept.rank))
+                and (kept.rank is None or is_number(kept.rank))
             ):
                 raise ValueError(f"no checkpoint is {kept}")
         return state
@@ -194,24 +195,12 @@ class RunFolder:
             ) from error
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return the lines of metrics.jsonl, but for a last one that a kill or power cut damaged.
+        """Return the lines of metrics.jsonl.
 
         Raises:
-            InputError: another line is damaged.
+            InputError: a line that is not the last is damaged.
         """
-        if not self.metrics_file.exists():
-            return []
-        lines = self.metrics_file.read_text(errors="replace").split("\n")[:-1]
-        metrics = []
-        for number, line in enumerate(lines, 1):
-            try:
-                metrics.append(_metrics_of(line))
-            except (ValueError, TypeError, KeyError) as error:
-                if number < len(lines):
-                    raise InputError(
-                        f"line {number} of {self.metrics_file} is damaged; remove the line"
-                    ) from error
-        return metrics
+        return read_metrics(self.metrics_file)
 
     def note_start(self, iteration: int, settings: dict[str, Any]) -> None:
         """Add a line to starts.jsonl: by which command, commit and machine training goes on.
@@ -244,35 +233,10 @@ class RunFolder:
                 ) from error
         return None
 
-    def truncate_metrics(self, iteration: int) -> None:
-        """Drop what was logged after `iteration`, which a resumed run will log again.
-
-        Raises:
-            InputError: a line is damaged.
-        """
-        kept = [m for m in self.metrics() if m["iteration"] <= iteration]
-        write_atomically(self.metrics_file, "".join(json_line(m) for m in kept).encode())
-
-
-def _metrics_of(line: str) -> dict[str, Any]:
-    values = json.loads(line)
-    if not (isinstance(values["iteration"], int) and all(map(_is_number, values.values()))):
-        raise TypeError("not numbers of an iteration")
-    return dict(values)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float)
-
 
 def _rank(kept: Kept) -> float:
     assert kept.rank is not None
     return -math.inf if math.isnan(kept.rank) else kept.rank
-
-
-def json_line(values: dict[str, Any]) -> str:
-    """Return one line of a JSON-lines file."""
-    return json.dumps(values) + "\n"
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

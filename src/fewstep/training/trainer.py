@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from threading import Thread
 from types import FrameType
 
 import torch
 from rich.console import Console
-from torch.utils.tensorboard import SummaryWriter
 
-from fewstep.core.errors import InputError
 from fewstep.core.metrics import Metrics
 from fewstep.core.network import Tensors
 from fewstep.core.scores import Scores
@@ -24,7 +20,8 @@ from fewstep.data.counter_random import key_from_name
 from fewstep.training.build import Experiment
 from fewstep.training.config import to_dict
 from fewstep.training.display import Display
-from fewstep.training.run_folder import RunFolder, State, json_line
+from fewstep.training.metrics_file import Log, NoLog
+from fewstep.training.run_folder import RunFolder, State
 
 _STOPPING = "stopping after this iteration or validation; another Ctrl-C stops at once"
 
@@ -66,8 +63,7 @@ class Trainer:
         if self.run is not None and state.iteration < config.iterations:
             self.run.note_start(state.iteration, to_dict(config))
         display = Display(self.console, config.iterations, state.iteration, config.tasks)
-        make_log = _NoLog if self.run is None else partial(_Log, self.run, state.iteration)
-        with make_log() as log, display.shown(), _stop_signals(display) as stop:
+        with self._log(state) as log, display.shown(), _stop_signals(display) as stop:
             unread = _Unread()
             for iteration in range(state.iteration + 1, config.iterations + 1):
                 unread.add(iteration, self._iterate(iteration), self.experiment.learner.rates())
@@ -87,6 +83,11 @@ class Trainer:
                 if is_stopped:
                     break
         return state, state.iteration == config.iterations and not is_stopped
+
+    def _log(self, state: State) -> NoLog:
+        if self.run is None:
+            return NoLog()
+        return Log(self.run.metrics_file, self.run.tensorboard, state.iteration)
 
     def _restore(self) -> State:
         learner = self.experiment.learner
@@ -108,7 +109,7 @@ class Trainer:
         torch.manual_seed(key_from_name(config.seed, f"iteration {iteration}{rank}"))  # for dropout
         return learner.step(batch, check_finite=False)  # which would wait for the device
 
-    def _read(self, unread: _Unread, log: _NoLog, display: Display) -> None:
+    def _read(self, unread: _Unread, log: NoLog, display: Display) -> None:
         """Wait for the iterations not yet read, check them and report them."""
         for iteration, metrics, rates, seconds in unread.take():
             try:
@@ -128,7 +129,7 @@ class Trainer:
             log.write(iteration, values | {"seconds": round(seconds, 6)})
             display.advance(name, loss, metric, seconds)
 
-    def _validate(self, iteration: int, state: State, log: _NoLog, display: Display) -> State:
+    def _validate(self, iteration: int, state: State, log: NoLog, display: Display) -> State:
         config, learner = self.experiment.config, self.experiment.learner
         episodes = self.experiment.problem.episodes["val"]
         with display.validation(episodes, learner.ranks.count(config.val_tasks)) as counted:
@@ -187,61 +188,6 @@ class _Unread:
         seconds, self._started = (now - self._started) / len(rows), now
         for row in rows:
             yield *row, seconds
-
-
-class _NoLog:
-    """What the processes that keep no folder log."""
-
-    def write(self, iteration: int, values: dict[str, float]) -> None:
-        pass
-
-    def sync(self) -> None:
-        pass
-
-    def __enter__(self) -> _NoLog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-class _Log(_NoLog):
-    """Metrics of a run, to metrics.jsonl and TensorBoard, from `iteration` on."""
-
-    def __init__(self, run: RunFolder, iteration: int) -> None:
-        run.truncate_metrics(iteration)
-        self._file = run.metrics_file.open("a", buffering=1)  # a line at a time, to be followed
-        self._tensorboard = SummaryWriter(run.tensorboard, purge_step=iteration + 1)
-
-    def write(self, iteration: int, values: dict[str, float]) -> None:
-        with self._disk_errors():
-            self._file.write(json_line({"iteration": iteration, **values}))
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, iteration)
-
-    def sync(self) -> None:
-        """Bring the lines to the disk, before a checkpoint says that they are there."""
-        with self._disk_errors():
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self._tensorboard.flush()
-
-    @contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise InputError(
-                f"cannot write {self._file.name}: {error.strerror}; the last checkpoint is intact, "
-                "so free some space and resume"
-            ) from error
-
-    def __enter__(self) -> _Log:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._tensorboard.close()
 
 
 @contextmanager
