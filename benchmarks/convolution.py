@@ -25,7 +25,8 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from fewstep.core.allocator import keep_freed_memory
 from fewstep.core.precision import fp32_products
 from fewstep.models.convolution import Space, convolve, gradients
-from fewstep.training.run_folder import command_line, environment, write_json
+from fewstep.training.environment import command_line, environment
+from fewstep.training.run_folder import write_json
 from meta_gradient import flop_per_second, turn
 
 

@@ -17,7 +17,8 @@ import tyro
 from fewstep import DerivativeAnnealing, MetaLearner, TaskBatch, maml_plus_plus
 from fewstep.core.allocator import keep_freed_memory
 from fewstep.models import Conv4
-from fewstep.training.run_folder import command_line, environment, write_json
+from fewstep.training.environment import command_line, environment
+from fewstep.training.run_folder import write_json
 
 
 @dataclass(frozen=True)

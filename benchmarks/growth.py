@@ -16,7 +16,8 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from fewstep.training.run_folder import command_line, environment, write_json
+from fewstep.training.environment import command_line, environment
+from fewstep.training.run_folder import write_json
 from meta_gradient import Turns, rows_of, say_missing
 from peers import Case
 from tables import Panel, plot, table_of

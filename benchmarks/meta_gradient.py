@@ -32,7 +32,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.core.allocator import keep_freed_memory
 from fewstep.core.precision import fp32_products
-from fewstep.training.run_folder import command_line, environment, write_json
+from fewstep.training.environment import command_line, environment
+from fewstep.training.run_folder import write_json
 from peers import WAYS, Case, Gradient
 from tables import Panel, plot, table_of
 

@@ -24,7 +24,8 @@ from torch.nn import functional as F
 from fewstep import MetaLearner, TaskBatch, maml
 from fewstep.models import Conv4, kernels
 from fewstep.models.convolution import Space, convolve, gradients
-from fewstep.training.run_folder import command_line, environment, write_json
+from fewstep.training.environment import command_line, environment
+from fewstep.training.run_folder import write_json
 
 
 @dataclass(frozen=True)

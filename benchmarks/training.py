@@ -16,8 +16,9 @@ import tyro
 
 from fewstep.core.allocator import keep_freed_memory
 from fewstep.training.build import build_learner, build_problem
+from fewstep.training.environment import command_line, environment
 from fewstep.training.presets import preset
-from fewstep.training.run_folder import command_line, environment, write_json
+from fewstep.training.run_folder import write_json
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from rich.table import Table
 from fewstep.core.errors import InputError
 from fewstep.training.compare import Evaluation
 from fewstep.training.display import say
-from fewstep.training.run_folder import command_line, environment, write_json
+from fewstep.training.environment import command_line, environment
+from fewstep.training.run_folder import write_json
 
 
 @dataclass(frozen=True)

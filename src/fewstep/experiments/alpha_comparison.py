@@ -18,8 +18,9 @@ from fewstep.experiments.pool import each
 from fewstep.training.build import resolve_device
 from fewstep.training.config import RunConfig
 from fewstep.training.display import say
+from fewstep.training.environment import command_line, environment
 from fewstep.training.files import write_atomically
-from fewstep.training.run_folder import command_line, environment, write_json
+from fewstep.training.run_folder import write_json
 
 CHANGES: dict[str, dict[str, Any]] = {
     "MAML": {},

@@ -17,7 +17,8 @@ from fewstep.experiments.pool import each
 from fewstep.report.figure import new_figure, save_figure
 from fewstep.training.build import resolve_device
 from fewstep.training.display import say
-from fewstep.training.run_folder import command_line, environment, write_json
+from fewstep.training.environment import command_line, environment
+from fewstep.training.run_folder import write_json
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from fewstep.report.figure import new_figure, save_figure
 from fewstep.training.build import resolve_device
 from fewstep.training.config import RunConfig
 from fewstep.training.display import say
+from fewstep.training.environment import command_line, environment
 from fewstep.training.files import write_atomically
-from fewstep.training.run_folder import command_line, environment, write_json
+from fewstep.training.run_folder import write_json
 
 Grid = Sequence[Sequence[int | None]]
 _Method = tuple[float | None, float | None, bool]  # eta_alpha, eta_beta, with guards

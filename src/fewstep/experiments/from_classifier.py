@@ -28,10 +28,11 @@ from fewstep.training.algorithm_options import AlgorithmOptions
 from fewstep.training.build import build_problem, resolve_device
 from fewstep.training.config import ClassificationOptions, RunConfig, SupervisedOptions
 from fewstep.training.display import say
+from fewstep.training.environment import command_line, environment
 from fewstep.training.files import write_atomically
 from fewstep.training.network_options import Conv4Options
 from fewstep.training.presets import preset
-from fewstep.training.run_folder import RunFolder, command_line, environment, write_json
+from fewstep.training.run_folder import RunFolder, write_json
 
 
 @dataclass(frozen=True)

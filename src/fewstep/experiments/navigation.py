@@ -24,8 +24,9 @@ from fewstep.report.figure import new_figure, save_figure
 from fewstep.report.navigation_paths import plot_paths
 from fewstep.training.build import resolve_device
 from fewstep.training.display import say
+from fewstep.training.environment import command_line, environment
 from fewstep.training.files import write_atomically
-from fewstep.training.run_folder import command_line, environment, write_json
+from fewstep.training.run_folder import write_json
 
 PAPER = {"MAML": (-40.41, -11.68, -3.33, -3.23)}
 Plan = dict[tuple[str, int], tuple[Path, PolicyRun]]

@@ -24,8 +24,9 @@ from fewstep.rl.policy import GaussianPolicy
 from fewstep.rl.returns import Returns
 from fewstep.rl.trust_region import TrustRegion
 from fewstep.training.display import bars
+from fewstep.training.environment import command_line, environment
 from fewstep.training.files import locked, make_folder, write_atomically
-from fewstep.training.run_folder import command_line, environment, write_json
+from fewstep.training.run_folder import write_json
 from fewstep.training.trainer import TrainingStopped
 
 

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fewstep.core.allocator import keep_freed_memory
 from fewstep.core.errors import InputError
-from fewstep.training.run_folder import commit
+from fewstep.training.environment import commit
 
 Key = TypeVar("Key")
 Result = TypeVar("Result")

@@ -27,8 +27,8 @@ from fewstep.training.config import (
     Split,
     SupervisedOptions,
 )
+from fewstep.training.environment import commit
 from fewstep.training.initial import start_from
-from fewstep.training.run_folder import commit
 
 EVAL_SEED = 0  # validation and test tasks are the same for every run, so that runs compare
 

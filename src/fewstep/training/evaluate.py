@@ -19,7 +19,8 @@ from fewstep.data.views import Views, views_of
 from fewstep.training.build import Experiment
 from fewstep.training.config import Split, to_dict
 from fewstep.training.display import bars, counting
-from fewstep.training.run_folder import Kept, RunFolder, command_line, environment, write_json
+from fewstep.training.environment import command_line, environment
+from fewstep.training.run_folder import Kept, RunFolder, write_json
 
 Checkpoint = Literal["best", "last", "ensemble"]
 

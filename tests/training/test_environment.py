@@ -1,0 +1,51 @@
+"""The command and the commit that a run notes."""
+
+import sys
+
+import pytest
+from rich.console import Console
+
+from fewstep.experiments.pool import each
+from fewstep.training import environment
+from fewstep.training.build import Experiment
+from fewstep.training.presets import preset
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["/bin/fewstep", "train", "--ways", "5"], "fewstep train --ways 5"),
+        (
+            ["benchmarks/training.py", "--out", "a.json"],
+            "python benchmarks/training.py --out a.json",
+        ),
+        (["/home/me/one.py"], "python one.py"),
+        (["/lib/fewstep/__main__.py", "resume", "my run"], "python -m fewstep resume 'my run'"),
+    ],
+)
+def test_the_command_can_be_typed_again(arguments, command, monkeypatch):
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert environment.command_line() == command
+
+
+def _train():
+    Experiment.build(preset("sinusoid", recipe="maml"))
+
+
+def _reproduce():
+    jobs = {"job": (1,)}
+    return dict(each(abs, jobs, workers=1, ray=False, console=Console(quiet=True)))
+
+
+@pytest.mark.parametrize("start", [_train, _reproduce])
+def test_scores_name_the_commit_that_the_run_started_from(start, monkeypatch):
+    """Not the one that is checked out when they are written."""
+    checked_out = "first"
+    monkeypatch.setattr(environment, "_git", lambda *_, folder: checked_out)
+    environment.commit.cache_clear()
+    try:
+        start()
+        checked_out = "second"
+        assert environment.environment("fewstep train", "cpu")["commit"] == "first with changes"
+    finally:
+        environment.commit.cache_clear()
