@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from fewstep import MetaLearner, Scores
 from fewstep.cli.data import DataShow, _command
 from fewstep.cli.main import COMMANDS, main
-from fewstep.cli.runs import _table
+from fewstep.cli.score_table import score_table
 from fewstep.data.folder import ImageFolder
 from fewstep.training.build import Experiment
 from fewstep.training.config import SOURCES, ClassificationOptions
@@ -446,6 +446,8 @@ def test_a_loaded_learner_scores_as_the_run_did(empty_folder):
 def test_the_table_of_an_ensemble_names_the_step_it_scored(capsys):
     metric = torch.tensor([[0.25], [0.75]])
     console = Console(width=80)
-    console.print(_table(Scores("accuracy", metric, metric, "batch (transductive)", after=(3,))))
+    console.print(
+        score_table(Scores("accuracy", metric, metric, "batch (transductive)", after=(3,)))
+    )
     (row,) = [line for line in capsys.readouterr().out.splitlines() if "50.00%" in line]
     assert row.split("│")[1].strip() == "3"

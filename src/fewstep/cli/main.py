@@ -18,8 +18,9 @@ from rich.table import Table
 
 from fewstep.cli.compare import Compare
 from fewstep.cli.data import DataList, DataPrepare, DataShow, DataVerify
+from fewstep.cli.evaluate import Evaluate
 from fewstep.cli.predict import Predict
-from fewstep.cli.runs import Evaluate, Plot, Resume, Train
+from fewstep.cli.runs import Plot, Resume, Train
 from fewstep.core.allocator import keep_freed_memory
 from fewstep.core.errors import InputError, check_name
 from fewstep.experiments.alpha_comparison import AlphaComparison
