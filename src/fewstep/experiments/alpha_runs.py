@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from fewstep.core.learner import MetaLearner
 from fewstep.data.omniglot import Omniglot
 from fewstep.experiments.sweep import check_equal, check_same
 from fewstep.training.algorithm_options import AlgorithmOptions
@@ -113,6 +114,37 @@ def train(
     shared = replace(config, algorithm=AlgorithmOptions(), recipe="maml")  # one problem for all
     problem = _problem(shared)
     learner = build_learner(config, problem, config.device)
+    course = _course(
+        learner, problem, config, threshold=threshold, window=window, val_every=val_every
+    )
+    test = None
+    if is_tested:
+        test = learner.evaluate(problem.episodes["test"], config.test_tasks).as_dict()
+    outcome = {
+        "settings": to_dict(config),
+        "how": how,
+        "inner_lr": config.algorithm.inner_lr,
+        "outer_lr": config.algorithm.outer_lr,
+        "inner_hyper_lr": config.algorithm.inner_hyper_lr,
+        "outer_hyper_lr": config.algorithm.outer_hyper_lr,
+        **course,
+        "test": test,
+    }
+    make_folder(path.parent)
+    write_json(path, outcome)
+    return outcome
+
+
+def _course(
+    learner: MetaLearner,
+    problem: Problem,
+    config: RunConfig,
+    *,
+    threshold: float,
+    window: int,
+    val_every: int,
+) -> dict[str, Any]:
+    """Train, and return what happened in each iteration and where it ended."""
     losses: list[float] = []
     rates: list[dict[str, float]] = []
     validation: list[tuple[int, float]] = []
@@ -134,26 +166,13 @@ def train(
             episodes = problem.episodes["val"]
             scores = learner.evaluate(episodes, config.val_tasks, every_step=False)
             validation.append((iteration, float(scores.loss[:, -1].mean())))
-    test = None
-    if is_tested:
-        test = learner.evaluate(problem.episodes["test"], config.test_tasks).as_dict()
-    outcome = {
-        "settings": to_dict(config),
-        "how": how,
-        "inner_lr": config.algorithm.inner_lr,
-        "outer_lr": config.algorithm.outer_lr,
-        "inner_hyper_lr": config.algorithm.inner_hyper_lr,
-        "outer_hyper_lr": config.algorithm.outer_hyper_lr,
+    return {
         "reached": reached,
         "broken": broken,
         "losses": losses,
         "rates": rates,
         "validation": validation,
-        "test": test,
     }
-    make_folder(path.parent)
-    write_json(path, outcome)
-    return outcome
 
 
 def _kept(path: Path, config: RunConfig, how: dict[str, Any]) -> dict[str, Any] | None:
