@@ -1,15 +1,39 @@
 """Figures as they are drawn."""
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 
 from fewstep.data.episodes import ClassificationEpisodes
 from fewstep.data.store import ClassStore
 from fewstep.report.curves import _draw_validation, plot_runs
 from fewstep.report.episode_picture import picture_episodes
-from fewstep.report.figure import label_plainly, new_figure
+from fewstep.report.figure import label_plainly, new_figure, save_figure
 from fewstep.training.metrics_file import json_line
 from fewstep.training.run_folder import RunFolder
+
+
+def test_a_picture_is_drawn_once_and_as_savefig_would(tmp_path, monkeypatch):
+    drawn, draw = [], Figure.draw
+    monkeypatch.setattr(Figure, "draw", lambda *a: drawn.append(a) or draw(*a))
+    own, usual = tmp_path / "own.png", tmp_path / "usual.png"
+    for path in (own, usual):
+        figure = new_figure(3, 2)
+        for axes in figure.subplots(1, 2):
+            axes.plot([1, 1000], [0.3, 20], label="run")
+            axes.set(xlabel="iteration", ylabel="loss", title="training", yscale="log")
+            label_plainly(axes.yaxis)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center")
+        if path == own:
+            save_figure(figure, path)
+            assert len(drawn) == 1
+        else:
+            figure.savefig(path, dpi=120)
+    pixels, wanted = (np.array(Image.open(path)) for path in (own, usual))
+    assert pixels.shape == (240, 360, 4)
+    assert np.array_equal(pixels, wanted)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ def new_figure(width: float, height: float) -> Figure:
     """Return an empty figure, in inches."""
     from matplotlib.figure import Figure  # here: half a second that a run need not start with
 
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 
 def label_plainly(axis: Axis) -> None:
@@ -44,6 +44,8 @@ def save_figure(figure: Figure, path: Path) -> None:
         raise InputError(f"the picture {path} must end in .png; rename it")
     if not path.parent.is_dir():
         raise InputError(f"there is no folder {path.parent} for the picture; make it first")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    FigureCanvasAgg(figure).print_png(buffer)  # savefig draws twice
     write_atomically(path, buffer.getvalue())
