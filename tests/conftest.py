@@ -8,8 +8,10 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"  # also of the processes that tests start
 
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from fewstep.models.kernels import library
+from tests.processes import draw_nothing
 
 torch.set_num_threads(1)
 
@@ -22,6 +24,13 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _pictures(request, monkeypatch):
+    """Draw none but for tests that look at them: they take longer than the tiny runs they end."""
+    if request.node.get_closest_marker("pictures") is None:
+        monkeypatch.setattr(FigureCanvasAgg, "print_png", draw_nothing)
 
 
 @pytest.fixture

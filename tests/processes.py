@@ -5,13 +5,20 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from io import BytesIO
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
 _processes = multiprocessing.get_context("forkserver")
 # torch.optim imports torch._dynamo, and a run ends with pictures.
-_processes.set_forkserver_preload(["fewstep.cli.main", "torch._dynamo", "matplotlib.figure"])
+_processes.set_forkserver_preload(["fewstep.cli.main", "torch._dynamo", __name__])
+
+
+def draw_nothing(canvas: FigureCanvasAgg, file: BytesIO, **_: object) -> None:
+    """Stand in for `print_png`, where nobody looks at a run's pictures."""
 
 
 class Done(NamedTuple):
@@ -55,6 +62,7 @@ def _run(
 ) -> None:
     os.environ.clear()
     os.environ.update(environment)
+    FigureCanvasAgg.print_png = draw_nothing
     for descriptor, name in ((1, output), (2, errors)):
         if name is not None:
             os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)

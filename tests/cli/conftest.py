@@ -20,6 +20,14 @@ def empty_folder(tmp_path, monkeypatch, own_cache):
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def sinusoid_run(tmp_path_factory):
+    """A run to read, or to copy and change."""
+    run = tmp_path_factory.mktemp("trained") / "sinusoid"
+    assert main([*SINUSOID.split(), "--out", str(run)]) == 0
+    return run
+
+
 def train_on_images(root: Path) -> str:
     """Write images of twenty classes, and return the command that trains on them."""
     write_images(root, {f"c{i:02d}": 6 for i in range(20)})

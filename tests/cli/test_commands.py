@@ -44,6 +44,7 @@ def _size(picture: Path | str) -> tuple[int, int]:
         return image.size
 
 
+@pytest.mark.pictures
 def test_train_evaluate_plot(empty_folder, capsys):
     assert main(SINUSOID.split()) == 0
     run = Path("runs/sinusoid-maml-1")
@@ -72,6 +73,7 @@ def test_train_evaluate_plot(empty_folder, capsys):
     assert _size("both.png") > (400, 200)
 
 
+@pytest.mark.pictures
 def test_supervised_learning_and_a_run_that_starts_from_it(empty_folder, capsys):
     write_images(empty_folder / "mine", {f"c{i:02d}": 6 for i in range(20)})
     same = f"--dataset folder --root mine --size 16 --filters 4 {TINY}"
@@ -152,14 +154,13 @@ def test_commands_to_go_on_with_can_be_typed(empty_folder, capsys):
     ]  # fmt: skip
 
 
-def test_scores_that_cannot_be_saved_are_printed(empty_folder, capsys):
-    assert main(SINUSOID.split()) == 0
-    Path("runs/sinusoid-maml-1/evaluation-test-last-10-steps-tasks-4.json").mkdir()
-    capsys.readouterr()
-    assert main(["evaluate", "runs/sinusoid-maml-1", "--checkpoint", "last", "--tasks", "4"]) == 2
+def test_scores_that_cannot_be_saved_are_printed(sinusoid_run, capsys):
+    shutil.copytree(sinusoid_run, "copy")
+    Path("copy/evaluation-test-last-10-steps-tasks-4.json").mkdir()
+    assert main(["evaluate", "copy", "--checkpoint", "last", "--tasks", "4"]) == 2
     printed = capsys.readouterr()
     assert "test: loss" in printed.out
-    assert "cannot write runs/sinusoid-maml-1/evaluation-test-last" in printed.err
+    assert "cannot write copy/evaluation-test-last" in printed.err
     assert printed.err.count("\n") == 1
 
 
@@ -172,6 +173,7 @@ def test_bars_on_a_terminal(empty_folder, capsys, monkeypatch):
         assert re.search(bar, out), bar
 
 
+@pytest.mark.pictures
 def test_images_of_your_own(empty_folder, capsys):
     assert main(train_on_images(empty_folder / "mine").split()) == 0
     assert "normalisation statistics: batch (transductive)" in capsys.readouterr().out
@@ -189,7 +191,7 @@ def test_images_of_your_own(empty_folder, capsys):
     assert saved["num_tasks"] == 4
 
 
-def test_views_of_images(empty_folder, capsys):
+def test_views_of_images(empty_folder, sinusoid_run, capsys):
     command = train_on_images(empty_folder / "mine")
     scribble(Path("mine"))
     assert main(command.split()) == 0
@@ -212,10 +214,9 @@ def test_views_of_images(empty_folder, capsys):
     assert losses[1] == pytest.approx(float(loss), rel=1e-5)
     assert losses[0] != losses[1]
 
-    assert main(SINUSOID.split()) == 0
     for flag in ("--views turned", "--rotations none"):
-        error = refused(capsys, f"evaluate runs/sinusoid-maml-1 {flag}")
-        assert f"{flag}: the tasks of runs/sinusoid-maml-1 have no images; leave it out" in error
+        error = refused(capsys, f"evaluate {sinusoid_run} {flag}")
+        assert f"{flag}: the tasks of {sinusoid_run} have no images; leave it out" in error
 
 
 def test_every_part_of_maml_plus_plus(empty_folder, capsys):
@@ -269,6 +270,7 @@ def test_a_memory_budget_chooses_chunks_and_checkpoints(empty_folder, capsys):
     assert "memory budget of 0.001 MiB is below" in refused(capsys, f"{train} --memory-budget 1e-3")
 
 
+@pytest.mark.pictures
 def test_data_commands(empty_folder, capsys, monkeypatch):
     train_on_images(empty_folder / "mine")
     monkeypatch.setenv("COLUMNS", "40")
@@ -311,6 +313,7 @@ def test_an_episode_is_shown_as_it_is_trained_on():
     assert "--queries 5 --rotations none --eval-rotations none" in _command("train", usual)
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("recipe", ["maml++", "alpha-maml"])
 def test_other_recipes_on_sinusoids(empty_folder, capsys, recipe):
     """Fits are drawn for the steps that there are rates for."""

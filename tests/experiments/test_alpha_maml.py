@@ -46,6 +46,7 @@ def sensitivity(setting, tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.pictures
 def test_the_grid(sensitivity, monkeypatch):
     sensitivity.run(QUIET)
     summary = json.loads((sensitivity.out / "grid.json").read_text())
@@ -127,6 +128,7 @@ def test_validations_score_the_last_step_alone(setting, tmp_path, monkeypatch):
     assert scored == [False, False, True]
 
 
+@pytest.mark.pictures
 def test_the_courses(setting, tmp_path):
     convergence = AlphaConvergence(
         setting=setting, iterations=12, val_every=5, val_tasks=3, hyper_lrs=(0.001, 0.01),

@@ -47,6 +47,7 @@ def experiment(tmp_path, monkeypatch, images):
     )  # fmt: skip
 
 
+@pytest.mark.pictures
 def test_every_run_starts_where_the_one_before_ended(experiment, monkeypatch, capsys):
     starts, train = {}, Trainer.train
 

@@ -28,6 +28,7 @@ def ablation(tmp_path, monkeypatch, images):
     )  # fmt: skip
 
 
+@pytest.mark.pictures
 def test_the_table_and_the_figure(ablation, monkeypatch):
     ablation.run(Console(quiet=True))
     table = json.loads((ablation.out / "table.json").read_text())

@@ -39,6 +39,7 @@ def run():
     return PolicyRun("MAML", 0, SETTING)
 
 
+@pytest.mark.pictures
 def test_the_table_and_the_figures(experiment, monkeypatch):
     experiment.run(QUIET)
     table = json.loads((experiment.out / "table.json").read_text())

@@ -14,6 +14,8 @@ from fewstep.report.figure import label_plainly, new_figure, save_figure
 from fewstep.training.metrics_file import json_line
 from fewstep.training.run_folder import RunFolder
 
+pytestmark = pytest.mark.pictures
+
 
 def test_a_picture_is_drawn_once_and_as_savefig_would(tmp_path, monkeypatch):
     drawn, draw = [], Figure.draw
