@@ -38,11 +38,18 @@ def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
-def runs(capsys):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
     for recipe in ("maml", "meta-sgd"):
-        assert main(f"{SINUSOID} --recipe {recipe} --out {recipe}".split()) == 0
-    capsys.readouterr()
+        assert main(f"{SINUSOID} --recipe {recipe} --out {folder / recipe}".split()) == 0
+    return folder
+
+
+@pytest.fixture
+def runs(trained, tmp_path):
+    """Two runs, in folders named as their recipes."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
 
 
 def _write(name: str, **changes: object) -> None:

@@ -11,10 +11,22 @@ from PIL import Image
 from fewstep.cli.main import main
 from fewstep.data.folder import ImageFolder
 from fewstep.training.load import load_learner
-from tests.cli.conftest import SINUSOID, refused, scribble, train_on_images
+from tests.cli.conftest import refused, scribble, train_on_images
 from tests.data.conftest import deny, write_images
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run whose images are gone."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEWSTEP_CACHE", str(folder / "cache"))
+        assert main([*train_on_images(folder / "mine").split(), "--out", str(folder / "run")]) == 0
+    shutil.rmtree(folder / "mine")
+    shutil.rmtree(folder / "cache")
+    return folder / "run"
 
 
 def _own_classes(root: Path) -> str:
@@ -30,19 +42,14 @@ def _named(out: str) -> dict[str, tuple[str, str]]:
     return {cells[1].strip(): (cells[2].strip(), cells[3].strip()) for cells in lines}
 
 
-def test_predict_without_the_data(empty_folder, capsys):
-    root = empty_folder / "mine"
-    assert main(train_on_images(root).split()) == 0
+def test_predict_without_the_data(run, empty_folder, capsys):
     options = _own_classes(empty_folder)
-    shutil.rmtree(root)
-    shutil.rmtree(empty_folder / "cache")
-    capsys.readouterr()
-    assert main(f"predict runs/folder-maml-1 {options}".split()) == 0
+    assert main(f"predict {run} {options}".split()) == 0
     out = capsys.readouterr().out
     assert "normalisation statistics: batch (transductive)" in " ".join(out.split())
     found = _named(out)
 
-    learner = load_learner("runs/folder-maml-1", device="cpu")
+    learner = load_learner(run, device="cpu")
     data = ImageFolder(size=16)
 
     def images(*folders: str) -> torch.Tensor:
@@ -59,34 +66,29 @@ def test_predict_without_the_data(empty_folder, capsys):
     assert found == dict(zip(("000.png", "001.png", "002.png"), expected, strict=True))
 
     one = options.replace("query/what", "query/what/001.png")
-    assert main(f"predict runs/folder-maml-1 {one} --statistics support".split()) == 0
+    assert main(f"predict {run} {one} --statistics support".split()) == 0
     out = capsys.readouterr().out
     assert out.count(".png") == 1
     assert "normalisation statistics: support set" in " ".join(out.split())
 
 
-def test_predict_cuts_no_name(empty_folder, capsys, monkeypatch):
-    assert main(train_on_images(empty_folder / "mine").split()) == 0
+def test_predict_cuts_no_name(run, empty_folder, capsys, monkeypatch):
     names = ["n" * 99 + end for end in "01"]
     write_images(empty_folder / "support", dict.fromkeys(names, 1))
     write_images(empty_folder / "query", {names[0]: 1})
     (empty_folder / "query" / names[0] / "000.png").rename(empty_folder / f"{'i' * 99}.png")
     monkeypatch.setenv("COLUMNS", "60")
-    capsys.readouterr()
     options = f"--support support --query {'i' * 99}.png --device cpu"
-    assert main(f"predict runs/folder-maml-1 {options}".split()) == 0
+    assert main(f"predict {run} {options}".split()) == 0
     lines = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
     image, name = ("".join(cells[i].strip() for cells in lines) for i in (1, 2))
     assert image == f"{'i' * 99}.png"
     assert name in names
 
 
-def test_predict_takes_the_mean_over_views(empty_folder, capsys):
-    command, options = train_on_images(empty_folder / "mine"), _own_classes(empty_folder)
+def test_predict_takes_the_mean_over_views(run, empty_folder, capsys):
+    options = _own_classes(empty_folder)
     scribble(empty_folder)
-    assert main(command.split()) == 0
-    capsys.readouterr()
-    run = "runs/folder-maml-1"
     assert main(f"predict {run} {options} --views mirrored".split()) == 0
     found = _named(capsys.readouterr().out)
     learner = load_learner(run, device="cpu")
@@ -108,12 +110,9 @@ def test_predict_takes_the_mean_over_views(empty_folder, capsys):
     assert _named(capsys.readouterr().out) != found
 
 
-def test_predict_refuses_what_it_cannot_read(empty_folder, capsys, monkeypatch):
-    assert main(train_on_images(empty_folder / "mine").split()) == 0
-    assert main(SINUSOID.split()) == 0
+def test_predict_refuses_what_it_cannot_read(run, sinusoid_run, empty_folder, capsys, monkeypatch):
     options = _own_classes(empty_folder)
-    run = "runs/folder-maml-1"
-    assert "needs images" in refused(capsys, f"predict runs/sinusoid-maml-1 {options}")
+    assert "needs images" in refused(capsys, f"predict {sinusoid_run} {options}")
     missing = options.replace("/what", "/where")
     assert "no image or folder" in refused(capsys, f"predict {run} {missing}")
     for locked in ("support", "query/what", "support/dark/001.png"):
@@ -128,15 +127,13 @@ def test_predict_refuses_what_it_cannot_read(empty_folder, capsys, monkeypatch):
     assert "holds 1 folders" in refused(capsys, f"predict {run} {options}")
 
 
-def test_predict_counts_images_as_a_data_set_does(empty_folder, capsys):
+def test_predict_counts_images_as_a_data_set_does(run, empty_folder, capsys):
     """Deeper ones belong to their class, and a folder without any is none."""
-    assert main(train_on_images(empty_folder / "mine").split()) == 0
     options = _own_classes(empty_folder)
     support = empty_folder / "support"
     count = len(list(support.rglob("*.png")))
     shutil.copytree(support / "dark", support / "dark" / "deeper")
     (support / "__MACOSX").mkdir()
-    capsys.readouterr()
-    assert main(f"predict runs/folder-maml-1 {options}".split()) == 0
+    assert main(f"predict {run} {options}".split()) == 0
     more = len(list((support / "dark" / "deeper").iterdir()))
     assert f"{count + more} images to learn from" in " ".join(capsys.readouterr().out.split())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,12 @@ from fewstep.training.run_folder import RunFolder
 from tests.cli.conftest import SINUSOID, refused, train_on_images
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
+
+
+@pytest.fixture
+def here(empty_folder, sinusoid_run):
+    """A run in the folder of this name."""
+    return shutil.copytree(sinusoid_run, empty_folder / "here")
 
 
 @pytest.mark.parametrize(
@@ -63,12 +70,8 @@ def test_episodes_that_the_images_cannot_fill(empty_folder, capsys, options, mes
     assert message in refused(capsys, f"{command} {options}")
 
 
-def test_two_runs_in_one_folder(capsys):
-    assert main([*SINUSOID.split(), "--out", "here"]) == 0
-    before = {
-        p: p.read_bytes() for p in Path("here").rglob("*") if p.is_file() and p.name != "lock"
-    }
-    capsys.readouterr()
+def test_two_runs_in_one_folder(here, capsys):
+    before = {p: p.read_bytes() for p in here.rglob("*") if p.is_file() and p.name != "lock"}
     assert "here already holds a run; continue it with" in refused(capsys, f"{SINUSOID} --out here")
     assert {p: p.read_bytes() for p in before} == before
 
@@ -125,10 +128,8 @@ def test_a_full_disk_keeps_the_old_checkpoint(monkeypatch, capsys, file):
     assert main(["resume", "here"]) == 0
 
 
-def test_a_state_that_says_nothing(capsys):
-    assert main([*SINUSOID.split(), "--out", "here"]) == 0
-    capsys.readouterr()
-    state = Path("here/state.json")
+def test_a_state_that_says_nothing(here, capsys):
+    state = here / "state.json"
     values = json.loads(state.read_text())
     wrong = [{"best": []}, {"iteration": -4}, {"iteration": "x"}, {"last": 5}]
     for key, value in (("rank", "x"), ("name", None), ("iteration", 1.5)):
@@ -143,12 +144,8 @@ def test_a_state_that_says_nothing(capsys):
 
 
 @pytest.mark.parametrize("damage", ["state.json", "checkpoints"])
-def test_a_damaged_run_is_named(capsys, damage):
-    assert main([*SINUSOID.split(), "--out", "here"]) == 0
-    capsys.readouterr()
-    for file in (
-        [Path("here/state.json")] if damage == "state.json" else Path("here/checkpoints").iterdir()
-    ):
+def test_a_damaged_run_is_named(here, capsys, damage):
+    for file in [here / damage] if damage == "state.json" else (here / damage).iterdir():
         file.write_bytes(file.read_bytes()[:20])
     assert "here" in refused(capsys, "evaluate here")
 
@@ -156,9 +153,8 @@ def test_a_damaged_run_is_named(capsys, damage):
 DAMAGE = ["garbage", "[1]", "{}", '{"iteration": "x"}', '{"iteration": 1, "loss": []}', "\0" * 9]
 
 
-def test_a_damaged_line_of_metrics_is_named(capsys):
-    assert main([*SINUSOID.split(), "--out", "here"]) == 0
-    file = Path("here/metrics.jsonl")
+def test_a_damaged_line_of_metrics_is_named(here, capsys):
+    file = here / "metrics.jsonl"
     lines = file.read_text().splitlines()
     for damage in DAMAGE:
         capsys.readouterr()
@@ -167,7 +163,7 @@ def test_a_damaged_line_of_metrics_is_named(capsys):
             error = refused(capsys, command)
             assert "line 3 of here/metrics.jsonl is damaged; remove the line" in error
         assert main(["evaluate", "here", "--tasks", "3", "--device", "cpu"]) == 0
-        [scores] = Path("here").glob("evaluation-test-best*.json")
+        [scores] = here.glob("evaluation-test-best*.json")
         assert json.loads(scores.read_text())["training_seconds"] is None
 
 
