@@ -7,6 +7,7 @@ as it has to be there before PyTorch looks for a GPU.
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -18,9 +19,16 @@ from torch.utils._pytree import tree_leaves
 
 from fewstep import MetaLearner, TaskBatch, maml_plus_plus
 from fewstep.core.recorder import Recorder
-from tests.core.reference import MODELS
+from tests.core.reference import MODELS, two_blocks
 
 CHECKPOINTS = " in checkpoints"  # after a model's name
+CASES = {
+    "batch norm": MODELS["batch norm"],
+    "Conv4": replace(MODELS["Conv4"], build=two_blocks),
+    "LSTM": replace(MODELS["LSTM"], shape=(2, 3)),
+    "transformer": MODELS["transformer"],
+}
+STEPS = {"LSTM": 1, "transformer": 1}  # each takes seconds; else 2, where steps are told apart
 STATE = torch.empty(16, dtype=torch.uint8)  # of random numbers
 
 
@@ -85,8 +93,8 @@ def imagined() -> list[AbstractContextManager[Any]]:
 
 def train(name: str) -> None:
     """Do three iterations and a test; fake tensors of two devices do not mix, nor can be read."""
-    case, every = MODELS[name.removesuffix(CHECKPOINTS)], 1 if CHECKPOINTS in name else None
-    algorithm = maml_plus_plus(2, 0.1, iterations_per_epoch=1)
+    case, every = CASES[name.removesuffix(CHECKPOINTS)], 1 if CHECKPOINTS in name else None
+    algorithm = maml_plus_plus(STEPS.get(name, 2), 0.1, iterations_per_epoch=1)
     given = case.batch()
     with FakeTensorMode():
         with torch.device("cuda"):

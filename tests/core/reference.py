@@ -105,6 +105,13 @@ def batch_norm_cnn() -> nn.Module:
     )
 
 
+def two_blocks() -> nn.Module:
+    """Two of a Conv4's blocks: one of data, and one as the others."""
+    return nn.Sequential(
+        Conv4(1, WAYS, 16, filters=4).blocks[:2], nn.Flatten(), nn.Linear(64, WAYS)
+    )
+
+
 @dataclass(frozen=True)
 class Case:
     """A model, the shape of one of its examples, and its loss."""
