@@ -38,7 +38,7 @@ def stubborn(path):
 
 if __name__ == "__main__":
     jobs = {i: (f"{sys.argv[1]}/{i}",) for i in range(3)}
-    list(each(stubborn, jobs, workers=2, ray=False, console=Console(quiet=True)))
+    list(each(stubborn, jobs, workers=2, ray=False, console=Console(stderr=True)))
 """
 
 DYING = """
@@ -101,6 +101,8 @@ def test_a_second_interrupt_kills_the_workers(tmp_path, started):
     files = [tmp_path / str(i) for i in range(2)]
     _wait(command, lambda: all(f.exists() for f in files))
     os.killpg(command.pid, signal.SIGINT)
+    answer = b"stopping the workers (another Ctrl-C kills them); the same command goes on\n"
+    assert command.stderr.readline() == answer
     time.sleep(0.5)
     assert command.poll() is None  # waits for them
     os.killpg(command.pid, signal.SIGINT)

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fewstep.core.allocator import keep_freed_memory
 from fewstep.core.errors import InputError
+from fewstep.training.display import say
 from fewstep.training.environment import commit
 
 Key = TypeVar("Key")
@@ -64,7 +65,7 @@ def each(
     elif workers == 1:
         results = ((key, function(*job)) for key, job in jobs.items())
     else:
-        results = _in_processes(function, jobs, workers)
+        results = _in_processes(function, jobs, workers, console)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
@@ -79,7 +80,7 @@ def each(
 
 
 def _in_processes(
-    function: Callable[..., Result], jobs: Mapping[Key, Job], workers: int
+    function: Callable[..., Result], jobs: Mapping[Key, Job], workers: int, console: Console
 ) -> Iterator[tuple[Key, Result]]:
     """Give each process one job at a time, so that after an interrupt none has another to begin.
 
@@ -113,6 +114,9 @@ def _in_processes(
                         pipe.send(job)
                     busy[pipe] = key
         is_done = True
+    except KeyboardInterrupt:
+        say(console, "stopping the workers (another Ctrl-C kills them); the same command goes on")
+        raise
     finally:
         try:
             for pipe, process in processes.items():
