@@ -23,14 +23,16 @@ class Point(gymnasium.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.position = np.zeros(2)
+        self.position, self.has_ended = np.zeros(2), False
         return self.position, {}
 
     def step(self, action):
         assert self.action_space.contains(action)
+        assert not self.has_ended  # many an environment refuses
         self.position = self.position + action
         away = self.position - self.goal
-        return self.position, -np.linalg.norm(away), bool((abs(away) < 0.01).all()), False, {}
+        self.has_ended = bool((abs(away) < 0.01).all())
+        return self.position, -np.linalg.norm(away), self.has_ended, False, {}
 
 
 @pytest.fixture
