@@ -19,7 +19,8 @@ def _blocks() -> list:
 
 @pytest.mark.parametrize("block", _blocks())
 def test_python_examples_run(block, capsys):
-    exec(compile(block, "example", "exec"), {})
+    shorter = re.sub(r"\brange\(\d+\)", "range(3)", block)  # of trainings: what they print is said
+    exec(compile(shorter, "example", "exec"), {})
     assert "95% interval" in capsys.readouterr().out
 
 
