@@ -3,8 +3,7 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from fewstep.cli.main import main
 from fewstep.training.metrics_file import truncate_metrics
 from fewstep.training.run_folder import RunFolder
 from tests.cli.conftest import SINUSOID, refused, train_on_images
+from tests.processes import start
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
 
@@ -78,18 +78,16 @@ def test_two_runs_in_one_folder(here, capsys):
 
 def test_two_runs_in_one_folder_at_once(empty_folder, capsys):
     """The second is refused while the first goes on."""
-    command = f"{SINUSOID} --iterations 100000 --out here"
-    first = subprocess.Popen(
-        [sys.executable, "-m", "fewstep", *command.split()], stdout=subprocess.DEVNULL
-    )
+    first = start(main, f"{SINUSOID} --iterations 100000 --out {empty_folder / 'here'}".split())
     try:
         while not Path("here/metrics.jsonl").exists():
-            assert first.poll() is None
+            assert first.is_alive()
+            time.sleep(0.01)
         error = refused(capsys, "resume here")
         assert f"here is in use by process {first.pid}" in error
     finally:
         first.kill()
-        first.wait()
+        first.join()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(capsys):

@@ -1,13 +1,14 @@
 import errno
 import os
-import subprocess
-import sys
+import resource
+import signal
 
 import pytest
 
 from fewstep.core.errors import InputError
 from fewstep.training.files import locked, write_atomically
 from tests.data.conftest import deny
+from tests.processes import start
 
 
 def test_replaces_a_file(tmp_path):
@@ -50,31 +51,38 @@ def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, f
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
+def writes_to_a_small_disk(path):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))  # room for what it says
+    write_atomically(path, b"x" * 20_000)
+
+
+def errors_of(tmp_path, program, *arguments):
+    """Run a program in a process of its own and return what it prints of errors."""
+    errors = tmp_path / "errors"
+    start(program, *arguments, errors=str(errors)).join()
+    return errors.read_text()
+
+
 def test_really_full_disk(tmp_path):
     """A write that the file system refuses part of the way, by a limit on file sizes."""
-    path = tmp_path / "f"
+    path = tmp_path / "folder" / "f"
+    path.parent.mkdir()
     path.write_bytes(b"old")
-    script = (
-        "import resource, signal, sys; from pathlib import Path\n"
-        "from fewstep.training.files import write_atomically\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        f"write_atomically(Path({str(path)!r}), b'x' * 5000)\n"
-    )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert "InputError: cannot write" in result.stderr
+    assert "InputError: cannot write" in errors_of(tmp_path, writes_to_a_small_disk, path)
     assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+    assert [p.name for p in path.parent.iterdir()] == ["f"]
+
+
+def locks(folder):
+    with locked(folder):
+        pass
 
 
 def test_second_process_is_refused(tmp_path):
-    script = (
-        "from pathlib import Path; from fewstep.training.files import locked\n"
-        f"with locked(Path({str(tmp_path)!r})): pass\n"
-    )
     with locked(tmp_path):
-        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert f"in use by process {os.getpid()}" in result.stderr
+        errors = errors_of(tmp_path, locks, tmp_path)
+    assert f"in use by process {os.getpid()}" in errors
     with locked(tmp_path):
         pass
 
