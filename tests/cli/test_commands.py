@@ -73,7 +73,6 @@ def test_train_evaluate_plot(empty_folder, capsys):
     assert _size("both.png") > (400, 200)
 
 
-@pytest.mark.pictures
 def test_supervised_learning_and_a_run_that_starts_from_it(empty_folder, capsys):
     write_images(empty_folder / "mine", {f"c{i:02d}": 6 for i in range(20)})
     same = f"--dataset folder --root mine --size 16 --filters 4 {TINY}"
