@@ -17,10 +17,11 @@ from fewstep.experiments.policy_runs import (
     METHODS,
     PolicyRun,
     Setting,
+    evaluate_policy,
     train_policy,
     trained_policy,
 )
-from fewstep.rl import PolicyLearner
+from fewstep.rl import PolicyLearner, Returns
 
 QUIET = Console(quiet=True)
 SETTING = Setting(
@@ -99,16 +100,24 @@ def test_a_killed_run_goes_on_to_the_bit(run, tmp_path, monkeypatch):
     assert all(torch.equal(t, policies[1][name]) for name, t in policies[0].items())
 
 
-def test_the_best_policy_in_validation_is_tested(run, tmp_path):
+def test_the_best_policy_in_validation_is_tested(run, tmp_path, monkeypatch):
+    evaluate, told, seen = PolicyLearner.evaluate, iter([1.0, 3.0, 2.0, 3.0]), {}
+
+    def judged(self, tasks, num_tasks, **test):
+        if test:
+            return evaluate(self, tasks, num_tasks, **test)
+        seen[self.iteration] = self.policy.state_dict()["log_std"].clone()
+        return Returns(torch.full((num_tasks, 2), next(told)))
+
+    monkeypatch.setattr(PolicyLearner, "evaluate", judged)
     run = replace(run, setting=replace(SETTING, iterations=4, val_every=1))
     outcome = train_policy(tmp_path / "run", run)
-    returns = [row[1] for row in outcome["validation"]]
-    assert [row[0] for row in outcome["validation"]] == [1, 2, 3, 4]
-    assert outcome["best"] == 1 + returns.index(max(returns))
+    assert outcome["validation"] == [[1, 1, 0], [2, 3, 0], [3, 2, 0], [4, 3, 0]]
     learner = trained_policy(tmp_path / "run", run)
-    assert learner.iteration == outcome["best"]
-    again = learner.evaluate(run.navigation("val"), SETTING.val_tasks)
-    assert again.curve[-1] == max(returns)
+    assert learner.iteration == outcome["best"] == 2
+    assert torch.equal(learner.policy.log_std, seen[2])
+    again = evaluate_policy(run, learner)
+    assert outcome["test"]["curve"] == again.curve
 
 
 def test_other_settings_are_refused_in_the_folder_of_a_run(run, tmp_path):
