@@ -203,9 +203,9 @@ def _stop_signals(display: Display) -> Iterator[list[int]]:
     def note(number: int, frame: FrameType | None) -> None:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not received:
-            answer.start()  # this thread may be printing, and hold the locks that the answer needs
         received.append(number)
+        if len(received) == 1:  # the next one may come while this one is answered
+            answer.start()  # this thread may be printing, and hold the locks that the answer needs
 
     heard = [
         s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN
@@ -216,5 +216,5 @@ def _stop_signals(display: Display) -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        if received:
+        if answer.is_alive():
             answer.join()
