@@ -60,9 +60,7 @@ def plot_runs(runs: Sequence[RunFolder], path: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.get_yscale() == "log":
             label_plainly(axes.yaxis)
-    columns = max(
-        1, 120 // (max(map(len, series)) + 8)
-    )  # of characters that the figure has room for
+    columns = max(1, 120 // (8 + max(map(len, series))))  # a line has room for 120 characters
     handles, labels = right.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)  # on no band
     save_figure(figure, path)
