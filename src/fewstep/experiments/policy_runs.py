@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ from torch import Tensor
 
 from fewstep.core.errors import InputError
 from fewstep.core.rates import ConstantRate, StepRates
-from fewstep.experiments.sweep import check_equal
+from fewstep.experiments.sweep import check_same
 from fewstep.rl.learner import PolicyLearner
 from fewstep.rl.navigation import NavigationTasks
 from fewstep.rl.policy import GaussianPolicy
 from fewstep.rl.returns import Returns
 from fewstep.rl.trust_region import TrustRegion
+from fewstep.training.config import to_dict
 from fewstep.training.display import bars
 from fewstep.training.environment import command_line, environment
 from fewstep.training.files import locked, make_folder, write_atomically
@@ -103,9 +104,9 @@ class Setting:
 class PolicyRun:
     """A run: a method, and the seed of its policy and training tasks."""
 
-    method: str
-    seed: int
-    setting: Setting
+    method: str = "MAML"
+    seed: int = 0
+    setting: Setting = field(default_factory=Setting)
     device: str = "cpu"
 
     def learner(self) -> PolicyLearner:
@@ -187,7 +188,7 @@ def train_policy(path: Path, run: PolicyRun, console: Console | None = None) -> 
             returns = evaluate_policy(run, learner)
         write_atomically(path / "policy.safetensors", save(_contiguous(learner.state_tensors())))
         found = {
-            "run": asdict(run),
+            "run": to_dict(run),
             "environment": environment(command_line(), run.device),
             "seconds": course.seconds,
             "best": learner.iteration,
@@ -247,7 +248,7 @@ def _save(path: Path, run: PolicyRun, learner: PolicyLearner, course: _Course) -
     tensors |= {f"best.{name}": t for name, t in course.best.items()}
     told = {"training": course.training, "validation": course.validation}
     metadata = {
-        "run": json.dumps(asdict(run)),
+        "run": json.dumps(to_dict(run)),
         "course": json.dumps(told | {"seconds": course.seconds}),
     }
     write_atomically(path, save(_contiguous(tensors), metadata))
@@ -262,7 +263,7 @@ def _resume(path: Path, run: PolicyRun, learner: PolicyLearner) -> _Course:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except Exception as error:
         raise InputError(f"{path} is damaged ({error}); remove it to start anew") from error
-    _check_same(path.parent, run, json.loads(metadata["run"]))
+    check_same(path.parent, json.loads(metadata["run"]), run)
     parts: dict[str, dict[str, Tensor]] = {"now": {}, "best": {}}
     for key, tensor in tensors.items():
         part, _, name = key.partition(".")
@@ -279,16 +280,8 @@ def _outcome(path: Path, run: PolicyRun) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise InputError(f"{path / 'outcome.json'} is damaged; remove it") from error
-    _check_same(path, run, found["run"])
+    check_same(path, found["run"], run)
     return found
-
-
-def _check_same(path: Path, run: PolicyRun, held: Mapping[str, Any]) -> None:
-    asked = json.loads(json.dumps(asdict(run)))  # tuples are lists in a file
-    for name in ("method", "seed"):
-        check_equal(path, name, held[name], asked[name])
-    for name, value in asked["setting"].items():
-        check_equal(path, name, held["setting"].get(name), value)
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
