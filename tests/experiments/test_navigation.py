@@ -1,6 +1,7 @@
 """The table and the figures of 2D navigation, on short episodes of few tasks."""
 
 import json
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -50,11 +51,13 @@ def test_the_table_and_the_figures(experiment, monkeypatch):
         for seed in range(2)
     ]
     for step, found in enumerate(table["rows"]["MAML"]["steps"]):
-        means = [
-            sum(row[step] for row in o["test"]["of_tasks"]) / SETTING.test_tasks for o in outcomes
-        ]
-        assert found["seeds"] == pytest.approx(means, abs=1e-3)
-        assert found["mean"] == pytest.approx(sum(means) / 2, abs=1e-3)
+        of_seeds = [[row[step] for row in outcome["test"]["of_tasks"]] for outcome in outcomes]
+        of_tasks = [statistics.mean(returns) for returns in zip(*of_seeds, strict=True)]
+        assert found["seeds"] == pytest.approx([statistics.mean(r) for r in of_seeds])
+        assert found["mean"] == pytest.approx(statistics.mean(of_tasks))
+        assert found["ci95"] == pytest.approx(
+            1.96 * statistics.stdev(of_tasks) / SETTING.test_tasks**0.5
+        )
     assert len(table["rows"]["oracle"]["steps"]) == 1  # it knows the goal and takes no step
     text = (experiment.out / "table.md").read_text()
     assert "| MAML, paper | -40.41 | -11.68 | -3.33 | -3.23 |" in text

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from fewstep.core.errors import InputError, check_name, check_some
@@ -129,17 +130,15 @@ def _line(name: str, cells: list[str], seconds: float | None, steps: int) -> str
 
 
 def _row(of_seeds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return mean, interval over all tasks and spread of the seeds after each number of steps."""
-    curves = zip(*(outcome["test"]["curve"] for outcome in of_seeds), strict=True)
-    intervals = zip(*(outcome["test"]["ci95"] for outcome in of_seeds), strict=True)
-    steps = [
-        {
-            "mean": statistics.mean(means),
-            "ci95": sum(ci**2 for ci in ci95) ** 0.5 / len(ci95),
-            "seeds": list(means),
-        }
-        for means, ci95 in zip(curves, intervals, strict=True)
-    ]
+    """Return mean, interval over the tasks and the seeds' means after each number of steps.
+
+    The tasks are the same for all seeds, so the interval is of their means over the seeds.
+    """
+    returns = np.array([outcome["test"]["of_tasks"] for outcome in of_seeds])
+    of_tasks = returns.mean(0)
+    ci95 = 1.96 * of_tasks.std(0, ddof=1) / len(of_tasks) ** 0.5
+    found = zip(of_tasks.mean(0).tolist(), ci95.tolist(), returns.mean(1).T.tolist(), strict=True)
+    steps = [{"mean": mean, "ci95": ci, "seeds": seeds} for mean, ci, seeds in found]
     return {"steps": steps, "seconds": statistics.mean(o["seconds"] for o in of_seeds)}
 
 
