@@ -14,6 +14,7 @@ from fewstep.core.errors import InputError, check_name, check_some
 from fewstep.core.precision import Precision
 from fewstep.core.ranks import Ranks
 from fewstep.data.omniglot import Omniglot
+from fewstep.experiments.seeds import over_seeds
 from fewstep.experiments.sweep import Test, complete_all
 from fewstep.report.figure import new_figure, save_figure
 from fewstep.training.algorithm_options import AlgorithmOptions
@@ -200,13 +201,13 @@ class MamlPlusPlusAblation:
         best, ensemble, support, running = zip(*runs, strict=True)
         seconds = [tests[0]["training_seconds"] for tests in runs]
         return {
-            "single": _over_seeds(best),
-            "ensemble": _over_seeds(ensemble)
+            "single": over_seeds(t["per_task"] for t in best),
+            "ensemble": over_seeds(t["per_task"] for t in ensemble)
             | {"models": [len(test["iterations"]) for test in ensemble]},
             "statistics": {
-                "batch": _over_seeds(best),
-                "support": _over_seeds(support),
-                "running": _over_seeds(running),
+                "batch": over_seeds(t["per_task"] for t in best),
+                "support": over_seeds(t["per_task"] for t in support),
+                "running": over_seeds(t["per_task"] for t in running),
             },
             "seconds_per_run": statistics.mean(seconds),
             "paper": PAPER.get((self.dataset, self.ways, self.shots), {}).get(variant, ""),
@@ -216,7 +217,7 @@ class MamlPlusPlusAblation:
         return (
             f"{self.dataset} {self.ways}-way {self.shots}-shot, Conv4-{self._filters}, "
             f"{self.iterations:,} iterations of {self._tasks} tasks, {self.precision}, "
-            f"{self.seeds} seed{'s' * (self.seeds > 1)}, {self.test_tasks} test tasks each"
+            f"{self.seeds} seed{'s' * (self.seeds > 1)}, {self.test_tasks} test tasks"
         )
 
     def _markdown(self, rows: Mapping[str, dict[str, Any]]) -> str:
@@ -225,8 +226,8 @@ class MamlPlusPlusAblation:
         spread = " (standard deviation over the seeds)" * (self.seeds > 1)
         lines = [
             f"{self._schedule()}.",
-            f"Accuracy in % ± 95% interval over all test tasks{spread}. Transductive batch",
-            "statistics but in the last two columns.",
+            f"Accuracy in % ± 95% interval over the test tasks, the same for all seeds{spread}.",
+            "Transductive batch statistics but in the last two columns.",
             "",
             f"| method | accuracy | ensemble of {models} | paper | s per run | by support "
             "| by running |",
@@ -240,17 +241,6 @@ class MamlPlusPlusAblation:
             ]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines) + "\n"
-
-
-def _over_seeds(tests: Any) -> dict[str, Any]:
-    """Return the mean over the seeds, the interval over all tasks and the spread of the seeds."""
-    means = [test["mean"] for test in tests]
-    found = {
-        "mean": statistics.mean(means),
-        "ci95": sum(test["ci95"] ** 2 for test in tests) ** 0.5 / len(means),
-        "seeds": means,
-    }
-    return found | ({"std_over_seeds": statistics.stdev(means)} if len(means) > 1 else {})
 
 
 def cell(value: Mapping[str, Any]) -> str:

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from fewstep.core.errors import InputError, check_name, check_some
@@ -21,6 +20,7 @@ from fewstep.experiments.policy_runs import (
     trained_policy,
 )
 from fewstep.experiments.pool import each
+from fewstep.experiments.seeds import over_seeds
 from fewstep.report.figure import new_figure, save_figure
 from fewstep.report.navigation_paths import plot_paths
 from fewstep.training.build import resolve_device
@@ -130,22 +130,18 @@ def _line(name: str, cells: list[str], seconds: float | None, steps: int) -> str
 
 
 def _row(of_seeds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return mean, interval over the tasks and the seeds' means after each number of steps.
-
-    The tasks are the same for all seeds, so the interval is of their means over the seeds.
-    """
-    returns = np.array([outcome["test"]["of_tasks"] for outcome in of_seeds])
-    of_tasks = returns.mean(0)
-    ci95 = 1.96 * of_tasks.std(0, ddof=1) / len(of_tasks) ** 0.5
-    found = zip(of_tasks.mean(0).tolist(), ci95.tolist(), returns.mean(1).T.tolist(), strict=True)
-    steps = [{"mean": mean, "ci95": ci, "seeds": seeds} for mean, ci, seeds in found]
-    return {"steps": steps, "seconds": statistics.mean(o["seconds"] for o in of_seeds)}
+    """Return what the seeds gave together after each number of steps."""
+    of_tasks = [zip(*outcome["test"]["of_tasks"], strict=True) for outcome in of_seeds]
+    return {
+        "steps": [over_seeds(of_step) for of_step in zip(*of_tasks, strict=True)],
+        "seconds": statistics.mean(o["seconds"] for o in of_seeds),
+    }
 
 
 def _cell(value: Mapping[str, Any]) -> str:
     text = f"{value['mean']:.2f} ± {value['ci95']:.2f}"
-    if len(value["seeds"]) > 1:
-        text += f" ({statistics.stdev(value['seeds']):.2f})"
+    if "std_over_seeds" in value:
+        text += f" ({value['std_over_seeds']:.2f})"
     return text
 
 

@@ -1,0 +1,24 @@
+"""Seeds that are tested on the same tasks."""
+
+import statistics
+
+import pytest
+
+from fewstep.experiments.seeds import over_seeds
+
+
+def test_seeds_that_agree_on_every_task_are_no_more_tasks():
+    tasks = [0.2, 0.9, 0.4, 0.7]
+    found = over_seeds([tasks] * 3)
+    one = over_seeds([tasks])
+    assert found["mean"] == pytest.approx(0.55)
+    assert found["ci95"] == pytest.approx(1.96 * statistics.stdev(tasks) / 2)
+    assert one["ci95"] == pytest.approx(found["ci95"])
+    assert found["std_over_seeds"] == pytest.approx(0)
+    assert "std_over_seeds" not in one
+
+
+def test_seeds_that_err_on_other_tasks_tell_more():
+    found = over_seeds([[0.0, 1.0, 0.0, 1.0], [1.0, 0.0, 1.0, 0.0]])
+    assert (found["mean"], found["ci95"]) == (0.5, 0)
+    assert found["seeds"] == [0.5, 0.5]
