@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
+
+from fewstep.data.counter_random import random_normal
 
 
 class Outcome(NamedTuple):
@@ -62,3 +65,32 @@ class TaskEnvironments(Protocol):
             (horizon, tasks, episodes, action_size), of task i always the same.
         """
         ...
+
+
+def action_noise(
+    key: int, tasks: Tensor, step: int, horizon: int, episodes: int, action_size: int
+) -> Tensor:
+    """Return normal numbers, a pure function of (key, task, step, time, episode, entry).
+
+    Args:
+        key: Of the stream, from `key_from_name`.
+        tasks: Their numbers, (tasks,).
+        step: Inner steps done before.
+        horizon: Time steps.
+        episodes: Of each task.
+        action_size: Numbers of an action.
+
+    Returns:
+        (horizon, tasks, episodes, action_size), in float64.
+    """
+    time, episode, entry = (
+        torch.arange(n, device=tasks.device) for n in (horizon, episodes, action_size)
+    )
+    return random_normal(
+        key,
+        tasks[:, None, None],
+        torch.tensor(step, device=tasks.device),
+        time[:, None, None, None],
+        episode[:, None],
+        entry,
+    )

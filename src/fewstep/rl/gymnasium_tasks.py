@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fewstep.core.errors import InputError
-from fewstep.data.counter_random import key_from_name, random_bits, random_normal
-from fewstep.rl.environments import Outcome
+from fewstep.data.counter_random import key_from_name, random_bits
+from fewstep.rl.environments import Outcome, action_noise
 
 Environment = gymnasium.Env[Any, Any]
 
@@ -66,15 +66,11 @@ class GymnasiumTasks:
 
     def noise(self, start: int, count: int, episodes: int, step: int) -> Tensor:
         """Return the noise of the actions, (horizon, count, episodes, action_size)."""
-        noise = random_normal(
-            self._key_noise,
-            torch.arange(start, start + count)[None, :, None, None],
-            torch.tensor(step),
-            torch.arange(self.horizon)[:, None, None, None],
-            torch.arange(episodes)[None, None, :, None],
-            torch.arange(self.action_size),
+        tasks, sizes = (
+            torch.arange(start, start + count),
+            (self.horizon, episodes, self.action_size),
         )
-        return noise.to(self.dtype)
+        return action_noise(self._key_noise, tasks, step, *sizes).to(self.dtype)
 
 
 class GymnasiumEnvironments:

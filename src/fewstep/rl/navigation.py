@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fewstep.core.errors import InputError
-from fewstep.data.counter_random import key_from_name, random_normal, random_uniform
-from fewstep.rl.environments import Outcome
+from fewstep.data.counter_random import key_from_name, random_uniform
+from fewstep.rl.environments import Outcome, action_noise
 
 
 class Navigation:
@@ -101,17 +101,6 @@ class NavigationTasks:
 
     def noise(self, start: int, count: int, episodes: int, step: int) -> Tensor:
         """Return the noise of the actions, (horizon, count, episodes, 2)."""
-        time, episode, entry = (
-            torch.arange(n, device=self.device) for n in (self.horizon, episodes, self.action_size)
-        )
-        task = torch.arange(start, start + count, device=self.device)
-        of_step = torch.tensor(step, device=self.device)
-        noise = random_normal(
-            self._key_noise,
-            task[None, :, None, None],
-            of_step,
-            time[:, None, None, None],
-            episode[None, None, :, None],
-            entry,
-        )
-        return noise.to(self.dtype)
+        tasks = torch.arange(start, start + count, device=self.device)
+        sizes = (self.horizon, episodes, self.action_size)
+        return action_noise(self._key_noise, tasks, step, *sizes).to(self.dtype)
