@@ -307,5 +307,9 @@ def test_no_episodes_no_interval_and_buffers_are_refused():
         PolicyLearner(GaussianPolicy(2, 2), episodes=0)
     with pytest.raises(InputError, match="num_tasks=1 must be at least 2"):
         learner().evaluate(navigation(), 1)
+    with pytest.raises(InputError, match="0 tasks of 3 episodes: give at least one of each"):
+        learner().step(navigation(), 0, 0)
+    with pytest.raises(InputError, match="4 tasks of 0 episodes: give at least one of each"):
+        learner().evaluate(navigation(), 4, episodes=0)
     with pytest.raises(InputError, match="Sequential has buffers"):
         PolicyLearner(nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4)))

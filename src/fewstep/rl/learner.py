@@ -127,6 +127,7 @@ class PolicyLearner:
 
         Raises:
             FloatingPointError: the loss or its gradient is not finite; phi is left as it was.
+            InputError: `count` is below 1.
         """
         num_steps = self._loop.algorithm.num_steps
         with self._loop.mode(is_training=True, use="batch"):
@@ -161,8 +162,8 @@ class PolicyLearner:
             chunk_size: Tasks at once; bounds memory, changes no result.
 
         Raises:
-            InputError: `num_tasks` is below 2, which gives no interval, or `num_steps` is more
-                than the rates have rows for.
+            InputError: `num_tasks` is below 2, which gives no interval, `episodes` is below 1, or
+                `num_steps` is more than the rates have rows for.
         """
         if num_tasks < 2:
             raise InputError(f"num_tasks={num_tasks} must be at least 2 to give an interval")
@@ -225,6 +226,8 @@ class PolicyLearner:
         """Yield episodes by theta[0], theta[1], ..., each adapted on those by the one before."""
         start, count = numbers.start, numbers.stop - numbers.start
         episodes = self.episodes if episodes is None else episodes
+        if min(count, episodes) < 1:
+            raise InputError(f"{count} tasks of {episodes} episodes: give at least one of each")
         environments = tasks.environments(start, count, episodes)
         point = loop.start(count)
         for step in range(num_steps + 1):
