@@ -10,6 +10,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
+from fewstep import ConstantRate, StepRates
 from fewstep.cli.main import main
 from fewstep.core.errors import InputError
 from fewstep.experiments import policy_runs
@@ -18,11 +19,10 @@ from fewstep.experiments.policy_runs import (
     METHODS,
     PolicyRun,
     Setting,
-    evaluate_policy,
     train_policy,
     trained_policy,
 )
-from fewstep.rl import PolicyLearner, Returns
+from fewstep.rl import NavigationTasks, PolicyLearner, Returns
 
 QUIET = Console(quiet=True)
 SETTING = Setting(
@@ -82,6 +82,16 @@ def test_methods_differ_in_what_they_say():
         assert METHODS[method].num_steps == learner._loop.algorithm.num_steps
 
 
+def test_settings_reach_what_they_set(run):
+    other = replace(SETTING, inner_lr=0.7, max_divergence=0.3, episodes=9)
+    learner = replace(run, setting=other).learner()
+    assert learner._loop.algorithm.inner_rate == ConstantRate(0.7)
+    assert (learner.outer.max_divergence, learner.episodes) == (0.3, 9)
+    for split in ("train", "val", "test"):
+        goals = [replace(run, seed=seed).navigation(split).goals(0, 4) for seed in (0, 1)]
+        assert torch.equal(*goals) == (split != "train")
+
+
 def test_a_killed_run_goes_on_to_the_bit(run, tmp_path, monkeypatch):
     straight = train_policy(tmp_path / "straight", run)
     save, calls = policy_runs._save, []
@@ -119,7 +129,9 @@ def test_the_best_policy_in_validation_is_tested(run, tmp_path, monkeypatch):
     learner = trained_policy(tmp_path / "run", run)
     assert learner.iteration == outcome["best"] == 2
     assert torch.equal(learner.policy.log_std, seen[2])
-    again = evaluate_policy(run, learner)
+    tasks = NavigationTasks("test", horizon=5)
+    rates = StepRates((0.1, 0.05))
+    again = evaluate(learner, tasks, 4, num_steps=3, inner_rate=rates, episodes=3)
     assert outcome["test"]["curve"] == again.curve
 
 

@@ -89,6 +89,13 @@ def test_a_policy_trains_on_pendulums_and_a_task_is_always_the_same():
     assert len(starts.unique(dim=0)) == len(starts)  # a pendulum starts at random: each elsewhere
 
 
+def test_seeds_have_other_noise_and_other_starts():
+    here, there = (GymnasiumTasks(pendulum, horizon=2, seed=seed) for seed in (0, 1))
+    assert not torch.isclose(here.noise(0, 2, 3, 0), there.noise(0, 2, 3, 0)).any()
+    starts = [tasks.environments(0, 2, 3).reset() for tasks in (here, there)]
+    assert not torch.isclose(starts[0], starts[1]).all(-1).any()
+
+
 def test_an_episode_that_its_environment_cuts_off_has_ended():
     tasks = GymnasiumTasks(lambda _: gymnasium.wrappers.TimeLimit(Point(np.ones(2)), 5), horizon=8)
     learner = PolicyLearner(GaussianPolicy(2, 2), episodes=2)

@@ -123,6 +123,17 @@ def test_the_divergence_curves_as_its_second_derivative_says(order):
     torch.testing.assert_close(product(flat_v), flat + 0.1 * flat_v)
 
 
+def test_discount_and_trace_are_those_asked_for():
+    of, tasks = learner(1, discount=0.5, trace=0.3), navigation()
+    before, after = of.roll_out(tasks, slice(0, 2))
+    taught = Experience.of(before, discount=0.5, trace=0.3)
+    for task in range(2):
+        *_, theta = by_hand(of.policy, [taught, taught], task, order=1)
+        outputs = functional_call(of.policy, theta, (after.observations[task],))
+        on = after.running[task, ..., None]
+        torch.testing.assert_close(after.outputs[task], outputs * on)
+
+
 def test_episodes_after_k_steps_are_of_the_policy_after_k_steps():
     of, tasks = learner(), navigation()
     rollouts, of_steps = gather(of, tasks, slice(5, 8), 2)
@@ -311,5 +322,9 @@ def test_no_episodes_no_interval_and_buffers_are_refused():
         learner().step(navigation(), 0, 0)
     with pytest.raises(InputError, match="4 tasks of 0 episodes: give at least one of each"):
         learner().evaluate(navigation(), 4, episodes=0)
+    with pytest.raises(InputError, match="chunk_size=0 must be at least 1"):
+        learner().evaluate(navigation(), 2, chunk_size=0)
+    with pytest.raises(InputError, match=r"LearnedRate\(inner_lr=0\.1\) is learned; give"):
+        learner().evaluate(navigation(), 2, inner_rate=LearnedRate(0.1))
     with pytest.raises(InputError, match="Sequential has buffers"):
         PolicyLearner(nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4)))

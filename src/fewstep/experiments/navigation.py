@@ -64,7 +64,6 @@ class MamlNavigation:
             check_name("method", method, METHODS)
         if self.seeds < 1:
             raise InputError(f"seeds={self.seeds} must be at least 1")
-        self.setting.check()
         device = resolve_device(self.device)
         plan = {
             (method, seed): (
@@ -91,8 +90,14 @@ class MamlNavigation:
         written = "table.md, table.json and returns.png"
         if (first := plan.get(("MAML", 0))) is not None:
             learner = trained_policy(*first)
-            tasks, rates = first[1].navigation("test"), self.setting.test_lrs
-            plot_paths(learner, tasks, self.out / "paths.png", rates)
+            plot_paths(
+                learner,
+                first[1].navigation("test"),
+                self.out / "paths.png",
+                inner_lrs=self.setting.test_lrs,
+                num_steps=min(2, self.setting.test_steps),
+                episodes=self.setting.test_episodes,
+            )
             written = "table.md, table.json, returns.png and paths.png"
         say(console, table)
         say(console, f"wrote {written} in {self.out}")
@@ -110,7 +115,7 @@ class MamlNavigation:
         spread = " (standard deviation over the seeds)" * (self.seeds > 1)
         lines = [
             f"2D navigation, {setting.iterations} iterations of {setting.tasks} tasks of "
-            f"{setting.episodes} episodes, {seeds}, {setting.test_tasks} test tasks each.",
+            f"{setting.episodes} episodes, {seeds}, {setting.test_tasks} test tasks.",
             f"Return ± 95% interval over the test tasks{spread}, by gradient steps.",
             "",
             f"| method | {' | '.join(map(str, range(steps + 1)))} | s per run |",
@@ -171,10 +176,15 @@ def plot_returns(outcomes: Mapping[str, list[dict[str, Any]]], path: Path) -> No
         )  # fmt: skip
     for method in outcomes.keys() & PAPER.keys():
         right.plot(PAPER[method], "x--", color="0.5", label=f"{method}, paper")
-    left.set(xlabel="iteration", ylabel="return after the steps of training", title="validation")
+    several = ", band from the lowest to the highest seed" * (
+        len(next(iter(outcomes.values()))) > 1
+    )
+    left.set(xlabel="iteration", ylabel="return after the steps of training")
+    left.set_title(f"validation{several}")
     right.set(xlabel="gradient steps", ylabel="return", title="test, 95% interval")
     right.set_xticks(range(max(len(line.get_xdata()) for line in right.lines)))
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    right.legend()
+    handles, labels = right.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     save_figure(figure, path)

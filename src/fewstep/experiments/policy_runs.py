@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -43,7 +43,7 @@ class Method:
     """
 
     num_steps: int = 1
-    derivative_order: int = 2
+    derivative_order: Literal[1, 2] = 2
     shows_goal: bool = False
     is_trained: bool = True
 
@@ -88,12 +88,7 @@ class Setting:
     test_steps: int = 3
     """Inner steps of the test."""
 
-    def check(self) -> None:
-        """Check what nothing else does.
-
-        Raises:
-            InputError: a number is too small.
-        """
+    def __post_init__(self) -> None:
         least = {"iterations": 0, "test_steps": 0, "tasks": 1, "val_every": 1}
         for name, lowest in {**least, "test_episodes": 1, "val_tasks": 2, "test_tasks": 2}.items():
             if getattr(self, name) < lowest:
@@ -119,7 +114,7 @@ class PolicyRun:
             policy.to(self.device),
             method.num_steps,
             ConstantRate(setting.inner_lr),
-            derivative_order=1 if method.derivative_order == 1 else 2,
+            derivative_order=method.derivative_order,
             outer=TrustRegion(setting.max_divergence),
             episodes=setting.episodes,
         )

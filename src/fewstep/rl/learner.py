@@ -162,11 +162,14 @@ class PolicyLearner:
             chunk_size: Tasks at once; bounds memory, changes no result.
 
         Raises:
-            InputError: `num_tasks` is below 2, which gives no interval, `episodes` is below 1, or
-                `num_steps` is more than the rates have rows for.
+            InputError: `num_tasks` is below 2, which gives no interval, `episodes` or `chunk_size`
+                is below 1, `inner_rate` is a learned one, or `num_steps` is more than the rates
+                have rows for.
         """
         if num_tasks < 2:
             raise InputError(f"num_tasks={num_tasks} must be at least 2 to give an interval")
+        if chunk_size < 1:
+            raise InputError(f"chunk_size={chunk_size} must be at least 1 task")
         returns = []
         for start in range(0, num_tasks, chunk_size):
             chunk = slice(start, min(start + chunk_size, num_tasks))
@@ -196,6 +199,8 @@ class PolicyLearner:
         """
         loop = self._loop
         if inner_rate is not None:
+            if inner_rate.table(self.parameters, 1):
+                raise InputError(f"{inner_rate} is learned; give a ConstantRate or StepRates")
             loop = replace(loop, algorithm=replace(loop.algorithm, inner_rate=inner_rate))
         steps = loop.algorithm.num_steps if num_steps is None else num_steps
         loop.algorithm.check_steps(steps)
