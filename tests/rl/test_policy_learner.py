@@ -16,6 +16,7 @@ from fewstep import (
     StepRates,
 )
 from fewstep.rl import GaussianPolicy, NavigationTasks, PolicyLearner, TrustRegion
+from fewstep.rl import learner as learner_module
 from fewstep.rl.environments import Outcome
 from fewstep.rl.experience import Experience
 from fewstep.rl.policy import kl_divergence, log_probability, mean_and_log_std
@@ -39,6 +40,12 @@ def gather(of, tasks, numbers, num_steps):
     """Return rollouts after each number of steps, and what they teach."""
     rollouts = of.roll_out(tasks, numbers, num_steps=num_steps)
     return rollouts, [Experience.of(r, discount=0.99, trace=1.0) for r in rollouts]
+
+
+def seen(of, of_steps, *, differentiable=True):
+    """Return outer loss and divergence, of all tasks."""
+    parts = list(of._objective(of_steps, differentiable=differentiable))
+    return sum(part.loss for part in parts), sum(part.divergence for part in parts)
 
 
 def by_hand(policy, of_steps, task, order):
@@ -69,15 +76,17 @@ def moved(policy):
 
 @pytest.mark.parametrize("num_steps", [0, 1, 2])
 @pytest.mark.parametrize("order", [1, 2])
-def test_objective_and_gradient_are_those_of_a_plain_loop(num_steps, order):
+@pytest.mark.parametrize("at_once", [10**6, 55, 1])  # 18 examples a task
+def test_objective_and_gradient_are_those_of_a_plain_loop(num_steps, order, at_once, monkeypatch):
+    monkeypatch.setattr(learner_module, "_EXAMPLES_AT_ONCE", at_once)
     of = learner(num_steps, derivative_order=order)
     _, of_steps = gather(of, navigation(), slice(0, 4), num_steps)
     moved(of.policy)
     parameters = list(of.policy.parameters())
-    found = of._objective(of_steps, differentiable=True)
+    found = seen(of, of_steps)
     each = [by_hand(of.policy, of_steps, task, order)[:2] for task in range(4)]
     expected = [torch.stack(terms).mean() for terms in zip(*each, strict=True)]
-    for ours, plain in zip(found[:2], expected, strict=True):
+    for ours, plain in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, plain)
         torch.testing.assert_close(
             torch.autograd.grad(ours, parameters, retain_graph=True),
@@ -93,14 +102,14 @@ def test_gradients_are_slopes(which):
     moved(of.policy)
     parameters = list(of.policy.parameters())
     direction = [torch.randn_like(p) for p in parameters]
-    gradients = torch.autograd.grad(of._objective(of_steps, differentiable=True)[which], parameters)
+    gradients = torch.autograd.grad(seen(of, of_steps)[which], parameters)
     slope = sum((g * d).sum() for g, d in zip(gradients, direction, strict=True))
 
     def at(epsilon):
         with torch.no_grad():
             for p, d in zip(parameters, direction, strict=True):
                 p.add_(epsilon * d)
-            found = of._objective(of_steps, differentiable=False)[which]
+            found = seen(of, of_steps, differentiable=False)[which]
             for p, d in zip(parameters, direction, strict=True):
                 p.sub_(epsilon * d)
         return found
@@ -109,13 +118,17 @@ def test_gradients_are_slopes(which):
 
 
 @pytest.mark.parametrize("order", [1, 2])
-def test_the_divergence_curves_as_its_second_derivative_says(order):
+@pytest.mark.parametrize("at_once", [10**6, 40])  # 18 examples a task: of all three, or of two
+def test_the_divergence_curves_as_its_second_derivative_says(order, at_once, monkeypatch):
+    monkeypatch.setattr(learner_module, "_EXAMPLES_AT_ONCE", at_once)
     of = learner(derivative_order=order)
     _, of_steps = gather(of, navigation(), slice(0, 3), 2)
     parameters = list(of.policy.parameters())
-    seen = of._objective(of_steps, differentiable=True)
-    product = hessian_product(seen, parameters, damping=0.1)
-    slope = torch.autograd.grad(seen.divergence, parameters, create_graph=True)
+    parts = list(of._objective(of_steps, differentiable=True))
+    assert len(parts) == (1 if at_once > 40 else 2)
+    product = hessian_product(parts, parameters, damping=0.1)
+    divergence = seen(of, of_steps)[1]
+    slope = torch.autograd.grad(divergence, parameters, create_graph=True)
     v = [torch.randn_like(p) for p in parameters]
     along = sum((g * each).sum() for g, each in zip(slope, v, strict=True))
     expected = torch.autograd.grad(along, parameters, retain_graph=True)
@@ -212,10 +225,7 @@ def test_without_a_rate_the_steps_change_nothing():
     for policy in (of.policy, plain.policy):
         torch.manual_seed(1)
         moved(policy)
-    torch.testing.assert_close(
-        of._objective(of_steps, differentiable=True),
-        plain._objective(of_steps[-1:], differentiable=True),
-    )
+    torch.testing.assert_close(seen(of, of_steps), seen(plain, of_steps[-1:]))
 
 
 def test_returns_do_not_depend_on_the_other_tasks():

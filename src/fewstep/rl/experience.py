@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -42,6 +42,12 @@ class Experience:
             rollouts.outputs.flatten(1, 2),
             a.flatten(1),
             running / running.mean(1, keepdim=True),
+        )
+
+    def some(self, tasks: slice) -> Experience:
+        """Return what some of the tasks teach."""
+        return Experience(
+            **{field.name: getattr(self, field.name)[tasks] for field in fields(self)}
         )
 
     def support(self) -> TaskBatch:

@@ -25,6 +25,8 @@ from fewstep.rl.returns import Returns
 from fewstep.rl.rollouts import Rollouts, roll_out
 from fewstep.rl.trust_region import Seen, TrustRegion, Update
 
+_EXAMPLES_AT_ONCE = 16_000  # of the outer loss: larger tensors leave the cache
+
 
 @dataclass(frozen=True)
 class PolicyMetrics:
@@ -243,9 +245,17 @@ class PolicyLearner:
                 if step < num_steps:
                     point = _descend(loop, point, self._experience(rollouts), order=1)
 
-    def _objective(self, of_steps: list[Experience], *, differentiable: bool) -> Seen:
-        """Return outer loss and divergence of phi, as it is now, for episodes gathered before."""
-        point = self._loop.start(len(of_steps[0].observations))
+    def _objective(self, of_steps: list[Experience], *, differentiable: bool) -> Iterator[Seen]:
+        """Yield shares of outer loss and divergence, of some tasks each, for phi as it is now."""
+        tasks, examples = of_steps[0].advantages.shape
+        at_once = max(1, _EXAMPLES_AT_ONCE // examples)
+        for start in range(0, tasks, at_once):
+            of_some = [experience.some(slice(start, start + at_once)) for experience in of_steps]
+            yield self._share(of_some, tasks, differentiable)
+
+    def _share(self, of_steps: list[Experience], of_tasks: int, differentiable: bool) -> Seen:
+        tasks = len(of_steps[0].observations)
+        point = self._loop.start(tasks)
         for experience in of_steps[:-1]:
             order = self.derivative_order if differentiable else 1
             point = _descend(self._loop, point, experience, order=order)
@@ -256,7 +266,7 @@ class PolicyLearner:
         )
         loss = -(query.weights * ratio * query.advantages).mean()
         divergence = (query.weights * kl_divergence(query.outputs, outputs)).mean()
-        return Seen(loss, divergence, outputs)
+        return Seen(loss * tasks / of_tasks, divergence * tasks / of_tasks, outputs)
 
     def _outputs(self, theta: Tensors, observations: Tensor) -> Tensor:
         """Return each task's policy's outputs, (tasks, ..., 2 action_size)."""

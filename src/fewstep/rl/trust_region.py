@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple, Protocol
 
 import torch
@@ -13,11 +14,11 @@ from fewstep.core.errors import InputError
 
 
 class Seen(NamedTuple):
-    """What an objective gives.
+    """What a part of an objective gives.
 
     Args:
-        loss: A scalar.
-        divergence: How far the outputs are from those before the update, a scalar.
+        loss: Its share of the loss, a scalar.
+        divergence: Its share of how far the outputs are from those before the update, a scalar.
         outputs: What the divergence is of.
     """
 
@@ -29,8 +30,8 @@ class Seen(NamedTuple):
 class Objective(Protocol):
     """Loss and divergence as functions of the parameters as they are at the call."""
 
-    def __call__(self, *, differentiable: bool) -> Seen:
-        """Return them; with a graph that can be differentiated twice, if asked."""
+    def __call__(self, *, differentiable: bool) -> Iterable[Seen]:
+        """Return parts that add up to them; with graphs to be differentiated twice, if asked."""
         ...
 
 
@@ -97,21 +98,22 @@ class TrustRegion:
             FloatingPointError: the loss or its gradient is not finite; nothing was changed.
         """
         with torch.enable_grad():
-            seen = objective(differentiable=True)
-            g = _flat(_grad(seen.loss, parameters))
-            hessian = hessian_product(seen, parameters, self.damping)
-        loss = seen.loss
+            parts = list(objective(differentiable=True))
+            g = sum_of(_flat(_grad(part.loss, parameters)) for part in parts)
+            hessian = hessian_product(parts, parameters, self.damping)
+        loss = sum_of(part.loss.detach() for part in parts)
         if not (loss.isfinite() and g.isfinite().all()):
             raise FloatingPointError(f"the loss is {loss.item()}, its gradient {g.norm().item()}")
-        direction = conjugate_gradient(hessian, g, self.iterations)
-        curvature = direction @ hessian(direction)
+        direction, h_direction = conjugate_gradient(hessian, g, self.iterations)
+        curvature = direction @ h_direction
         before = [p.detach().clone() for p in parameters]
         if curvature > 0:
             step = torch.sqrt(2 * self.max_divergence / curvature) * direction
             for shrinks in range(self.lengths):
                 _move(parameters, before, -(self.shrink**shrinks) * step)
                 with torch.no_grad():
-                    new_loss, moved, _ = objective(differentiable=False)
+                    losses, divergences, _ = zip(*objective(differentiable=False), strict=True)
+                new_loss, moved = sum_of(losses), sum_of(divergences)
                 if new_loss < loss and moved <= self.max_divergence:
                     return Update(loss.item(), new_loss.item(), moved.item(), shrinks)
         _move(parameters, before, torch.zeros_like(g))
@@ -119,13 +121,18 @@ class TrustRegion:
 
 
 def hessian_product(
-    seen: Seen, parameters: list[Tensor], damping: float
+    parts: Sequence[Seen], parameters: list[Tensor], damping: float
 ) -> Callable[[Tensor], Tensor]:
     """Return the map from v to (J^T M J + damping) v, J and M as in `TrustRegion`, all flat.
 
     J v is the derivative of J^T u by u, which costs less than to differentiate the divergence by
     the parameters twice.
     """
+    of_parts = [_curvature_product(part, parameters) for part in parts]
+    return lambda v: sum_of(product(v) for product in of_parts) + damping * v
+
+
+def _curvature_product(seen: Seen, parameters: list[Tensor]) -> Callable[[Tensor], Tensor]:
     outputs = seen.outputs
     (slope,) = _grad(seen.divergence, [outputs], create_graph=True)
     u = torch.zeros_like(outputs, requires_grad=True)
@@ -134,14 +141,14 @@ def hessian_product(
     def product(v: Tensor) -> Tensor:
         (j_v,) = _grad(jt_u @ v, [u])
         (m_j_v,) = _grad(slope, [outputs], j_v)
-        return _flat(_grad(outputs, parameters, m_j_v)) + damping * v
+        return _flat(_grad(outputs, parameters, m_j_v))
 
     return product
 
 
 def conjugate_gradient(
     product: Callable[[Tensor], Tensor], b: Tensor, iterations: int, tolerance: float = 1e-10
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Solve A x = b for a positive definite A that is given by its products.
 
     Args:
@@ -149,6 +156,9 @@ def conjugate_gradient(
         b: (n,).
         iterations: At most so many products.
         tolerance: Squared length of b - A x that is small enough.
+
+    Returns:
+        x, and A x.
     """
     x = torch.zeros_like(b)
     r, p = b.clone(), b.clone()
@@ -162,7 +172,12 @@ def conjugate_gradient(
         r = r - alpha * ap
         rr, previous = r @ r, rr
         p = r + rr / previous * p
-    return x
+    return x, b - r
+
+
+def sum_of(terms: Iterable[Tensor]) -> Tensor:
+    """Return the sum of one tensor or more."""
+    return reduce(torch.add, terms)
 
 
 def _grad(
