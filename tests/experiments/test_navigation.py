@@ -38,7 +38,7 @@ def experiment(tmp_path):
 
 @pytest.fixture
 def run():
-    return PolicyRun("MAML", 0, SETTING)
+    return PolicyRun("navigation", "MAML", 0, SETTING)
 
 
 @pytest.mark.pictures
@@ -72,7 +72,7 @@ def test_the_table_and_the_figures(experiment, monkeypatch):
 
 def test_methods_differ_in_what_they_say():
     """Training moves all but the random one, whose policy all others but the oracle begin with."""
-    learners = {method: PolicyRun(method, 0, SETTING).learner() for method in METHODS}
+    learners = {method: PolicyRun("navigation", method, 0, SETTING).learner() for method in METHODS}
     start = {method: learner.state_tensors() for method, learner in learners.items()}
     for method in ("first-order MAML", "pretrained", "random"):
         assert all(torch.equal(t, start["MAML"][n]) for n, t in start[method].items())
@@ -88,7 +88,7 @@ def test_settings_reach_what_they_set(run):
     assert learner._loop.algorithm.inner_rate == ConstantRate(0.7)
     assert (learner.outer.max_divergence, learner.episodes) == (0.3, 9)
     for split in ("train", "val", "test"):
-        goals = [replace(run, seed=seed).navigation(split).goals(0, 4) for seed in (0, 1)]
+        goals = [replace(run, seed=seed).tasks(split).goals(0, 4) for seed in (0, 1)]
         assert torch.equal(*goals) == (split != "train")
 
 

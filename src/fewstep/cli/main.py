@@ -27,6 +27,7 @@ from fewstep.experiments.alpha_comparison import AlphaComparison
 from fewstep.experiments.alpha_convergence import AlphaConvergence
 from fewstep.experiments.alpha_sensitivity import AlphaSensitivity
 from fewstep.experiments.from_classifier import MamlPlusPlusFromClassifier
+from fewstep.experiments.half_cheetah import MamlHalfCheetah
 from fewstep.experiments.maml_plus_plus import MamlPlusPlusAblation
 from fewstep.experiments.navigation import MamlNavigation
 from fewstep.training.parse import parse
@@ -56,6 +57,7 @@ COMMANDS: dict[str, type[Command]] = {
     "reproduce maml++-ablation": MamlPlusPlusAblation,
     "reproduce maml++-from-classifier": MamlPlusPlusFromClassifier,
     "reproduce maml-navigation": MamlNavigation,
+    "reproduce maml-half-cheetah": MamlHalfCheetah,
     "reproduce alpha-sensitivity": AlphaSensitivity,
     "reproduce alpha-convergence": AlphaConvergence,
     "reproduce alpha-comparison": AlphaComparison,

@@ -1,11 +1,12 @@
-"""Runs of policies that learn to navigate."""
+"""Runs of policies that learn to adapt."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from fewstep.core.errors import InputError
 from fewstep.core.rates import ConstantRate, StepRates
 from fewstep.experiments.sweep import check_same
+from fewstep.rl.environments import TaskEnvironments
 from fewstep.rl.learner import PolicyLearner
 from fewstep.rl.navigation import NavigationTasks
 from fewstep.rl.policy import GaussianPolicy
@@ -57,18 +59,36 @@ METHODS = {
 }
 
 
+def _half_cheetah(split: str, goal: Literal["direction", "velocity"], **kwargs: Any) -> Any:
+    try:
+        from fewstep.rl.half_cheetah import HalfCheetahTasks
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"half-cheetahs need {error.name}, which is not installed: "
+            'pip install "fewstep[locomotion]"'
+        ) from error
+    return HalfCheetahTasks(split, goal, **kwargs)
+
+
+PROBLEMS: dict[str, Callable[..., TaskEnvironments]] = {
+    "navigation": NavigationTasks,
+    "half-cheetah direction": partial(_half_cheetah, goal="direction"),
+    "half-cheetah velocity": partial(_half_cheetah, goal="velocity"),
+}
+
+
 @dataclass(frozen=True)
 class Setting:
     """What is learned, and how it is tested."""
 
     iterations: int = 100
-    """Outer updates of a run, as in the authors' code; the paper has up to 500."""
+    """Outer updates of a run."""
     tasks: int = 20
     """Tasks of an iteration."""
     episodes: int = 20
     """Episodes of a task, before the step and after it."""
     inner_lr: float = 0.1
-    """Inner rate in training, the paper's; the authors' code has 0.5."""
+    """Inner rate in training."""
     max_divergence: float = 0.01
     """How far adapted policies may move in an iteration, in nats."""
     hidden: tuple[int, ...] = (100, 100)
@@ -80,11 +100,11 @@ class Setting:
     val_tasks: int = 40
     """Tasks of a validation."""
     test_tasks: int = 600
-    """Tasks of the test; the paper has 40."""
+    """Tasks of the test."""
     test_episodes: int = 40
     """Episodes of a test task after each number of steps."""
     test_lrs: tuple[float, ...] = (0.1, 0.05)
-    """Inner rates of the test's steps, the last repeated: the paper's."""
+    """Inner rates of the test's steps, the last repeated."""
     test_steps: int = 3
     """Inner steps of the test."""
 
@@ -97,8 +117,9 @@ class Setting:
 
 @dataclass(frozen=True)
 class PolicyRun:
-    """A run: a method, and the seed of its policy and training tasks."""
+    """A run: a problem, a method, and the seed of its policy and training tasks."""
 
+    problem: str = "navigation"
     method: str = "MAML"
     seed: int = 0
     setting: Setting = field(default_factory=Setting)
@@ -108,7 +129,7 @@ class PolicyRun:
         """Return what is trained, as it is at the start."""
         method, setting = METHODS[self.method], self.setting
         torch.manual_seed(self.seed)
-        sizes = self.navigation("train")
+        sizes = self.tasks("train")
         policy = GaussianPolicy(sizes.observation_size, sizes.action_size, setting.hidden)
         return PolicyLearner(
             policy.to(self.device),
@@ -119,9 +140,9 @@ class PolicyRun:
             episodes=setting.episodes,
         )
 
-    def navigation(self, split: str) -> NavigationTasks:
+    def tasks(self, split: str) -> TaskEnvironments:
         """Return the tasks of a split; validation and test are the same for all seeds."""
-        return NavigationTasks(
+        return PROBLEMS[self.problem](
             split,
             seed=self.seed if split == "train" else 0,
             horizon=self.setting.horizon,
@@ -202,7 +223,7 @@ def train_policy(path: Path, run: PolicyRun, console: Console | None = None) -> 
 def evaluate_policy(run: PolicyRun, learner: PolicyLearner) -> Returns:
     """Return what the test tasks gave after 0, 1, ... steps at the rates of the test."""
     return learner.evaluate(
-        run.navigation("test"),
+        run.tasks("test"),
         run.setting.test_tasks,
         num_steps=0 if METHODS[run.method].shows_goal else run.setting.test_steps,
         inner_rate=StepRates(run.setting.test_lrs),
@@ -222,7 +243,7 @@ def _iterate(run: PolicyRun, learner: PolicyLearner, course: _Course, iterations
     began = time.monotonic()
     tasks = run.setting.tasks
     try:
-        metrics = learner.step(run.navigation("train"), learner.iteration * tasks, tasks)
+        metrics = learner.step(run.tasks("train"), learner.iteration * tasks, tasks)
     except FloatingPointError as error:
         raise TrainingStopped(
             f"{run.method}, seed {run.seed}, iteration {learner.iteration + 1}: {error}; try a "
@@ -230,7 +251,7 @@ def _iterate(run: PolicyRun, learner: PolicyLearner, course: _Course, iterations
         ) from error
     course.training.append(metrics.returns.curve)
     if learner.iteration % run.setting.val_every == 0 or learner.iteration == iterations:
-        returns = learner.evaluate(run.navigation("val"), run.setting.val_tasks)
+        returns = learner.evaluate(run.tasks("val"), run.setting.val_tasks)
         row = [float(learner.iteration), returns.curve[-1], returns.curve_ci95[-1]]
         if row[1] > course.rank:
             course.best = {n: t.detach().clone() for n, t in learner.state_tensors().items()}

@@ -1,0 +1,58 @@
+"""Half-cheetahs: MAML's returns before and after gradient steps, against the paper's baselines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from fewstep.experiments.policy_returns import Numbers, PolicyReturns
+from fewstep.experiments.policy_runs import PolicyRun, Setting, trained_policy
+from fewstep.report.cheetah_courses import plot_courses
+
+PAPER: dict[str, Numbers] = {
+    "direction": {"MAML": (-50.69, 293.19, 313.48, 315.65)},
+    "velocity": {},  # a figure alone
+}
+
+
+@dataclass(frozen=True)
+class MamlHalfCheetah(PolicyReturns):
+    """The returns of half-cheetahs after 0 to 3 gradient steps, MAML against its baselines.
+
+    A half-cheetah of MuJoCo is to run forward or backward, or so fast, which it learns by the
+    rewards alone. Methods are those of maml-navigation.
+    """
+
+    goal: Literal["direction", "velocity"] = "direction"
+    """What tasks differ in: forward or backward, or how fast."""
+    setting: Setting = field(
+        default_factory=lambda: Setting(
+            tasks=40, max_divergence=0.02, horizon=200, test_episodes=20
+        )
+    )
+    """What is learned, and how it is tested; defaults are those of the paper's policy."""
+    out: Path = Path("runs/maml-half-cheetah")
+    """Folder of the runs, the table and the figures; a second call goes on where one stopped."""
+
+    @property
+    def problem(self) -> str:
+        """One of PROBLEMS."""
+        return f"half-cheetah {self.goal}"
+
+    @property
+    def paper(self) -> Numbers:
+        """The paper's returns after 0, 1, ... steps, by the method."""
+        return PAPER[self.goal]
+
+    def draw(self, path: Path, run: PolicyRun) -> Path:
+        """Draw how far some of them run."""
+        plot_courses(
+            trained_policy(path, run),
+            run.tasks("test"),
+            picture := self.out / "courses.png",
+            inner_lrs=self.setting.test_lrs,
+            num_steps=min(2, self.setting.test_steps),
+            episodes=self.setting.test_episodes,
+        )
+        return picture

@@ -1,0 +1,185 @@
+"""Returns of policies before and after gradient steps, MAML against the paper's baselines."""
+
+from __future__ import annotations
+
+import statistics
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fewstep.core.errors import InputError, check_name, check_some
+from fewstep.experiments.policy_runs import METHODS, PolicyRun, Setting, train_policy
+from fewstep.experiments.pool import each
+from fewstep.experiments.seeds import over_seeds
+from fewstep.report.figure import new_figure, save_figure
+from fewstep.training.build import resolve_device
+from fewstep.training.display import say
+from fewstep.training.environment import command_line, environment
+from fewstep.training.files import write_atomically
+from fewstep.training.run_folder import write_json
+
+Numbers = Mapping[str, tuple[float, ...]]
+Plan = dict[tuple[str, int], tuple[Path, PolicyRun]]
+
+
+@dataclass(frozen=True)
+class PolicyReturns(ABC):
+    """A table of returns, a row for each method, and figures of them."""
+
+    methods: tuple[str, ...] = tuple(METHODS)
+    """Rows of the table."""
+    seeds: int = 3
+    """Runs of each row."""
+    setting: Setting = field(default_factory=Setting)
+    """What is learned, and how it is tested."""
+    workers: int = 1
+    """Runs at once, a single-threaded process each."""
+    ray: bool = False
+    """Send the runs to a Ray cluster instead."""
+    out: Path = Path("runs/policies")
+    """Folder of the runs, the table and the figures; a second call goes on where one stopped."""
+    device: str = "cpu"
+    """"cpu", "cuda", ...; "auto" takes a GPU where there is one."""
+
+    @property
+    @abstractmethod
+    def problem(self) -> str:
+        """One of PROBLEMS."""
+
+    @property
+    @abstractmethod
+    def paper(self) -> Numbers:
+        """The paper's returns after 0, 1, ... steps, by the method."""
+
+    @abstractmethod
+    def draw(self, path: Path, run: PolicyRun) -> Path:
+        """Draw what the policy of a finished run does; return the file."""
+
+    def run(self, console: Console) -> None:
+        """Train what is not trained yet; write the table and the figures."""
+        check_some("methods", self.methods)
+        for method in self.methods:
+            check_name("method", method, METHODS)
+        if self.seeds < 1:
+            raise InputError(f"seeds={self.seeds} must be at least 1")
+        device = resolve_device(self.device)
+        plan = {
+            (method, seed): (
+                self.out / f"{method.lower().replace(' ', '-')}-seed{seed}",
+                PolicyRun(self.problem, method, seed, self.setting, device),
+            )
+            for seed in range(self.seeds)
+            for method in self.methods
+        }
+        found = self._complete(plan, console)
+        outcomes = {m: [found[m, seed] for seed in range(self.seeds)] for m in self.methods}
+        rows = {method: _row(of_seeds) for method, of_seeds in outcomes.items()}
+        write_json(
+            self.out / "table.json",
+            {
+                "command": command_line(),
+                "environment": environment(command_line(), device),
+                "rows": rows,
+            },
+        )
+        table = self._markdown(rows)
+        write_atomically(self.out / "table.md", table.encode())
+        plot_returns(outcomes, self.paper, self.out / "returns.png")
+        written = ["table.md", "table.json", "returns.png"]
+        if (first := plan.get(("MAML", 0))) is not None:
+            written.append(self.draw(*first).name)
+        say(console, table)
+        say(console, f"wrote {', '.join(written[:-1])} and {written[-1]} in {self.out}")
+
+    def _complete(self, plan: Plan, console: Console) -> dict[tuple[str, int], dict[str, Any]]:
+        """Complete the runs, with a bar for each if it is one after the other, else for all."""
+        is_alone = self.workers == 1 and not self.ray
+        train = partial(train_policy, console=console) if is_alone else train_policy
+        quiet = Console(quiet=True) if is_alone else console
+        return dict(each(train, plan, workers=self.workers, ray=self.ray, console=quiet))
+
+    def _markdown(self, rows: Mapping[str, dict[str, Any]]) -> str:
+        setting, steps = self.setting, self.setting.test_steps
+        seeds = f"{self.seeds} seed{'s' * (self.seeds > 1)}"
+        spread = " (standard deviation over the seeds)" * (self.seeds > 1)
+        lines = [
+            f"{self.problem.capitalize()}, {setting.iterations} iterations of {setting.tasks} "
+            f"tasks of {setting.episodes} episodes, {seeds}, {setting.test_tasks} test tasks.",
+            f"Return ± 95% interval over the test tasks{spread}, by gradient steps.",
+            "",
+            f"| method | {' | '.join(map(str, range(steps + 1)))} | s per run |",
+            f"|---|{'---|' * (steps + 2)}",
+        ]
+        for method, row in rows.items():
+            lines.append(_line(method, [*map(_cell, row["steps"])], row["seconds"], steps))
+            if method in self.paper:
+                numbers = [f"{number:.2f}" for number in self.paper[method][: steps + 1]]
+                lines.append(_line(f"{method}, paper", numbers, None, steps))
+        return "\n".join(lines) + "\n"
+
+
+def _line(name: str, cells: list[str], seconds: float | None, steps: int) -> str:
+    cells = cells + [""] * (steps + 1 - len(cells))
+    return f"| {' | '.join([name, *cells, '' if seconds is None else f'{seconds:.0f}'])} |"
+
+
+def _row(of_seeds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what the seeds gave together after each number of steps."""
+    of_tasks = [zip(*outcome["test"]["of_tasks"], strict=True) for outcome in of_seeds]
+    return {
+        "steps": [over_seeds(of_step) for of_step in zip(*of_tasks, strict=True)],
+        "seconds": statistics.mean(o["seconds"] for o in of_seeds),
+    }
+
+
+def _cell(value: Mapping[str, Any]) -> str:
+    text = f"{value['mean']:.2f} ± {value['ci95']:.2f}"
+    if "std_over_seeds" in value:
+        text += f" ({value['std_over_seeds']:.2f})"
+    return text
+
+
+def plot_returns(outcomes: Mapping[str, list[dict[str, Any]]], paper: Numbers, path: Path) -> None:
+    """Draw the returns in validation over training, and those of the test by gradient steps.
+
+    Args:
+        outcomes: What `train_policy` returned for each seed, by the method.
+        paper: The paper's returns by gradient steps, by the method.
+        path: PNG file to write.
+    """
+    figure = new_figure(11, 4.2)
+    left, right = figure.subplots(1, 2)
+    for number, (method, of_seeds) in enumerate(outcomes.items()):
+        style = {"color": f"C{number}"}
+        courses = [outcome["validation"] for outcome in of_seeds]
+        if all(courses):
+            iterations = [row[0] for row in courses[0]]
+            values = [[row[1] for row in rows] for rows in zip(*courses, strict=True)]
+            left.plot(iterations, [statistics.mean(v) for v in values], label=method, **style)
+            low, high = [min(v) for v in values], [max(v) for v in values]
+            left.fill_between(iterations, low, high, alpha=0.2, linewidth=0, **style)
+        steps = _row(of_seeds)["steps"]
+        means, ci95 = [s["mean"] for s in steps], [s["ci95"] for s in steps]
+        right.errorbar(
+            range(len(means)), means, ci95, marker="o", markersize=4, capsize=3, label=method,
+            **style,
+        )  # fmt: skip
+    for method in outcomes.keys() & paper.keys():
+        right.plot(paper[method], "x--", color="0.5", label=f"{method}, paper")
+    several = ", band from the lowest to the highest seed" * (
+        len(next(iter(outcomes.values()))) > 1
+    )
+    left.set(xlabel="iteration", ylabel="return after the steps of training")
+    left.set_title(f"validation{several}")
+    right.set(xlabel="gradient steps", ylabel="return", title="test, 95% interval")
+    right.set_xticks(range(max(len(line.get_xdata()) for line in right.lines)))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    handles, labels = right.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    save_figure(figure, path)
