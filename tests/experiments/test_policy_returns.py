@@ -1,4 +1,4 @@
-"""The table and the figures of 2D navigation, on short episodes of few tasks."""
+"""Tables and figures of policies, on short episodes of few tasks."""
 
 import json
 import statistics

@@ -1,0 +1,69 @@
+"""The table and the figures of half-cheetahs, on short episodes of few tasks."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from fewstep.cli.main import main
+from fewstep.core.errors import InputError
+from fewstep.experiments.half_cheetah import MamlHalfCheetah
+from fewstep.experiments.policy_runs import PolicyRun, Setting
+from fewstep.rl.half_cheetah import HalfCheetahTasks
+
+QUIET = Console(quiet=True)
+SETTING = Setting(
+    iterations=2, tasks=2, episodes=2, hidden=(6,), horizon=5, val_tasks=2, test_tasks=3,
+    test_episodes=2,
+)  # fmt: skip
+
+
+@pytest.mark.pictures
+def test_the_table_and_the_figures(tmp_path):
+    experiment = MamlHalfCheetah(seeds=1, setting=SETTING, out=tmp_path, methods=("MAML", "oracle"))
+    experiment.run(QUIET)
+    text = (tmp_path / "table.md").read_text()
+    assert text.startswith("Half-cheetah direction, 2 iterations of 2 tasks of 2 episodes")
+    assert "| MAML, paper | -50.69 | 293.19 | 313.48 | 315.65 |" in text
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert [len(rows[method]["steps"]) for method in ("MAML", "oracle")] == [4, 1]
+    for picture in ("returns.png", "courses.png"):
+        with Image.open(tmp_path / picture) as image:
+            assert min(image.size) > 300
+    with pytest.raises(InputError, match=r"problem='half-cheetah direction', but .* velocity"):
+        replace(experiment, goal="velocity").run(QUIET)
+
+
+def test_velocities_have_no_numbers_of_the_paper(tmp_path):
+    MamlHalfCheetah(
+        seeds=1, setting=SETTING, out=tmp_path, methods=("pretrained",), goal="velocity"
+    ).run(QUIET)
+    assert "paper" not in (tmp_path / "table.md").read_text()
+
+
+def test_a_run_has_the_tasks_of_its_problem_and_seed():
+    for goal in ("direction", "velocity"):
+        runs = [PolicyRun(f"half-cheetah {goal}", "oracle", seed, SETTING) for seed in (0, 1)]
+        for split in ("train", "val", "test"):
+            found = [run.tasks(split) for run in runs]
+            expected = HalfCheetahTasks(split, goal, horizon=5, shows_goal=True)
+            assert torch.equal(found[0].goals(0, 9), expected.goals(0, 9))
+            assert torch.equal(*(tasks.noise(0, 1, 1, 0) for tasks in found)) == (split != "train")
+            assert found[0].observation_size == 21
+
+
+def test_without_mujoco_what_to_install_is_told(tmp_path, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.split(".")[0] == "mujoco"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "fewstep.rl.half_cheetah")
+    monkeypatch.setitem(sys.modules, "mujoco", None)
+    words = ["--methods", "MAML", "--out", str(tmp_path / "out")]
+    assert main(["reproduce", "maml-half-cheetah", *words]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(
+        "fewstep: half-cheetahs need mujoco, which is not installed: pip install"
+    )
