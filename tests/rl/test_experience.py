@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from fewstep.rl import Gaussian
 from fewstep.rl.advantages import advantages
 from fewstep.rl.experience import Experience, policy_gradient_loss
-from fewstep.rl.policy import log_probability
 from fewstep.rl.rollouts import Rollouts
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -26,11 +26,11 @@ def test_what_came_after_the_end_of_an_episode_does_not_count():
     tasks = experience.support()
     for j in range(TASKS):
         terms = [
-            log_probability(new[j, e * TIME + t], parts["actions"][j, e, t]) * a[j, e, t]
+            Gaussian().log_probability(new[j, e * TIME + t], parts["actions"][j, e, t]) * a[j, e, t]
             for e in range(EPISODES)
             for t in range(lengths[j, e])
         ]
-        loss = policy_gradient_loss(new[j], tasks.y_support[j])
+        loss = policy_gradient_loss(Gaussian(), new[j], tasks.y_support[j])
         torch.testing.assert_close(loss, -torch.stack(terms).mean())
         seen = tasks.x_support[j].view(EPISODES, TIME, 3)
         assert torch.equal(seen, parts["observations"][j])

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from fewstep import ConstantRate, InputError
-from fewstep.rl import GaussianPolicy, NavigationTasks, PolicyLearner
+from fewstep.rl import (
+    Categorical,
+    CategoricalPolicy,
+    GaussianPolicy,
+    NavigationTasks,
+    PolicyLearner,
+    TrustRegion,
+)
 from fewstep.rl.gymnasium_tasks import GymnasiumTasks
 
 HORIZON = 12
@@ -115,9 +122,53 @@ def test_actions_without_bounds_are_taken_as_they_are():
     assert found.observations.tolist() == [[[7.0, -3.0]]]
 
 
+class Switch(Point):
+    """The reward is which of three actions, numbered from 5, was taken."""
+
+    action_space = gymnasium.spaces.Discrete(3, start=5)
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        return self.position, float(action), False, False, {}
+
+
+def test_actions_of_a_kind_are_the_one_taken():
+    tasks = GymnasiumTasks(lambda _: Switch(np.ones(2)), horizon=4)
+    assert tasks.action_size == 3
+    learner = PolicyLearner(CategoricalPolicy(2, 3), episodes=30)
+    (rollouts,) = learner.roll_out(tasks, slice(0, 1), num_steps=0)
+    assert torch.equal(rollouts.rewards, 5.0 + rollouts.actions.argmax(-1))
+    assert rollouts.rewards.unique().tolist() == [5, 6, 7]
+
+
+def test_a_policy_of_few_kinds_of_actions_learns_to_balance():
+    def pole(task):
+        environment = gymnasium.make("CartPole-v1")
+        environment.unwrapped.gravity = 8.0 + task % 4
+        return environment
+
+    torch.manual_seed(0)
+    tasks = GymnasiumTasks(pole, horizon=40)
+    policy = CategoricalPolicy(4, 2, hidden=(8,))
+    learner = PolicyLearner(policy, outer=TrustRegion(0.05), episodes=5)
+    before = learner.evaluate(tasks, 10)
+    for i in range(8):
+        learner.step(tasks, 100 + 5 * i, 5)
+    after = learner.evaluate(tasks, 10)
+    for step in (0, 1):
+        assert after.curve[step] > before.curve[step] + 3 * before.curve_ci95[step]
+
+
+def test_outputs_of_another_size_are_refused():
+    tasks = GymnasiumTasks(lambda _: Switch(np.ones(2)), horizon=4)
+    told = r"the policy has 6 outputs, but Categorical\(\) of actions of size 3 takes 3"
+    with pytest.raises(InputError, match=told):
+        PolicyLearner(GaussianPolicy(2, 3), distribution=Categorical()).evaluate(tasks)
+
+
 @pytest.mark.parametrize("name", ["observation_space", "action_space"])
 def test_other_spaces_are_refused(name):
     environment = Point(np.ones(2))
-    setattr(environment, name, gymnasium.spaces.Discrete(3))
-    with pytest.raises(InputError, match=r"Discrete\(3\); give a Box of one dimension"):
+    setattr(environment, name, gymnasium.spaces.MultiBinary(3))
+    with pytest.raises(InputError, match=r"MultiBinary\(3\); give a Box of one dimension"):
         GymnasiumTasks(lambda _: environment, horizon=5)

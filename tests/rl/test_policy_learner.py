@@ -15,24 +15,31 @@ from fewstep import (
     LearnedRate,
     StepRates,
 )
-from fewstep.rl import GaussianPolicy, NavigationTasks, PolicyLearner, TrustRegion
+from fewstep.rl import (
+    CategoricalPolicy,
+    Gaussian,
+    GaussianPolicy,
+    NavigationTasks,
+    PolicyLearner,
+    TrustRegion,
+)
 from fewstep.rl import learner as learner_module
 from fewstep.rl.environments import Outcome
 from fewstep.rl.experience import Experience
-from fewstep.rl.policy import kl_divergence, log_probability, mean_and_log_std
 from fewstep.rl.trust_region import hessian_product
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 RATES = (0.3, 0.2, 0.1)
+mean_and_log_std = Gaussian().mean_and_log_std
 
 
 def navigation(**kwargs):
     return NavigationTasks("train", horizon=6, dtype=torch.float64, **kwargs)
 
 
-def learner(num_steps=2, inner_rate=None, **kwargs):
-    policy = GaussianPolicy(2, 2, hidden=(8,))
+def learner(num_steps=2, inner_rate=None, kind=GaussianPolicy, **kwargs):
+    policy = kind(2, 2, hidden=(8,))
     return PolicyLearner(policy, num_steps, inner_rate or StepRates(RATES), episodes=3, **kwargs)
 
 
@@ -48,23 +55,24 @@ def seen(of, of_steps, *, differentiable=True):
     return sum(part.loss for part in parts), sum(part.divergence for part in parts)
 
 
-def by_hand(policy, of_steps, task, order):
+def by_hand(of, of_steps, task, order):
     """Return outer loss, divergence and adapted parameters of one task, by a plain loop."""
+    policy, says = of.policy, of.distribution
     theta = dict(policy.named_parameters())
     for alpha, e in zip(RATES, of_steps[:-1], strict=False):
         outputs = functional_call(policy, theta, (e.observations[task],))
         a = (e.weights * e.advantages)[task]
-        loss = -(log_probability(outputs, e.actions[task]) * a).mean()
+        loss = -(says.log_probability(outputs, e.actions[task]) * a).mean()
         gradients = torch.autograd.grad(loss, list(theta.values()), create_graph=order == 2)
         theta = {n: p - alpha * g for (n, p), g in zip(theta.items(), gradients, strict=True)}
     e = of_steps[-1]
     outputs = functional_call(policy, theta, (e.observations[task],))
     old = e.outputs[task]
     ratio = (
-        log_probability(outputs, e.actions[task]) - log_probability(old, e.actions[task])
+        says.log_probability(outputs, e.actions[task]) - says.log_probability(old, e.actions[task])
     ).exp()
     loss = -(e.weights[task] * ratio * e.advantages[task]).mean()
-    return loss, (e.weights[task] * kl_divergence(old, outputs)).mean(), theta
+    return loss, (e.weights[task] * says.kl_divergence(old, outputs)).mean(), theta
 
 
 def moved(policy):
@@ -77,14 +85,17 @@ def moved(policy):
 @pytest.mark.parametrize("num_steps", [0, 1, 2])
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("at_once", [10**6, 55, 1])  # 18 examples a task
-def test_objective_and_gradient_are_those_of_a_plain_loop(num_steps, order, at_once, monkeypatch):
+@pytest.mark.parametrize("kind", [GaussianPolicy, CategoricalPolicy])
+def test_objective_and_gradient_are_those_of_a_plain_loop(
+    num_steps, order, at_once, kind, monkeypatch
+):
     monkeypatch.setattr(learner_module, "_EXAMPLES_AT_ONCE", at_once)
-    of = learner(num_steps, derivative_order=order)
+    of = learner(num_steps, derivative_order=order, kind=kind)
     _, of_steps = gather(of, navigation(), slice(0, 4), num_steps)
     moved(of.policy)
     parameters = list(of.policy.parameters())
     found = seen(of, of_steps)
-    each = [by_hand(of.policy, of_steps, task, order)[:2] for task in range(4)]
+    each = [by_hand(of, of_steps, task, order)[:2] for task in range(4)]
     expected = [torch.stack(terms).mean() for terms in zip(*each, strict=True)]
     for ours, plain in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, plain)
@@ -119,9 +130,10 @@ def test_gradients_are_slopes(which):
 
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("at_once", [10**6, 40])  # 18 examples a task: of all three, or of two
-def test_the_divergence_curves_as_its_second_derivative_says(order, at_once, monkeypatch):
+@pytest.mark.parametrize("kind", [GaussianPolicy, CategoricalPolicy])
+def test_the_divergence_curves_as_its_second_derivative_says(order, at_once, kind, monkeypatch):
     monkeypatch.setattr(learner_module, "_EXAMPLES_AT_ONCE", at_once)
-    of = learner(derivative_order=order)
+    of = learner(derivative_order=order, kind=kind)
     _, of_steps = gather(of, navigation(), slice(0, 3), 2)
     parameters = list(of.policy.parameters())
     parts = list(of._objective(of_steps, differentiable=True))
@@ -141,7 +153,7 @@ def test_discount_and_trace_are_those_asked_for():
     before, after = of.roll_out(tasks, slice(0, 2))
     taught = Experience.of(before, discount=0.5, trace=0.3)
     for task in range(2):
-        *_, theta = by_hand(of.policy, [taught, taught], task, order=1)
+        *_, theta = by_hand(of, [taught, taught], task, order=1)
         outputs = functional_call(of.policy, theta, (after.observations[task],))
         on = after.running[task, ..., None]
         torch.testing.assert_close(after.outputs[task], outputs * on)
@@ -153,7 +165,7 @@ def test_episodes_after_k_steps_are_of_the_policy_after_k_steps():
     for step, found in enumerate(rollouts):
         noise = tasks.noise(5, 3, 3, step)
         for task in range(3):
-            *_, theta = by_hand(of.policy, of_steps[: step + 1], task, order=1)
+            *_, theta = by_hand(of, of_steps[: step + 1], task, order=1)
             outputs = functional_call(of.policy, theta, (found.observations[task],))
             mean, log_std = mean_and_log_std(outputs)
             on = found.running[task, ..., None]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fewstep.core.tasks import TaskBatch
 from fewstep.rl.advantages import advantages
-from fewstep.rl.policy import log_probability
+from fewstep.rl.distributions import Distribution
 from fewstep.rl.rollouts import Rollouts
 
 
@@ -20,7 +20,7 @@ class Experience:
     Args:
         observations: (tasks, examples, observation_size).
         actions: (tasks, examples, action_size).
-        outputs: Of the policy that acted, (tasks, examples, 2 action_size).
+        outputs: Of the policy that acted, (tasks, examples, output_size).
         advantages: (tasks, examples).
         weights: Of mean 1, and 0 for what came after the end of an episode, (tasks, examples).
     """
@@ -57,11 +57,13 @@ class Experience:
         return TaskBatch(x, y, x, y)
 
 
-def policy_gradient_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+def policy_gradient_loss(distribution: Distribution, outputs: Tensor, targets: Tensor) -> Tensor:
     """Return -mean(log pi(action) A), whose gradient is that of the expected return, negative.
 
     Args:
-        outputs: Of the policy, (examples, 2 action_size).
+        distribution: What the outputs say.
+        outputs: Of the policy, (examples, output_size).
         targets: Actions and, last, their weighted advantages A, (examples, action_size + 1).
     """
-    return -(log_probability(outputs, targets[..., :-1]) * targets[..., -1]).mean()
+    log_probability = distribution.log_probability(outputs, targets[..., :-1])
+    return -(log_probability * targets[..., -1]).mean()

@@ -8,6 +8,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
+from gymnasium.spaces import Box, Discrete
 from torch import Tensor
 
 from fewstep.core.errors import InputError
@@ -15,17 +16,20 @@ from fewstep.data.counter_random import key_from_name, random_bits
 from fewstep.rl.environments import Outcome, action_noise
 
 Environment = gymnasium.Env[Any, Any]
+Numbers = np.ndarray[Any, Any]
 
 
 class GymnasiumTasks:
     """Tasks of environments that a function makes; each episode has an environment of its own.
 
     Where actions are bounded, [-1, 1] of a policy is the whole of their range, and what is beyond
-    is cut off. Noise and seeds of resets are pure functions of (seed, task, step, episode).
+    is cut off. Of a `Discrete` space, an action is the largest entry of a policy's, as
+    `CategoricalPolicy` gives it. Noise and seeds of resets are pure functions of (seed, task, step,
+    episode).
 
     Args:
-        make: Returns an environment of task i, a new one at each call. Observations and actions are
-            `gymnasium.spaces.Box`es of one dimension.
+        make: Returns an environment of task i, a new one at each call. Observations are of a
+            `gymnasium.spaces.Box` of one dimension, actions of such a one, or `Discrete`.
         horizon: Time steps of an episode, at most.
         seed: Any integer.
         dtype: Of observations, rewards and noise.
@@ -49,7 +53,7 @@ class GymnasiumTasks:
         self._make = make
         with make(0) as first:
             self.observation_size = _size("observations", first.observation_space)
-            self.action_size = _size("actions", first.action_space)
+            self.action_size = _action_size(first.action_space)
         self._key_noise = key_from_name(seed, "gymnasium/noise")
         self._key_reset = key_from_name(seed, "gymnasium/reset")
 
@@ -91,7 +95,7 @@ class GymnasiumEnvironments:
         self._all = [environment for of_task in environments for environment in of_task]
         self._shape = (len(environments), len(environments[0]))
         self._seeds, self._dtype, self._resets = seeds, dtype, 0
-        self._bounds = [_bounds(environment) for environment in self._all]
+        self._action_of = [_action_of(environment.action_space) for environment in self._all]
         self._seen: list[Any] = []
         self._ended: list[bool] = []
 
@@ -110,10 +114,8 @@ class GymnasiumEnvironments:
         for i, action in enumerate(actions.flatten(0, 1).double().cpu().numpy()):
             if self._ended[i]:
                 continue
-            lower, upper, kind = self._bounds[i]
-            if lower is not None:
-                action = lower + (np.clip(action, -1, 1) + 1) / 2 * (upper - lower)
-            self._seen[i], reward, terminated, truncated, _ = self._all[i].step(action.astype(kind))
+            taken = self._action_of[i](action)
+            self._seen[i], reward, terminated, truncated, _ = self._all[i].step(taken)
             rewards[i], self._ended[i] = float(reward), bool(terminated or truncated)
         return Outcome(
             self._observations(),
@@ -125,16 +127,24 @@ class GymnasiumEnvironments:
         return torch.as_tensor(np.stack(self._seen), dtype=self._dtype).view(*self._shape, -1)
 
 
-def _size(what: str, space: gymnasium.Space[Any]) -> int:
-    if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
-        raise InputError(f"the {what} of the environment are {space}; give a Box of one dimension")
+def _size(what: str, space: gymnasium.Space[Any], others: str = "") -> int:
+    if not isinstance(space, Box) or len(space.shape) != 1:
+        raise InputError(
+            f"the {what} of the environment are {space}; give a Box of one dimension{others}"
+        )
     return int(space.shape[0])
 
 
-def _bounds(environment: Environment) -> tuple[Any, Any, Any]:
-    """Return lowest and highest actions, None where there are none, and their type."""
-    space = environment.action_space
-    assert isinstance(space, gymnasium.spaces.Box)
+def _action_size(space: gymnasium.Space[Any]) -> int:
+    return int(space.n) if isinstance(space, Discrete) else _size("actions", space, " or Discrete")
+
+
+def _action_of(space: gymnasium.Space[Any]) -> Callable[[Numbers], Any]:
+    """Return the map from what a policy gives to an action of a space."""
+    if isinstance(space, Discrete):
+        return lambda given: space.start + given.argmax()
+    assert isinstance(space, Box)
     if not space.is_bounded():
-        return None, None, space.dtype
-    return space.low.astype(float), space.high.astype(float), space.dtype
+        return lambda given: given.astype(space.dtype)
+    low, span = space.low.astype(float), space.high.astype(float) - space.low
+    return lambda given: (low + (np.clip(given, -1, 1) + 1) / 2 * span).astype(space.dtype)

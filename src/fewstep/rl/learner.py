@@ -18,9 +18,9 @@ from fewstep.core.inner import InnerLoop, Point
 from fewstep.core.meta_parameters import MetaParameters
 from fewstep.core.network import TaskNetwork, Tensors
 from fewstep.core.rates import ConstantRate, InnerRate
+from fewstep.rl.distributions import Distribution, Gaussian
 from fewstep.rl.environments import TaskEnvironments
 from fewstep.rl.experience import Experience, policy_gradient_loss
-from fewstep.rl.policy import kl_divergence, log_probability
 from fewstep.rl.returns import Returns
 from fewstep.rl.rollouts import Rollouts, roll_out
 from fewstep.rl.trust_region import Seen, TrustRegion, Update
@@ -54,8 +54,8 @@ class PolicyLearner:
     parameters, updated in place, and learned inner rates.
 
     Args:
-        policy: Maps observations to means and logarithms of deviations, as `GaussianPolicy` does;
-            without buffers.
+        policy: Maps observations to what says how to act, as `GaussianPolicy` and
+            `CategoricalPolicy` do; without buffers.
         num_steps: K, inner steps; 0 trains one policy for all tasks.
         inner_rate: alpha.
         derivative_order: 2, or 1 for first-order MAML.
@@ -64,6 +64,8 @@ class PolicyLearner:
         episodes: Of each task, after each number of steps.
         discount: gamma of the advantages.
         trace: lambda of the advantages.
+        distribution: What the policy's outputs say; None takes the policy's `distribution`, and
+            `Gaussian()` if it has none.
 
     Raises:
         InputError: an argument is out of its range, or the policy has buffers.
@@ -87,6 +89,7 @@ class PolicyLearner:
         episodes: int = 20,
         discount: float = 0.99,
         trace: float = 1.0,
+        distribution: Distribution | None = None,
     ) -> None:
         if derivative_order not in (1, 2):
             raise InputError(f"derivative_order={derivative_order} must be 1 or 2")
@@ -103,13 +106,14 @@ class PolicyLearner:
         self.derivative_order = derivative_order
         self.episodes, self.discount, self.trace = episodes, discount, trace
         self.outer = outer or TrustRegion()
+        said: Distribution = getattr(policy, "distribution", Gaussian())
+        self.distribution = said if distribution is None else distribution
         algorithm = Algorithm(
             num_steps, inner_rate or ConstantRate(0.1), adapted=adapted or AdaptedParameters()
         )
         self._meta = MetaParameters(policy, algorithm)
-        network = TaskNetwork(
-            policy, policy_gradient_loss, None, vectorize=True, precision="float32"
-        )
+        loss = partial(policy_gradient_loss, self.distribution)
+        network = TaskNetwork(policy, loss, None, vectorize=True, precision="float32")
         self._loop = InnerLoop(network, self._meta, algorithm)
         self.parameters = self._meta.parameters
         self.iteration = 0
@@ -240,7 +244,8 @@ class PolicyLearner:
         for step in range(num_steps + 1):
             noise = tasks.noise(start, count, episodes, step)
             with torch.no_grad():
-                rollouts = roll_out(partial(self._outputs, point.theta), environments, noise)
+                acting = partial(self._outputs, point.theta)
+                rollouts = roll_out(acting, self.distribution, environments, noise)
                 yield rollouts
                 if step < num_steps:
                     point = _descend(loop, point, self._experience(rollouts), order=1)
@@ -261,15 +266,18 @@ class PolicyLearner:
             point = _descend(self._loop, point, experience, order=order)
         query = of_steps[-1]
         outputs = self._outputs(point.theta, query.observations)
-        ratio = torch.exp(
-            log_probability(outputs, query.actions) - log_probability(query.outputs, query.actions)
+        new, old = (
+            self.distribution.log_probability(each, query.actions)
+            for each in (outputs, query.outputs)
         )
+        ratio = torch.exp(new - old)
         loss = -(query.weights * ratio * query.advantages).mean()
-        divergence = (query.weights * kl_divergence(query.outputs, outputs)).mean()
-        return Seen(loss * tasks / of_tasks, divergence * tasks / of_tasks, outputs)
+        divergence = query.weights * self.distribution.kl_divergence(query.outputs, outputs)
+        share = tasks / of_tasks
+        return Seen(share * loss, share * divergence.mean(), outputs)
 
     def _outputs(self, theta: Tensors, observations: Tensor) -> Tensor:
-        """Return each task's policy's outputs, (tasks, ..., 2 action_size)."""
+        """Return each task's policy's outputs, (tasks, ..., output_size)."""
 
         def of_task(parameters: Tensors, of_it: Tensor) -> Tensor:
             outputs: Tensor = functional_call(self.policy, parameters, (of_it,))

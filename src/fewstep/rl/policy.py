@@ -1,8 +1,7 @@
-"""Gaussian policies: modules that say with which probability to act how."""
+"""Policies: modules that say with which probability to act how."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -10,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.errors import InputError
-
-_LEAST_LOG_STD = math.log(1e-6)
+from fewstep.rl.distributions import Categorical, Gaussian
 
 
 class GaussianPolicy(nn.Module):
@@ -37,17 +35,13 @@ class GaussianPolicy(nn.Module):
     Reference: Finn, Abbeel and Levine, ICML 2017, arXiv:1703.03400, section 5.3.
     """
 
+    distribution = Gaussian()
+
     def __init__(
         self, observation_size: int, action_size: int, hidden: Sequence[int] = (100, 100)
     ) -> None:
         super().__init__()
-        sizes = [observation_size, *hidden, action_size]
-        if min(sizes) < 1:
-            raise InputError(f"layers of {sizes} units must have at least 1 each")
-        layers: list[nn.Module] = []
-        for size, next_size in pairwise(sizes):
-            layers += [nn.Linear(size, next_size), nn.ReLU()]
-        self.mean = nn.Sequential(*layers[:-1])
+        self.mean = _network([observation_size, *hidden, action_size])
         self.log_std = nn.Parameter(torch.zeros(action_size))
 
     def forward(self, observations: Tensor) -> Tensor:
@@ -56,30 +50,40 @@ class GaussianPolicy(nn.Module):
         return torch.cat([mean, self.log_std.expand_as(mean)], -1)
 
 
-def mean_and_log_std(outputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Take a policy's outputs, (..., 2 action_size), apart."""
-    mean, log_std = outputs.chunk(2, -1)
-    return mean, log_std.clamp_min(_LEAST_LOG_STD)
+class CategoricalPolicy(nn.Module):
+    """One of several actions, by the logits that a network gives.
 
-
-def log_probability(outputs: Tensor, actions: Tensor) -> Tensor:
-    """Return log pi(action), a density.
+    action ~ softmax(logits(observation))
 
     Args:
-        outputs: (..., 2 action_size).
-        actions: (..., action_size).
+        observation_size: Numbers of an observation.
+        actions: How many there are.
+        hidden: Units of the hidden layers, with ReLU.
 
-    Returns:
-        (...).
+    Raises:
+        InputError: a size is below 1.
+
+    Shapes: (examples, observation_size) to (examples, actions).
     """
-    mean, log_std = mean_and_log_std(outputs)
-    z = (actions - mean) * torch.exp(-log_std)
-    return -(0.5 * z.square() + log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    distribution = Categorical()
+
+    def __init__(
+        self, observation_size: int, actions: int, hidden: Sequence[int] = (100, 100)
+    ) -> None:
+        super().__init__()
+        self.logits = _network([observation_size, *hidden, actions])
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """Return logits."""
+        logits: Tensor = self.logits(observations)
+        return logits
 
 
-def kl_divergence(old: Tensor, new: Tensor) -> Tensor:
-    """Return KL(old || new) of two policies' outputs, each (..., 2 action_size); (...)."""
-    (mean, log_std), (new_mean, new_log_std) = mean_and_log_std(old), mean_and_log_std(new)
-    ratio = torch.exp(2 * (log_std - new_log_std))
-    z = (mean - new_mean) * torch.exp(-new_log_std)
-    return (new_log_std - log_std + 0.5 * (ratio + z.square() - 1)).sum(-1)
+def _network(sizes: Sequence[int]) -> nn.Sequential:
+    if min(sizes) < 1:
+        raise InputError(f"layers of {sizes} units must have at least 1 each")
+    layers: list[nn.Module] = []
+    for size, next_size in pairwise(sizes):
+        layers += [nn.Linear(size, next_size), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewstep.core.errors import InputError
+from fewstep.rl.distributions import Distribution
 from fewstep.rl.environments import Environments
-from fewstep.rl.policy import mean_and_log_std
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Rollouts:
     Args:
         observations: (tasks, episodes, time, observation_size).
         actions: (tasks, episodes, time, action_size).
-        outputs: What the policy gave, (tasks, episodes, time, 2 action_size).
+        outputs: What the policy gave, (tasks, episodes, time, output_size).
         rewards: (tasks, episodes, time).
         running: 1 until an episode has ended, then 0, (tasks, episodes, time).
     """
@@ -37,25 +38,36 @@ class Rollouts:
 
 
 def roll_out(
-    policy: Callable[[Tensor], Tensor], environments: Environments, noise: Tensor
+    policy: Callable[[Tensor], Tensor],
+    distribution: Distribution,
+    environments: Environments,
+    noise: Tensor,
 ) -> Rollouts:
     """Run all episodes to their ends, side by side.
 
-    action = mean + std * noise
-
     Args:
         policy: Maps observations, (tasks, episodes, observation_size), to outputs of each task's
-            policy, (tasks, episodes, 2 action_size).
+            policy, (tasks, episodes, output_size).
+        distribution: What the outputs say.
         environments: Where to act.
         noise: Normal numbers, (time, tasks, episodes, action_size).
+
+    Raises:
+        InputError: the outputs are not as many as the actions need.
     """
+    expected = distribution.output_size(noise.shape[-1])
     observations = environments.reset()
     running = observations.new_ones(observations.shape[:2])
     steps = []
     for of_time in noise:
         outputs = policy(observations)
-        mean, log_std = mean_and_log_std(outputs)
-        actions = mean + torch.exp(log_std) * of_time
+        if outputs.shape[-1] != expected:
+            raise InputError(
+                f"the policy has {outputs.shape[-1]} outputs, but {distribution} of actions of "
+                f"size {noise.shape[-1]} takes {expected}; give a policy of that size, or another "
+                "distribution"
+            )
+        actions = distribution.act(outputs, of_time)
         found = environments.step(actions)
         on = running[..., None]
         steps.append(
