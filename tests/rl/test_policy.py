@@ -24,6 +24,17 @@ def test_outputs_are_logits_of_each_action():
 
 
 @pytest.mark.parametrize("policy", [GaussianPolicy, CategoricalPolicy])
+def test_layers_begin_as_those_of_the_authors(policy):
+    """Weights are uniform up to sqrt(6 / (inputs + outputs)), biases 0."""
+    layers = [m for m in policy(20, 6).modules() if isinstance(m, torch.nn.Linear)]
+    for layer, sizes in zip(layers, [(20, 100), (100, 100), (100, 6)], strict=True):
+        bound = (6 / sum(sizes)) ** 0.5
+        assert bound >= layer.weight.abs().max() > 0.97 * bound
+        assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.07)
+        assert not layer.bias.any()
+
+
+@pytest.mark.parametrize("policy", [GaussianPolicy, CategoricalPolicy])
 def test_layers_without_units_are_refused(policy):
     with pytest.raises(InputError, match=r"\[2, 0, 2\]"):
         policy(2, 2, hidden=(0,))

@@ -30,9 +30,8 @@ class GaussianPolicy(nn.Module):
     Shapes: (examples, observation_size) to (examples, 2 action_size), the means and then the
         logarithms of the deviations, which are 1 at first.
 
-    Deviation: PyTorch's initialisation of the weights.
-
-    Reference: Finn, Abbeel and Levine, ICML 2017, arXiv:1703.03400, section 5.3.
+    Reference: Finn, Abbeel and Levine, ICML 2017, arXiv:1703.03400, section 5.3, and its code for
+        the initialisation, Glorot and Bengio's with biases of 0.
     """
 
     distribution = Gaussian()
@@ -85,5 +84,8 @@ def _network(sizes: Sequence[int]) -> nn.Sequential:
         raise InputError(f"layers of {sizes} units must have at least 1 each")
     layers: list[nn.Module] = []
     for size, next_size in pairwise(sizes):
-        layers += [nn.Linear(size, next_size), nn.ReLU()]
+        linear = nn.Linear(size, next_size)
+        nn.init.xavier_uniform_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.ReLU()]
     return nn.Sequential(*layers[:-1])
