@@ -55,14 +55,17 @@ def seen(of, of_steps, *, differentiable=True):
     return sum(part.loss for part in parts), sum(part.divergence for part in parts)
 
 
-def by_hand(of, of_steps, task, order):
+def by_hand(of, of_steps, task, order, ratio=False):
     """Return outer loss, divergence and adapted parameters of one task, by a plain loop."""
     policy, says = of.policy, of.distribution
     theta = dict(policy.named_parameters())
     for alpha, e in zip(RATES, of_steps[:-1], strict=False):
         outputs = functional_call(policy, theta, (e.observations[task],))
         a = (e.weights * e.advantages)[task]
-        loss = -(says.log_probability(outputs, e.actions[task]) * a).mean()
+        log_probability = says.log_probability(outputs, e.actions[task])
+        if ratio:
+            log_probability = (log_probability - log_probability.detach()).exp()
+        loss = -(log_probability * a).mean()
         gradients = torch.autograd.grad(loss, list(theta.values()), create_graph=order == 2)
         theta = {n: p - alpha * g for (n, p), g in zip(theta.items(), gradients, strict=True)}
     e = of_steps[-1]
@@ -104,6 +107,21 @@ def test_objective_and_gradient_are_those_of_a_plain_loop(
             torch.autograd.grad(plain, parameters, retain_graph=True),
         )
     assert found[1] > 1e-4  # else nothing would have moved
+
+
+def test_ratios_have_the_same_steps_and_other_second_derivatives():
+    plain = learner(support_loss="log probability")
+    of = learner(support_loss="ratio")
+    of.policy.load_state_dict(plain.policy.state_dict())
+    _, of_steps = gather(of, navigation(), slice(0, 4), 2)
+    _, the_same = gather(plain, navigation(), slice(0, 4), 2)
+    torch.testing.assert_close(of_steps[2].outputs, the_same[2].outputs)
+    parameters = list(of.policy.parameters())
+    found = torch.autograd.grad(seen(of, of_steps)[0], parameters)
+    losses = [by_hand(of, of_steps, task, 2, ratio=True)[0] for task in range(4)]
+    torch.testing.assert_close(found, torch.autograd.grad(sum(losses) / 4, parameters))
+    without = torch.autograd.grad(seen(plain, of_steps)[0], list(plain.policy.parameters()))
+    assert not torch.isclose(found[0], without[0]).all()
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -230,6 +248,25 @@ def test_an_inner_step_goes_along_the_gradient_of_the_expected_reward():
         )
 
 
+@pytest.mark.parametrize("support_loss", ["log probability", "ratio"])
+def test_the_ratio_alone_knows_the_curvature_of_the_expected_reward(support_loss):
+    """d mu[1]/d mu[0] = 1 - 2 alpha/s, as J = -(mu - j)^2 / s; and 1, if chances stay as they are.
+
+    With advantages of mean 0 the derivative of grad log pi has none, as it is -1/sigma^2.
+    """
+    policy, alpha = _Constant(), 0.1
+    of = PolicyLearner(policy, 1, ConstantRate(alpha), episodes=400_000, support_loss=support_loss)
+    _, of_steps = gather(of, Bandit(), slice(0, 3), 1)
+    point = of._loop.start(3)
+    after = learner_module._descend(of._loop, point, of_steps[0], order=2)
+    sigma = math.exp(-0.4)
+    for j in range(3):
+        s = math.sqrt(4 * sigma**2 * (0.5 - j) ** 2 + 2 * sigma**4)
+        expected = 1 - 2 * alpha / s if support_loss == "ratio" else 1
+        (slope,) = torch.autograd.grad(after.theta["mu"][j], policy.mu, retain_graph=True)
+        assert slope.item() == pytest.approx(expected, abs=3e-3)
+
+
 def test_without_a_rate_the_steps_change_nothing():
     of, plain = learner(2, ConstantRate(0.0)), learner(0)
     plain.policy.load_state_dict(of.policy.state_dict())
@@ -328,6 +365,7 @@ def test_training_teaches_to_walk_to_goals():
         ({"discount": 1.5}, "discount=1.5 must be between 0 and 1"),
         ({"trace": -0.1}, "trace=-0.1"),
         ({"num_steps": -1}, "num_steps=-1"),
+        ({"support_loss": "rato"}, "unknown support_loss 'rato'; did you mean 'ratio'"),
     ],
 )
 def test_arguments_out_of_range_are_refused(wrong, told):

@@ -42,16 +42,19 @@ class Method:
         derivative_order: Of the meta-gradient.
         shows_goal: The policy sees where it should go.
         is_trained: Else it stays as it was drawn.
+        support_loss: Whose second derivatives the meta-gradient takes.
     """
 
     num_steps: int = 1
     derivative_order: Literal[1, 2] = 2
     shows_goal: bool = False
     is_trained: bool = True
+    support_loss: Literal["log probability", "ratio"] = "log probability"
 
 
 METHODS = {
     "MAML": Method(),
+    "MAML with ratios": Method(support_loss="ratio"),
     "first-order MAML": Method(derivative_order=1),
     "pretrained": Method(num_steps=0),
     "random": Method(num_steps=0, is_trained=False),
@@ -137,6 +140,7 @@ class PolicyRun:
             ConstantRate(setting.inner_lr),
             derivative_order=method.derivative_order,
             outer=TrustRegion(setting.max_divergence),
+            support_loss=method.support_loss,
             episodes=setting.episodes,
         )
 

@@ -67,3 +67,25 @@ def policy_gradient_loss(distribution: Distribution, outputs: Tensor, targets: T
     """
     log_probability = distribution.log_probability(outputs, targets[..., :-1])
     return -(log_probability * targets[..., -1]).mean()
+
+
+def ratio_loss(distribution: Distribution, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return -mean(pi(action) / pi_acting(action) A), where pi is the policy that acted.
+
+    Its gradient is that of `policy_gradient_loss`, its second derivative has -mean(grad log pi
+    grad log pi^T A) besides: how often an action is taken changes, too.
+
+    Args:
+        distribution: As in `policy_gradient_loss`, as are the others.
+        outputs: Of the policy.
+        targets: Actions and advantages.
+
+    Reference: Rothfuss et al., ProMP: Proximal meta-policy search, ICLR 2019, arXiv:1810.06784, its
+        low variance curvature estimator.
+    """
+    log_probability = distribution.log_probability(outputs, targets[..., :-1])
+    ratio = torch.exp(log_probability - log_probability.detach())
+    return -(ratio * targets[..., -1]).mean()
+
+
+SUPPORT_LOSSES = {"log probability": policy_gradient_loss, "ratio": ratio_loss}

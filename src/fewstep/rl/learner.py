@@ -13,14 +13,14 @@ from torch.func import functional_call
 
 from fewstep.core.adapted import AdaptedParameters
 from fewstep.core.algorithm import Algorithm
-from fewstep.core.errors import InputError
+from fewstep.core.errors import InputError, check_name
 from fewstep.core.inner import InnerLoop, Point
 from fewstep.core.meta_parameters import MetaParameters
 from fewstep.core.network import TaskNetwork, Tensors
 from fewstep.core.rates import ConstantRate, InnerRate
 from fewstep.rl.distributions import Distribution, Gaussian
 from fewstep.rl.environments import TaskEnvironments
-from fewstep.rl.experience import Experience, policy_gradient_loss
+from fewstep.rl.experience import SUPPORT_LOSSES, Experience
 from fewstep.rl.returns import Returns
 from fewstep.rl.rollouts import Rollouts, roll_out
 from fewstep.rl.trust_region import Seen, TrustRegion, Update
@@ -64,14 +64,18 @@ class PolicyLearner:
         episodes: Of each task, after each number of steps.
         discount: gamma of the advantages.
         trace: lambda of the advantages.
+        support_loss: "log probability" is L_k as above; "ratio" is -mean(pi(action) /
+            pi_acting(action) A), with the same gradient, and a second derivative nearer to that of
+            the expected return.
         distribution: What the policy's outputs say; None takes the policy's `distribution`, and
             `Gaussian()` if it has none.
 
     Raises:
         InputError: an argument is out of its range, or the policy has buffers.
 
-    Deviation: the second derivative of L_k at its own samples leaves out how theta moves the
-        samples, as the authors' code does.
+    Deviation: by default the second derivative of L_k at its own samples leaves out how theta moves
+        the samples, as the authors' code does; "ratio" has what each action's chance adds, and
+        leaves out what it does to later observations.
 
     Reference: Finn, Abbeel and Levine, Model-Agnostic Meta-Learning, ICML 2017, arXiv:1703.03400,
         algorithm 3.
@@ -90,7 +94,9 @@ class PolicyLearner:
         discount: float = 0.99,
         trace: float = 1.0,
         distribution: Distribution | None = None,
+        support_loss: Literal["log probability", "ratio"] = "log probability",
     ) -> None:
+        check_name("support_loss", support_loss, SUPPORT_LOSSES)
         if derivative_order not in (1, 2):
             raise InputError(f"derivative_order={derivative_order} must be 1 or 2")
         if episodes < 1:
@@ -112,7 +118,7 @@ class PolicyLearner:
             num_steps, inner_rate or ConstantRate(0.1), adapted=adapted or AdaptedParameters()
         )
         self._meta = MetaParameters(policy, algorithm)
-        loss = partial(policy_gradient_loss, self.distribution)
+        loss = partial(SUPPORT_LOSSES[support_loss], self.distribution)
         network = TaskNetwork(policy, loss, None, vectorize=True, precision="float32")
         self._loop = InnerLoop(network, self._meta, algorithm)
         self.parameters = self._meta.parameters
