@@ -138,8 +138,8 @@ def test_processes_share_the_runs_of_a_table(tmp_path):
     def ablation(folder):
         return [
             *("reproduce", "maml++-ablation", "--dataset", "glyphs", "--ways", "2", "--seeds", "1"),
-            *("--variants", "MAML", "MAML++", "--iterations", "4", "--tasks", "2", "--filters"),
-            *("4", "--val-every", "2", "--val-tasks", "4", "--test-tasks", "5", "--device", "cpu"),
+            *("--variants", "MAML", "MAML++", "--iterations", "2", "--tasks", "2", "--filters"),
+            *("2", "--val-every", "1", "--val-tasks", "4", "--test-tasks", "5", "--device", "cpu"),
             *("--out", str(tmp_path / folder)),
         ]
 
