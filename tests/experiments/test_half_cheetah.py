@@ -12,7 +12,7 @@ from rich.console import Console
 from fewstep.cli.main import main
 from fewstep.core.errors import InputError
 from fewstep.experiments.half_cheetah import MamlHalfCheetah
-from fewstep.experiments.policy_runs import PolicyRun, Setting
+from fewstep.experiments.policy_settings import PolicyRun, Setting
 from fewstep.rl.half_cheetah import HalfCheetahTasks
 
 QUIET = Console(quiet=True)

@@ -15,13 +15,8 @@ from fewstep.cli.main import main
 from fewstep.core.errors import InputError
 from fewstep.experiments import policy_runs
 from fewstep.experiments.navigation import MamlNavigation
-from fewstep.experiments.policy_runs import (
-    METHODS,
-    PolicyRun,
-    Setting,
-    train_policy,
-    trained_policy,
-)
+from fewstep.experiments.policy_runs import train_policy, trained_policy
+from fewstep.experiments.policy_settings import METHODS, PolicyRun, Setting
 from fewstep.rl import NavigationTasks, PolicyLearner, Returns
 
 QUIET = Console(quiet=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from fewstep.experiments.policy_returns import Numbers, PolicyReturns
-from fewstep.experiments.policy_runs import PolicyRun, Setting, trained_policy
+from fewstep.experiments.policy_settings import Setting
 from fewstep.report.cheetah_courses import plot_courses
+from fewstep.rl.rollouts import Rollouts
 
 PAPER: dict[str, Numbers] = {
     "direction": {"MAML": (-50.69, 293.19, 313.48, 315.65)},
@@ -45,14 +47,8 @@ class MamlHalfCheetah(PolicyReturns):
         """The paper's returns after 0, 1, ... steps, by the method."""
         return PAPER[self.goal]
 
-    def draw(self, path: Path, run: PolicyRun) -> Path:
+    def draw(self, rollouts: Sequence[Rollouts]) -> Path:
         """Draw how far some of them run."""
-        plot_courses(
-            trained_policy(path, run),
-            run.tasks("test"),
-            picture := self.out / "courses.png",
-            inner_lrs=self.setting.test_lrs,
-            num_steps=min(2, self.setting.test_steps),
-            episodes=self.setting.test_episodes,
-        )
+        picture = self.out / "courses.png"
+        plot_courses(rollouts, picture)
         return picture

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fewstep.experiments.policy_returns import Numbers, PolicyReturns
-from fewstep.experiments.policy_runs import PolicyRun, trained_policy
+from fewstep.experiments.policy_returns import SHOWN_TASKS, Numbers, PolicyReturns
 from fewstep.report.navigation_paths import plot_paths
 from fewstep.rl.navigation import NavigationTasks
+from fewstep.rl.rollouts import Rollouts
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,8 @@ class MamlNavigation(PolicyReturns):
         """The paper's returns after 0, 1, ... steps, by the method."""
         return {"MAML": (-40.41, -11.68, -3.33, -3.23)}
 
-    def draw(self, path: Path, run: PolicyRun) -> Path:
+    def draw(self, rollouts: Sequence[Rollouts]) -> Path:
         """Draw the paths of some points."""
-        plot_paths(
-            trained_policy(path, run),
-            NavigationTasks("test", horizon=self.setting.horizon, device=run.device),
-            picture := self.out / "paths.png",
-            inner_lrs=self.setting.test_lrs,
-            num_steps=min(2, self.setting.test_steps),
-            episodes=self.setting.test_episodes,
-        )
+        picture = self.out / "paths.png"
+        plot_paths(rollouts, NavigationTasks("test").goals(0, SHOWN_TASKS), picture)
         return picture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,13 @@ from typing import Any
 from rich.console import Console
 
 from fewstep.core.errors import InputError, check_name, check_some
-from fewstep.experiments.policy_runs import METHODS, PolicyRun, Setting, train_policy
+from fewstep.core.rates import StepRates
+from fewstep.experiments.policy_runs import train_policy, trained_policy
+from fewstep.experiments.policy_settings import METHODS, PolicyRun, Setting
 from fewstep.experiments.pool import each
 from fewstep.experiments.seeds import over_seeds
-from fewstep.report.figure import new_figure, save_figure
+from fewstep.report.figure import legend_below, new_figure, save_figure
+from fewstep.rl.rollouts import Rollouts
 from fewstep.training.build import resolve_device
 from fewstep.training.display import say
 from fewstep.training.environment import command_line, environment
@@ -24,6 +27,7 @@ from fewstep.training.files import write_atomically
 from fewstep.training.run_folder import write_json
 
 Numbers = Mapping[str, tuple[float, ...]]
+SHOWN_TASKS = 4
 Plan = dict[tuple[str, int], tuple[Path, PolicyRun]]
 
 
@@ -57,8 +61,8 @@ class PolicyReturns(ABC):
         """The paper's returns after 0, 1, ... steps, by the method."""
 
     @abstractmethod
-    def draw(self, path: Path, run: PolicyRun) -> Path:
-        """Draw what the policy of a finished run does; return the file."""
+    def draw(self, rollouts: Sequence[Rollouts]) -> Path:
+        """Draw episodes of the first test tasks after 0, 1, ... steps; return the file."""
 
     def run(self, console: Console) -> None:
         """Train what is not trained yet; write the table and the figures."""
@@ -92,9 +96,19 @@ class PolicyReturns(ABC):
         plot_returns(outcomes, self.paper, self.out / "returns.png")
         written = ["table.md", "table.json", "returns.png"]
         if (first := plan.get(("MAML", 0))) is not None:
-            written.append(self.draw(*first).name)
+            written.append(self.draw(self._rollouts(*first)).name)
         say(console, table)
         say(console, f"wrote {', '.join(written[:-1])} and {written[-1]} in {self.out}")
+
+    def _rollouts(self, path: Path, run: PolicyRun) -> list[Rollouts]:
+        """Return what the policy of a finished run does in the first test tasks."""
+        return trained_policy(path, run).roll_out(
+            run.tasks("test"),
+            slice(0, SHOWN_TASKS),
+            num_steps=min(2, self.setting.test_steps),
+            inner_rate=StepRates(self.setting.test_lrs),
+            episodes=self.setting.test_episodes,
+        )
 
     def _complete(self, plan: Plan, console: Console) -> dict[tuple[str, int], dict[str, Any]]:
         """Complete the runs, with a bar for each if it is one after the other, else for all."""
@@ -180,6 +194,5 @@ def plot_returns(outcomes: Mapping[str, list[dict[str, Any]]], paper: Numbers, p
     right.set_xticks(range(max(len(line.get_xdata()) for line in right.lines)))
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    handles, labels = right.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    legend_below(figure, right)
     save_figure(figure, path)

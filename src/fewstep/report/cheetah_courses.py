@@ -7,46 +7,23 @@ from pathlib import Path
 
 import torch
 
-from fewstep.core.rates import StepRates
-from fewstep.report.figure import new_figure, save_figure
-from fewstep.rl.environments import TaskEnvironments
-from fewstep.rl.learner import PolicyLearner
+from fewstep.report.figure import legend_below, new_figure, save_figure
+from fewstep.rl.rollouts import Rollouts
 
 _X = 17  # of the centre of mass, among the observations
 _SECONDS = 0.01  # of a time step
 
 
-def plot_courses(
-    learner: PolicyLearner,
-    tasks: TaskEnvironments,
-    path: Path,
-    *,
-    inner_lrs: Sequence[float],
-    num_steps: int,
-    episodes: int,
-    num_tasks: int = 4,
-    shown: int = 5,
-) -> None:
-    """Draw the distance over time in some episodes of the first tasks, by gradient steps.
+def plot_courses(rollouts: Sequence[Rollouts], path: Path, *, shown: int = 5) -> None:
+    """Draw the distance over time in some episodes of half-cheetahs, axes for each task.
 
     Args:
-        learner: A trained one.
-        tasks: Of half-cheetahs.
+        rollouts: Those after 0, 1, ... steps.
         path: PNG file to write.
-        inner_lrs: Inner rates of the steps.
-        num_steps: Inner steps.
-        episodes: Of each task, after each number of steps.
-        num_tasks: Tasks, axes for each.
         shown: Episodes that are drawn.
     """
-    rollouts = learner.roll_out(
-        tasks,
-        slice(0, num_tasks),
-        num_steps=num_steps,
-        inner_rate=StepRates(tuple(inner_lrs)),
-        episodes=episodes,
-    )
-    seconds = _SECONDS * torch.arange(tasks.horizon)
+    num_tasks, _, horizon = rollouts[0].rewards.shape
+    seconds = _SECONDS * torch.arange(horizon)
     figure = new_figure(2.8 * num_tasks, 3.2)
     axes = figure.subplots(1, num_tasks, squeeze=False, sharex=True, sharey=True)[0]
     for task, axis in enumerate(axes):
@@ -59,9 +36,5 @@ def plot_courses(
         axis.set_xlabel("s")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("distance in m")
-    handles, labels = axes[0].get_legend_handles_labels()
-    by_label = dict(zip(labels, handles, strict=True))  # one course for all
-    figure.legend(
-        by_label.values(), by_label.keys(), loc="outside lower center", ncols=num_steps + 1
-    )
+    legend_below(figure, axes[0])
     save_figure(figure, path)

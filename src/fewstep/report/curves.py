@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fewstep.core.errors import InputError
-from fewstep.report.figure import label_plainly, new_figure, save_figure
+from fewstep.report.figure import label_plainly, legend_below, new_figure, save_figure
 from fewstep.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -61,8 +61,7 @@ def plot_runs(runs: Sequence[RunFolder], path: Path) -> None:
         if axes.get_yscale() == "log":
             label_plainly(axes.yaxis)
     columns = max(1, 120 // (8 + max(map(len, series))))  # a line has room for 120 characters
-    handles, labels = right.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns)  # on no band
+    legend_below(figure, right, columns)  # on no band
     save_figure(figure, path)
 
 

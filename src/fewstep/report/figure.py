@@ -10,6 +10,7 @@ from fewstep.core.errors import InputError
 from fewstep.training.files import write_atomically
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
@@ -32,6 +33,14 @@ def label_plainly(axis: Axis) -> None:
     axis.set_minor_locator(LogLocator(subs=(1.5, *range(2, 10))))  # from 1 to 2 is a long way
     axis.set_major_formatter(Plain())
     axis.set_minor_formatter(Plain())
+
+
+def legend_below(figure: Figure, axes: Axes, columns: int | None = None) -> None:
+    """Explain what is in some axes below the whole figure, a label once; in one line by default."""
+    handles, labels = axes.get_legend_handles_labels()
+    of_label = dict(zip(labels, handles, strict=True))
+    columns = columns or len(of_label)
+    figure.legend(of_label.values(), of_label.keys(), loc="outside lower center", ncols=columns)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -10,7 +10,7 @@ from fewstep.core.algorithm import Algorithm
 from fewstep.core.errors import InputError
 from fewstep.core.learner import MetaLearner
 from fewstep.data.sinusoid import SinusoidEpisodes
-from fewstep.report.figure import new_figure, save_figure
+from fewstep.report.figure import legend_below, new_figure, save_figure
 
 STEPS = {0: ("C7", ":"), 1: ("C0", "--"), 5: ("C2", "-."), 10: ("C1", "-")}
 
@@ -50,8 +50,7 @@ def plot_sinusoid_fits(learner: MetaLearner, path: Path, curves: int = 3) -> Non
         axis.set_xlabel("x")
     for first in axes[:, 0]:
         first.set_ylabel("y")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6)
+    legend_below(figure, axes[0][0])
     save_figure(figure, path)
 
 
