@@ -18,6 +18,7 @@ from fewstep.experiments.navigation import MamlNavigation
 from fewstep.experiments.policy_runs import train_policy, trained_policy
 from fewstep.experiments.policy_settings import METHODS, PolicyRun, Setting
 from fewstep.rl import NavigationTasks, PolicyLearner, Returns
+from fewstep.rl.experience import ratio_loss
 
 QUIET = Console(quiet=True)
 SETTING = Setting(
@@ -75,6 +76,8 @@ def test_methods_differ_in_what_they_say():
     for method, learner in learners.items():
         assert learner.derivative_order == (1 if method == "first-order MAML" else 2)
         assert METHODS[method].num_steps == learner._loop.algorithm.num_steps
+        of_ratios = learner._loop.network.loss.func is ratio_loss
+        assert of_ratios == (method == "MAML with ratios")
 
 
 def test_settings_reach_what_they_set(run):
