@@ -111,6 +111,29 @@ def test_a_killed_run_goes_on_to_the_bit(run, tmp_path, monkeypatch):
     assert all(torch.equal(t, policies[1][name]) for name, t in policies[0].items())
 
 
+@pytest.mark.parametrize("method", ["MAML", "random"])
+def test_a_finished_run_goes_on_to_more_iterations(method, run, tmp_path):
+    run = replace(run, method=method, setting=replace(SETTING, val_every=3))
+    more = replace(run, setting=replace(run.setting, iterations=5))
+    straight = train_policy(tmp_path / "straight", more)
+    first = train_policy(tmp_path / "run", run)
+    assert train_policy(tmp_path / "run", run) == first
+    again = train_policy(tmp_path / "run", more)
+    for part in ("run", "training", "validation", "test", "best"):
+        assert again[part] == straight[part]
+    with pytest.raises(InputError, match="iterations=5, but iterations=3 is asked for"):
+        train_policy(tmp_path / "run", run)
+
+
+def test_a_finished_run_without_its_state_is_kept(run, tmp_path):
+    first = train_policy(tmp_path / "run", run)
+    (tmp_path / "run" / "state.safetensors").unlink()
+    more = replace(run, setting=replace(SETTING, iterations=5))
+    with pytest.raises(InputError, match=r"without its state\.safetensors.* iterations=5; choose"):
+        train_policy(tmp_path / "run", more)
+    assert train_policy(tmp_path / "run", run) == first
+
+
 def test_the_best_policy_in_validation_is_tested(run, tmp_path, monkeypatch):
     evaluate, told, seen = PolicyLearner.evaluate, iter([1.0, 3.0, 2.0, 3.0]), {}
 

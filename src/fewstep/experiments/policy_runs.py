@@ -46,7 +46,8 @@ class _Course:
 def train_policy(path: Path, run: PolicyRun, console: Console | None = None) -> dict[str, Any]:
     """Train a policy from wherever its run stands, and test the one that was best in validation.
 
-    Every iteration is saved; a killed run goes on to the bit.
+    Every iteration is saved; a killed run goes on to the bit, and a finished one if it is to have
+    more iterations.
 
     Args:
         path: Folder of the run; need not exist.
@@ -57,7 +58,8 @@ def train_policy(path: Path, run: PolicyRun, console: Console | None = None) -> 
         What outcome.json holds.
 
     Raises:
-        InputError: the folder holds a run with other settings, or another process has it.
+        InputError: the folder holds a run with other settings or more iterations, what it has
+            kept is not enough to go on, or another process has it.
         TrainingStopped: a loss was not finite; what was saved before is intact.
     """
     make_folder(path)
@@ -149,6 +151,11 @@ def _save(path: Path, run: PolicyRun, learner: PolicyLearner, course: _Course) -
 
 def _resume(path: Path, run: PolicyRun, learner: PolicyLearner) -> _Course:
     if not path.exists():
+        if METHODS[run.method].is_trained and (path.parent / "outcome.json").exists():
+            raise InputError(
+                f"{path.parent} holds a finished run without its {path.name}, so it can't go on to "
+                f"iterations={run.setting.iterations}; choose another folder with --out"
+            )
         return _Course([], [], {}, 0.0)
     try:
         with safe_open(path, "pt") as file:
@@ -156,7 +163,7 @@ def _resume(path: Path, run: PolicyRun, learner: PolicyLearner) -> _Course:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except Exception as error:
         raise InputError(f"{path} is damaged ({error}); remove it to start anew") from error
-    check_same(path.parent, json.loads(metadata["run"]), run)
+    _check_same(path.parent, json.loads(metadata["run"]), run)
     parts: dict[str, dict[str, Tensor]] = {"now": {}, "best": {}}
     for key, tensor in tensors.items():
         part, _, name = key.partition(".")
@@ -166,15 +173,21 @@ def _resume(path: Path, run: PolicyRun, learner: PolicyLearner) -> _Course:
 
 
 def _outcome(path: Path, run: PolicyRun) -> dict[str, Any] | None:
-    """Return what a finished run wrote; None of one that is not."""
+    """Return what a finished run wrote; None if there is none, or it is to go on."""
     try:
         found: dict[str, Any] = json.loads((path / "outcome.json").read_text())
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise InputError(f"{path / 'outcome.json'} is damaged; remove it") from error
-    check_same(path, found["run"], run)
-    return found
+    _check_same(path, found["run"], run)
+    return found if found["run"]["setting"]["iterations"] == run.setting.iterations else None
+
+
+def _check_same(path: Path, held: dict[str, Any], run: PolicyRun) -> None:
+    """Raise InputError unless a run has these settings; it may have fewer iterations."""
+    iterations = max(held["setting"]["iterations"], run.setting.iterations)
+    check_same(path, held | {"setting": held["setting"] | {"iterations": iterations}}, run)
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
