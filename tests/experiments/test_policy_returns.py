@@ -66,6 +66,22 @@ def test_the_table_and_the_figures(experiment, monkeypatch):
     assert json.loads((experiment.out / "table.json").read_text())["rows"] == table["rows"]
 
 
+def test_the_picture_is_of_the_method_that_gives_most_after_its_step(experiment):
+    def row(*means):
+        return {"steps": [{"mean": mean} for mean in means]}
+
+    rows = {
+        "MAML": row(0.0, 2.0, 9.0),
+        "first-order MAML": row(0.0, 3.0, 1.0),
+        "pretrained": row(5.0, 5.0, 5.0),
+        "oracle": row(9.0),
+    }
+    assert experiment._best(rows) == "first-order MAML"
+    assert experiment._best({"pretrained": row(1.0)}) is None
+    untested = replace(experiment, setting=replace(SETTING, test_steps=0))
+    assert untested._best({"MAML": row(1.0), "MAML with ratios": row(2.0)}) == "MAML with ratios"
+
+
 def test_methods_differ_in_what_they_say():
     """Training moves all but the random one, whose policy all others but the oracle begin with."""
     learners = {method: PolicyRun("navigation", method, 0, SETTING).learner() for method in METHODS}

@@ -47,8 +47,8 @@ class MamlHalfCheetah(PolicyReturns):
         """The paper's returns after 0, 1, ... steps, by the method."""
         return PAPER[self.goal]
 
-    def draw(self, rollouts: Sequence[Rollouts]) -> Path:
+    def draw(self, title: str, rollouts: Sequence[Rollouts]) -> Path:
         """Draw how far some of them run."""
         picture = self.out / "courses.png"
-        plot_courses(rollouts, picture)
+        plot_courses(rollouts, title, picture)
         return picture

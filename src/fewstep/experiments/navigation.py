@@ -34,8 +34,8 @@ class MamlNavigation(PolicyReturns):
         """The paper's returns after 0, 1, ... steps, by the method."""
         return {"MAML": (-40.41, -11.68, -3.33, -3.23)}
 
-    def draw(self, rollouts: Sequence[Rollouts]) -> Path:
+    def draw(self, title: str, rollouts: Sequence[Rollouts]) -> Path:
         """Draw the paths of some points."""
         picture = self.out / "paths.png"
-        plot_paths(rollouts, NavigationTasks("test").goals(0, SHOWN_TASKS), picture)
+        plot_paths(rollouts, NavigationTasks("test").goals(0, SHOWN_TASKS), title, picture)
         return picture

@@ -61,7 +61,7 @@ class PolicyReturns(ABC):
         """The paper's returns after 0, 1, ... steps, by the method."""
 
     @abstractmethod
-    def draw(self, rollouts: Sequence[Rollouts]) -> Path:
+    def draw(self, title: str, rollouts: Sequence[Rollouts]) -> Path:
         """Draw episodes of the first test tasks after 0, 1, ... steps; return the file."""
 
     def run(self, console: Console) -> None:
@@ -95,10 +95,19 @@ class PolicyReturns(ABC):
         write_atomically(self.out / "table.md", table.encode())
         plot_returns(outcomes, self.paper, self.out / "returns.png")
         written = ["table.md", "table.json", "returns.png"]
-        if (first := plan.get(("MAML", 0))) is not None:
-            written.append(self.draw(self._rollouts(*first)).name)
+        if (best := self._best(rows)) is not None:
+            written.append(self.draw(f"{best}, seed 0", self._rollouts(*plan[best, 0])).name)
         say(console, table)
         say(console, f"wrote {', '.join(written[:-1])} and {written[-1]} in {self.out}")
+
+    def _best(self, rows: Mapping[str, dict[str, Any]]) -> str | None:
+        """Return the method that gives most after the steps it is trained for, if it has any."""
+        returns = {
+            name: row["steps"][min(METHODS[name].num_steps, self.setting.test_steps)]["mean"]
+            for name, row in rows.items()
+            if METHODS[name].num_steps
+        }
+        return max(returns, key=returns.__getitem__, default=None)
 
     def _rollouts(self, path: Path, run: PolicyRun) -> list[Rollouts]:
         """Return what the policy of a finished run does in the first test tasks."""

@@ -14,11 +14,12 @@ _X = 17  # of the centre of mass, among the observations
 _SECONDS = 0.01  # of a time step
 
 
-def plot_courses(rollouts: Sequence[Rollouts], path: Path, *, shown: int = 5) -> None:
+def plot_courses(rollouts: Sequence[Rollouts], title: str, path: Path, *, shown: int = 5) -> None:
     """Draw the distance over time in some episodes of half-cheetahs, axes for each task.
 
     Args:
         rollouts: Those after 0, 1, ... steps.
+        title: Of the figure.
         path: PNG file to write.
         shown: Episodes that are drawn.
     """
@@ -31,10 +32,11 @@ def plot_courses(rollouts: Sequence[Rollouts], path: Path, *, shown: int = 5) ->
             steps = f"{step} step{'s' * (step != 1)}"
             for x in found.observations[task, :shown, :, _X].cpu():
                 axis.plot(seconds, x, color=f"C{step}", alpha=0.7, linewidth=1, label=steps)
-        returns = ", ".join(f"{found.returns[task]:.0f}" for found in rollouts)
+        returns = ", ".join(f"{round(float(found.returns[task]))}" for found in rollouts)
         axis.set_title(f"task {task}, returns {returns}", fontsize=9)
         axis.set_xlabel("s")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("distance in m")
+    figure.suptitle(title, fontsize=10)
     legend_below(figure, axes[0])
     save_figure(figure, path)

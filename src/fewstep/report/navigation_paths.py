@@ -11,12 +11,15 @@ from fewstep.report.figure import legend_below, new_figure, save_figure
 from fewstep.rl.rollouts import Rollouts
 
 
-def plot_paths(rollouts: Sequence[Rollouts], goals: Tensor, path: Path, *, shown: int = 5) -> None:
+def plot_paths(
+    rollouts: Sequence[Rollouts], goals: Tensor, title: str, path: Path, *, shown: int = 5
+) -> None:
     """Draw the paths of some episodes, a row for each number of steps, a column for each task.
 
     Args:
         rollouts: Those after 0, 1, ... steps.
         goals: (tasks, 2).
+        title: Of the figure.
         path: PNG file to write.
         shown: Episodes that are drawn.
     """
@@ -39,5 +42,6 @@ def plot_paths(rollouts: Sequence[Rollouts], goals: Tensor, path: Path, *, shown
         axis.set_xlabel("x")
     for first in axes[:, 0]:
         first.set_ylabel("y")
+    figure.suptitle(title, fontsize=10)
     legend_below(figure, axes[0][0])
     save_figure(figure, path)
