@@ -12,13 +12,14 @@ from torch.utils._pytree import tree_leaves
 
 from fewstep.core.inner import InnerLoop
 from fewstep.core.modules import set_mode
+from fewstep.core.norm import Use
 from fewstep.core.normalise import NormaliseBy, Statistics, take_over
 from fewstep.core.once import one_batch
 from fewstep.core.tasks import TaskBatch
 
 
 def adapted_copy(
-    loop: InnerLoop, x_support: Tensor, y_support: Tensor, num_steps: int
+    loop: InnerLoop, x_support: Tensor, y_support: Tensor, num_steps: int, use: Use
 ) -> nn.Module:
     """Return a copy of the module after `num_steps` inner steps on one task.
 
@@ -27,10 +28,11 @@ def adapted_copy(
         x_support: Inputs, (examples, ...).
         y_support: Targets, (examples, ...).
         num_steps: Inner steps.
+        use: What batch normalisation normalises by.
     """
     batch = TaskBatch(x_support[None], y_support[None], x_support[None], y_support[None])
     module = copy.deepcopy(loop.network.module, _left_behind(loop.network.module))
-    use, rows = loop.algorithm.norm_statistics.use, loop.meta.rows
+    rows = loop.meta.rows
     with torch.no_grad(), loop.mode(is_training=False, use=use), one_batch():
         *_, last = loop.trajectory(batch, num_steps, derivative_order=1)
         theta = rows.pick_parameters(last.theta, num_steps, is_query=True)

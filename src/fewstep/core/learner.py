@@ -183,7 +183,12 @@ class MetaLearner:
         return found
 
     def adapt(
-        self, x_support: Tensor, y_support: Tensor, *, num_steps: int | None = None
+        self,
+        x_support: Tensor,
+        y_support: Tensor,
+        *,
+        num_steps: int | None = None,
+        statistics: Use | None = None,
     ) -> nn.Module:
         """Return a copy of the module adapted to one task, ready to be called.
 
@@ -194,8 +199,10 @@ class MetaLearner:
             x_support: Inputs, (examples, ...), without a task dimension.
             y_support: Targets, (examples, ...).
             num_steps: Inner steps; None takes the algorithm's.
+            statistics: What batch normalisation normalises by; None takes the algorithm's.
         """
-        return adapted_copy(self._loop, x_support, y_support, self._steps(num_steps))
+        use = self._norm_statistics(statistics).use
+        return adapted_copy(self._loop, x_support, y_support, self._steps(num_steps), use)
 
     def evaluate(
         self,

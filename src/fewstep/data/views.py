@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
-from fewstep.core.errors import InputError
+from fewstep.core.errors import InputError, check_name
 from fewstep.core.tasks import View, as_they_are
 
 Views = Literal["mirrored", "turned"]
@@ -19,12 +19,17 @@ def views_of(views: Views | None) -> tuple[View, ...]:
     Args:
         views: "mirrored", left to right as well; "turned", by 1 to 3 quarters as well, which raises
             InputError for images that are not square; None, no others.
+
+    Raises:
+        InputError: `views` is another.
     """
     others: dict[Views | None, tuple[View, ...]] = {
         None: (),
         "mirrored": (_mirrored,),
         "turned": tuple(partial(_turned, quarters=k) for k in (1, 2, 3)),
     }
+    if views is not None:
+        check_name("views", views, get_args(Views))
     return (as_they_are, *others[views])
 
 

@@ -1,0 +1,159 @@
+"""A trained model as an estimator: fit it to a few images of your classes, then let it predict."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from fewstep.core.algorithm import ExtraSteps
+from fewstep.core.errors import InputError
+from fewstep.core.norm import Use
+from fewstep.data.archives import contents
+from fewstep.data.views import Views, views_of
+from fewstep.training.config import ClassificationOptions, SinusoidData
+from fewstep.training.load import OneCheckpoint, load_learner
+from fewstep.training.parse import load_config
+from fewstep.training.run_folder import RunFolder
+
+Picture = Path | str | Image.Image
+
+
+class FewShotClassifier:
+    """A run's model that learns your classes from a few images of each, and names that of others.
+
+    It has `fit`, `predict`, `predict_proba`, `score` and `classes_`, as scikit-learn's classifiers;
+    `ways`, how many classes it tells apart, and `normalisation`, what batch normalisation does.
+
+    Args:
+        path: Folder of the run; the data that it was trained on are not needed.
+        checkpoint: The best in validation, or the last.
+        num_steps: Inner steps; None takes the run's eval_steps.
+        extra_steps: Refuse more steps than trained, or repeat the last, where parts differ by step;
+            None takes the run's.
+        statistics: What batch normalisation normalises by; None takes the run's. By "batch", the
+            images of a call are normalised together, so that each answer depends on the others.
+        views: Take the mean of the outputs over your images as they are and "mirrored", or "turned"
+            by 1 to 3 quarters, each adapted to on its own.
+        device: "cpu", "cuda", ...; "auto" takes a GPU where there is one.
+
+    Raises:
+        InputError: there is no such run, checkpoint or device, or it has learned no few-shot
+            classification of images.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        checkpoint: OneCheckpoint = "best",
+        num_steps: int | None = None,
+        extra_steps: ExtraSteps | None = None,
+        statistics: Use | None = None,
+        views: Views | None = None,
+        device: str = "auto",
+    ) -> None:
+        config = load_config(RunFolder.open(Path(path)).path / "config.toml")
+        if isinstance(config.data, SinusoidData):
+            raise InputError(f"{path} is a run on sinusoids, and a classifier needs images")
+        self._learner = learner = load_learner(
+            path, checkpoint=checkpoint, device=device, extra_steps=extra_steps
+        )
+        assert isinstance(config.episodes, ClassificationOptions)
+        self._data = config.data
+        self._views = views_of(views)
+        self._statistics = statistics
+        self._modules: list[nn.Module] = []
+        self.ways = config.episodes.ways
+        self.num_steps = config.algorithm.eval_steps if num_steps is None else num_steps
+        self.classes_: NDArray[Any] = np.array([])
+        norm = learner.algorithm.norm_statistics
+        norm = norm if statistics is None else replace(norm, use=statistics)
+        self.normalisation = norm.describe(learner.module)
+
+    def fit(self, images: Sequence[Picture] | Tensor, labels: Iterable[Any]) -> Self:
+        """Adapt to your classes.
+
+        Args:
+            images: Image files or PIL images, brought to the run's size, with dark ink on light
+                paper where it is of characters; or a tensor as the run's own, on [0, 1],
+                (images, channels, height, width).
+            labels: The class of each, whatever it is called.
+
+        Raises:
+            InputError: the classes are not as many as the run's ways, the labels not as many as the
+                images, an image cannot be read, or the steps are more than the run has learned.
+        """
+        classes, numbers = np.unique(np.asarray(list(labels)), return_inverse=True)
+        if len(numbers) != len(images):
+            raise InputError(f"{len(images)} images have {len(numbers)} labels; give one for each")
+        if len(classes) != self.ways:
+            raise InputError(
+                f"labels name {len(classes)} classes, and the run learned to tell {self.ways} "
+                f"apart; give {self.ways}"
+            )
+        x = self._read(images)
+        y = torch.from_numpy(numbers).to(x.device)
+        self._modules = [
+            self._learner.adapt(view(x), y, num_steps=self.num_steps, statistics=self._statistics)
+            for view in self._views
+        ]
+        self.classes_ = classes
+        return self
+
+    def predict_proba(self, images: Sequence[Picture] | Tensor) -> NDArray[np.float32]:
+        """Return the probability of each class, (images, classes), in the order of `classes_`.
+
+        Raises:
+            InputError: `fit` was not called, or an image cannot be read.
+        """
+        if not self._modules:
+            raise InputError("the classifier has no classes yet; call fit(images, labels) first")
+        x = self._read(images)
+        with torch.no_grad():
+            outputs = [
+                module(view(x)) for module, view in zip(self._modules, self._views, strict=True)
+            ]
+            found: NDArray[np.float32] = torch.stack(outputs).mean(0).softmax(-1).cpu().numpy()
+        return found
+
+    def predict(self, images: Sequence[Picture] | Tensor) -> NDArray[Any]:
+        """Return the label of each image; errors as in `predict_proba`."""
+        found: NDArray[Any] = self.classes_[self.predict_proba(images).argmax(1)]
+        return found
+
+    def score(self, images: Sequence[Picture] | Tensor, labels: Iterable[Any]) -> float:
+        """Return the share of images whose label is right; errors as in `predict_proba`."""
+        return float((self.predict(images) == np.asarray(list(labels))).mean())
+
+    def _read(self, images: Sequence[Picture] | Tensor) -> Tensor:
+        """Return images as the run's are, (images, channels, height, width) on [0, 1]."""
+        device = next(self._learner.module.parameters()).device
+        if isinstance(images, Tensor):
+            if images.shape[1:] != self._data.image_shape:
+                raise InputError(
+                    f"images of shape {tuple(images.shape[1:])} do not fit the run, whose images "
+                    f"are {self._data.image_shape}; give those, or image files"
+                )
+            return images.to(device, torch.float32)
+        if len(images) == 0:
+            raise InputError("there is no image; give one or more")
+        pixels = np.stack([self._data.pixels(*_content(each)) for each in images])
+        return torch.from_numpy(pixels).to(device, torch.float32).div_(255)
+
+
+def _content(image: Picture) -> tuple[bytes, str]:
+    """Return an image as a file's content, and what to call it."""
+    if isinstance(image, Image.Image):
+        written = io.BytesIO()
+        image.save(written, "png")
+        return written.getvalue(), "the image"
+    return contents(Path(image)), str(image)

@@ -1,0 +1,107 @@
+"""A trained model as an estimator, on drawn characters of a kind that it has never seen."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fewstep.core.errors import InputError
+from fewstep.core.tasks import TaskBatch
+from fewstep.data.glyphs import Glyphs
+from fewstep.data.views import views_of
+from fewstep.training.classifier import FewShotClassifier
+from fewstep.training.load import load_learner
+
+RUN = Path(__file__).parents[2] / "results" / "maml++-20w1s-projection" / "run"
+WAYS = 20
+NAMES = [f"class {c * 7 % WAYS}" for c in range(WAYS)]  # sorted otherwise than drawn
+
+
+@pytest.fixture(scope="module")
+def drawings():
+    """Strokes of 255 on 0 of the first and the second image of each class, uint8."""
+    store = Glyphs().splits()["test"]
+    first = store.starts[:WAYS]
+    return store.images[first], store.images[first + 1]
+
+
+@pytest.fixture(scope="module")
+def fitted(drawings):
+    return FewShotClassifier(RUN, device="cpu").fit(drawings[0] / 255, NAMES)
+
+
+def _paper(strokes):
+    """Return the drawings as people keep them, dark on light."""
+    return [Image.fromarray(255 - np.asarray(each[0])) for each in strokes]
+
+
+def test_it_names_drawn_characters(fitted, drawings):
+    assert fitted.score(drawings[1] / 255, NAMES) > 0.9
+    assert fitted.score(drawings[1] / 255, NAMES[1:] + NAMES[:1]) < 0.1
+    assert list(fitted.classes_) == sorted(NAMES)
+    assert fitted.ways == WAYS
+    assert fitted.normalisation == "batch (transductive)"
+
+
+@pytest.mark.parametrize("views", [None, "turned"])
+@pytest.mark.parametrize("statistics", [None, "support"])
+def test_its_probabilities_are_those_of_the_learner(views, statistics, drawings):
+    x_support, x_query = (strokes / 255 for strokes in drawings)
+    classifier = FewShotClassifier(
+        RUN, num_steps=3, statistics=statistics, views=views, device="cpu"
+    )
+    found = classifier.fit(x_support, NAMES).predict_proba(x_query)
+    y = torch.tensor([sorted(NAMES).index(name) for name in NAMES])
+    task = TaskBatch(x_support[None], y[None], x_query[None], y[None])
+    learner = load_learner(RUN, device="cpu")
+    outputs = [
+        learner.predict(task.seen(view), 1, num_steps=3, statistics=statistics)[0, -1]
+        for view in views_of(views)
+    ]
+    expected = torch.stack(outputs).mean(0).softmax(-1)
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(found.sum(1), 1, rtol=1e-5)
+
+
+def test_images_may_be_files_or_pil_or_tensors(fitted, drawings, tmp_path):
+    expected = fitted.predict_proba(drawings[1] / 255)
+    images = _paper(drawings[1])
+    files = [tmp_path / f"{number}.png" for number in range(WAYS)]
+    for image, file in zip(images, files, strict=True):
+        image.save(file)
+    for given in (images, files, [str(file) for file in files]):
+        np.testing.assert_array_equal(fitted.predict_proba(given), expected)
+
+
+def test_another_fit_takes_the_place_of_the_first(drawings):
+    classifier = FewShotClassifier(RUN, device="cpu")
+    first = classifier.fit(drawings[0] / 255, range(WAYS)).predict(drawings[1] / 255)
+    again = classifier.fit(drawings[0].flip(0) / 255, range(WAYS)).predict(drawings[1] / 255)
+    assert first.dtype.kind == "i"
+    assert (first + again == WAYS - 1).mean() > 0.8
+
+
+def test_what_it_refuses(fitted, drawings, tmp_path):
+    x = drawings[0] / 255
+    new = FewShotClassifier(RUN, device="cpu")
+    (tmp_path / "text.png").write_text("no image")
+    for told, call in {
+        "call fit": lambda: new.predict(x),
+        "labels name 19 classes, and the run learned to tell 20 apart": lambda: new.fit(
+            x, [*range(19), 18]
+        ),
+        "20 images have 19 labels": lambda: new.fit(x, range(19)),
+        r"images of shape \(1, 27, 28\) do not fit": lambda: fitted.predict(x[:, :, 1:]),
+        "there is no image": lambda: fitted.predict([]),
+        r"text.png is not a readable image": lambda: fitted.predict([tmp_path / "text.png"]),
+        "unknown views 'sideways'": lambda: FewShotClassifier(RUN, views="sideways"),
+        "unknown statistics 'bach'": lambda: FewShotClassifier(RUN, statistics="bach"),
+        "holds no run": lambda: FewShotClassifier(tmp_path),
+        "num_steps=99 is more": lambda: FewShotClassifier(RUN, num_steps=99, device="cpu").fit(
+            x, range(WAYS)
+        ),
+    }.items():
+        with pytest.raises(InputError, match=told):
+            call()
