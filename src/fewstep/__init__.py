@@ -5,6 +5,7 @@ import fewstep.core.recurrent
 import fewstep.models.layers  # noqa: F401
 from fewstep.core.adapted import AdaptedParameters
 from fewstep.core.algorithm import Algorithm, alpha_maml, auto, fomaml, maml, maml_plus_plus
+from fewstep.core.clipping import ClipByNorm, ClipByValue, NoClipping
 from fewstep.core.derivative_order import DerivativeAnnealing, FixedOrder
 from fewstep.core.errors import InputError
 from fewstep.core.hypergradient import (
@@ -16,7 +17,7 @@ from fewstep.core.hypergradient import (
 from fewstep.core.learner import MetaLearner
 from fewstep.core.metrics import Metrics
 from fewstep.core.norm import NormStatistics, PerStepAffine, SharedAffine
-from fewstep.core.outer import SGD, Adam, ClipByValue, Constant, CosineAnnealing, NoClipping
+from fewstep.core.outer import SGD, Adam, Constant, CosineAnnealing
 from fewstep.core.query_weights import FinalStep, MultiStepLoss
 from fewstep.core.ranks import Ranks
 from fewstep.core.rates import ConstantRate, ElementRates, LayerStepRates, LearnedRate, StepRates
@@ -30,6 +31,7 @@ __all__ = [
     "Adam",
     "AdaptedParameters",
     "Algorithm",
+    "ClipByNorm",
     "ClipByValue",
     "Constant",
     "ConstantRate",

@@ -9,7 +9,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fewstep import Algorithm, TaskBatch
+from fewstep import Algorithm, ClipByNorm, TaskBatch
 from fewstep.core.metrics import Metrics
 from fewstep.models import Conv4, fully_connected, sinusoid_mlp
 
@@ -39,6 +39,10 @@ def plain_meta_gradient(
                 [theta[name] for name in adapted],
                 create_graph=algorithm.derivative_order(0) == 2,
             )
+            if isinstance(algorithm.inner_clipping, ClipByNorm):
+                norm = torch.sqrt(sum(g.square().sum() for g in gradient))
+                if norm > algorithm.inner_clipping.limit:
+                    gradient = [g * algorithm.inner_clipping.limit / norm for g in gradient]
             for name, g in zip(adapted, gradient, strict=True):
                 theta[name] = theta[name] - algorithm.inner_rate.inner_lr * g
         losses.append(loss(functional_call(module, (theta, state), (x_query,)), y_query))

@@ -61,7 +61,8 @@ def test_every_changed_setting_survives_the_file(tmp_path):
         "--recipe fomaml "
         "--num-steps 2 --eval-steps 4 --inner-lr 0.3 "
         "--learned-rates layer --head-lr 0.2 --multi-step-epochs 3 --first-order-epochs 2 "
-        "--clip-value 5 --per-step-affine True --per-step-statistics True --statistics support "
+        "--inner-clip-norm 6 --clip-value 5 --statistics support "
+        "--per-step-affine True --per-step-statistics True "
         "--outer-lr 0.01 --outer-schedule constant --final-outer-lr 0.001 --not-adapted head.* "
         "--inner-hyper-lr 0.1 --outer sgd --outer-hyper-lr 0.2 --hyper-step sign "
         "--task-reduction sum --extra-steps repeat --iterations 7 --epoch-length 3 --keep-best 2 "
@@ -182,6 +183,7 @@ def test_a_word_with_a_hyphen_is_no_option(tmp_path):
         (["--outer-lr", "-1"], "outer_lr=-1.0 must be a positive number"),
         (["--final-outer-lr", "1"], "final_outer_lr=1.0 must be between 0 and outer_lr=0.003"),
         (["--clip-value", "-1"], "clip_value=-1.0 must be positive"),
+        (["--inner-clip-norm", "0"], "inner_clip_norm=0.0 must be positive"),
         (["--clip-value", "nan"], "clip_value=nan must be positive"),
         (["--checkpoint-every", "0"], "checkpoint_every=0 must be at least 1 step"),
         (["--memory-budget", "0"], "memory_budget=0.0 must be positive and finite, in MiB"),

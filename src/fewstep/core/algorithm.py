@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from fewstep.core.adapted import AdaptedParameters
+from fewstep.core.clipping import Clipping, NoClipping
 from fewstep.core.derivative_order import DerivativeAnnealing, DerivativeOrder, FixedOrder
 from fewstep.core.errors import InputError, check_name
 from fewstep.core.hypergradient import (
@@ -17,15 +18,7 @@ from fewstep.core.hypergradient import (
     HypergradientSGD,
 )
 from fewstep.core.norm import NormAffine, NormStatistics, PerStepAffine, SharedAffine
-from fewstep.core.outer import (
-    Adam,
-    Clipping,
-    Constant,
-    CosineAnnealing,
-    NoClipping,
-    OuterOptimiser,
-    OuterSchedule,
-)
+from fewstep.core.outer import Adam, Constant, CosineAnnealing, OuterOptimiser, OuterSchedule
 from fewstep.core.query_weights import FinalStep, MultiStepLoss, QueryWeights
 from fewstep.core.rates import ConstantRate, InnerRate, LayerStepRates, LearnedRate
 
@@ -49,13 +42,15 @@ class Algorithm:
         adapted: The parameters that the inner loop changes.
         norm_affine: Whose scale and shift normalisation layers have.
         norm_statistics: What batch normalisation normalises by.
+        inner_clipping: What happens to a task's support gradient before the step.
         rate_update: Who updates the inner rates that are learned; None leaves them to the outer
             optimiser.
         task_reduction: The meta-loss is the mean over the tasks of a batch, or their sum, as the
             papers write it.
         outer: The optimiser of phi.
         outer_schedule: The course of its rate over training.
-        clipping: What happens to the meta-gradient before the optimiser sees it.
+        clipping: What happens to the meta-gradient of the module's parameters before the optimiser
+            sees it; that of learned inner rates stays as it is, as in MAML++'s code.
         iterations_per_epoch: Outer updates of an epoch, the unit of every schedule above.
         extra_steps: Where parts have a row for each step, refuse more steps than `num_steps`, or
             repeat the last row.
@@ -72,6 +67,7 @@ class Algorithm:
     adapted: AdaptedParameters = field(default_factory=AdaptedParameters)
     norm_affine: NormAffine = field(default_factory=SharedAffine)
     norm_statistics: NormStatistics = field(default_factory=NormStatistics)
+    inner_clipping: Clipping = field(default_factory=NoClipping)
     rate_update: HypergradientRates | None = None
     task_reduction: Literal["mean", "sum"] = "mean"
     outer: OuterOptimiser = field(default_factory=Adam)

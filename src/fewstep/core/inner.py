@@ -27,7 +27,8 @@ class Point:
         theta: Parameters after them, each (tasks, *shape).
         buffers: Buffers after them, each (tasks, *shape).
         support_loss: The support loss that the last of them descended, (tasks,); none at the start.
-        gradient: Its gradient, each (tasks, *shape); empty at the start.
+        gradient: What that step followed, its gradient clipped, each (tasks, *shape); empty at the
+            start.
         query: What the query sets gave here, where they were asked for.
     """
 
@@ -125,6 +126,7 @@ class InnerLoop:
                         allow_unused=True,
                     )
             gradient = dict(zip(adapted, _all_used(adapted, gradients), strict=True))
+            gradient = self.algorithm.inner_clipping(gradient)
             alpha = {n: self.algorithm.inner_rate(self.meta.rates, n, step) for n in adapted}
             theta = theta | {n: theta[n] - alpha[n] * gradient[n] for n in adapted}
             buffers = rows.put_buffers(buffers, step, support.buffers)

@@ -19,7 +19,6 @@ from fewstep.core.meta_parameters import RATE, MetaParameters
 from fewstep.core.metrics import Metrics
 from fewstep.core.network import Loss, TaskNetwork, Tensors
 from fewstep.core.norm import NormStatistics, Use
-from fewstep.core.outer import NoClipping
 from fewstep.core.precision import Precision
 from fewstep.core.ranks import ALONE, Ranks
 from fewstep.core.replay import Replay
@@ -152,9 +151,9 @@ class MetaLearner:
         gradients, metrics, buffers = self._differentiate(batch)
         if check_finite:
             metrics.check_finite()
+        clipped = self.algorithm.clipping({n: gradients[n][None] for n in self._meta.phi})
         for name, parameter in self._meta.by_outer.items():
-            clip = self.algorithm.clipping if name in self._meta.phi else NoClipping()
-            parameter.grad = clip(gradients[name])
+            parameter.grad = clipped[name][0] if name in clipped else gradients[name]
         factor = self.algorithm.outer_schedule(self.epoch)
         for group, outer_lr in zip(self.optimiser.param_groups, self._outer_lrs, strict=True):
             group["lr"] = outer_lr * factor

@@ -1,4 +1,4 @@
-"""Slots of the outer update: the optimiser, its rate's course, the clipping before it."""
+"""Slots of the outer update: the optimiser, and its rate's course."""
 
 from __future__ import annotations
 
@@ -30,14 +30,6 @@ class OuterSchedule(Protocol):
 
     def __call__(self, epoch: float) -> float:
         """Return the factor on the outer rate."""
-        ...
-
-
-class Clipping(Protocol):
-    """Slot between the meta-gradient of the module's parameters and the outer optimiser."""
-
-    def __call__(self, gradient: Tensor) -> Tensor:
-        """Return the gradient that the optimiser is given."""
         ...
 
 
@@ -81,38 +73,6 @@ class CosineAnnealing:
         """Return the factor on the outer rate."""
         share = min(epoch / self.num_epochs, 1.0)
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * share)) / 2
-
-
-@dataclass(frozen=True)
-class NoClipping:
-    """The gradient as it is."""
-
-    def __call__(self, gradient: Tensor) -> Tensor:
-        """Return the gradient."""
-        return gradient
-
-
-@dataclass(frozen=True)
-class ClipByValue:
-    """Every element of the gradient brought within -limit and limit.
-
-    Learned inner rates are not clipped, as in MAML++'s code.
-
-    Raises:
-        InputError: `limit` is not positive.
-
-    Reference: MAML++'s code clips at 10 on mini-ImageNet.
-    """
-
-    limit: float = 10.0
-
-    def __post_init__(self) -> None:
-        if not self.limit > 0:
-            raise InputError(f"ClipByValue(limit={self.limit}) must be positive")
-
-    def __call__(self, gradient: Tensor) -> Tensor:
-        """Return the clipped gradient."""
-        return gradient.clamp(-self.limit, self.limit)
 
 
 def check_outer_lr(outer_lr: float) -> None:

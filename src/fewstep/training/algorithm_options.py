@@ -8,6 +8,7 @@ from typing import Literal
 
 from fewstep.core.adapted import AdaptedParameters
 from fewstep.core.algorithm import Algorithm, ExtraSteps
+from fewstep.core.clipping import ClipByNorm, ClipByValue, NoClipping
 from fewstep.core.derivative_order import DerivativeAnnealing, DerivativeOrder, FixedOrder
 from fewstep.core.errors import InputError
 from fewstep.core.hypergradient import (
@@ -23,10 +24,8 @@ from fewstep.core.norm import NormStatistics, PerStepAffine, SharedAffine, Use
 from fewstep.core.outer import (
     SGD,
     Adam,
-    ClipByValue,
     Constant,
     CosineAnnealing,
-    NoClipping,
     OuterOptimiser,
     check_outer_lr,
 )
@@ -54,6 +53,8 @@ class AlgorithmOptions:
     """Learn inner rates: by step and tensor or layer (LSLR), one, or by element (Meta-SGD)."""
     head_lr: float | None = None
     """Initial rate of the last layer, by LSLR; that of all if not given."""
+    inner_clip_norm: float | None = None
+    """Shorten each task's support gradient to this norm, if it is longer."""
     inner_hyper_lr: float | None = None
     """Let the learned rates follow hypergradients, at this rate (Alpha MAML)."""
     multi_step_epochs: int = 0
@@ -95,8 +96,9 @@ class AlgorithmOptions:
         if self.multi_step_epochs < 0:
             raise InputError(f"multi_step_epochs={self.multi_step_epochs} must be 0 or more")
         check_outer_lr(self.outer_lr)
-        if self.clip_value is not None and not self.clip_value > 0:
-            raise InputError(f"clip_value={self.clip_value} must be positive, or left out")
+        for name in ("inner_clip_norm", "clip_value"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise InputError(f"{name}={value} must be positive, or left out")
         is_plain_sgd = self.outer == "sgd" and self.outer_hyper_lr is None
         for name in ("momentum", "weight_decay"):
             if (value := getattr(self, name)) and not is_plain_sgd:
@@ -126,6 +128,9 @@ class AlgorithmOptions:
         algorithm = Algorithm(
             num_steps=self.num_steps,
             inner_rate=self._inner_rate(),
+            inner_clipping=NoClipping()
+            if self.inner_clip_norm is None
+            else ClipByNorm(self.inner_clip_norm),
             rate_update=None
             if self.inner_hyper_lr is None
             else HypergradientRates(self.inner_hyper_lr, guards=self._guards()),
