@@ -107,6 +107,23 @@ def test_shares_are_all_tasks_in_order(size, tasks):
     assert max(map(len, numbers)) - min(map(len, numbers)) <= 1
 
 
+@pytest.mark.parametrize("kinds", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_sums_of_several_types_are_asked_for_in_their_order(kinds, monkeypatch):
+    """As in all other processes, however each of them hashes."""
+    asked = []
+
+    def all_reduce(t):
+        asked.append(t.dtype)
+        t.mul_(2)  # of two that have the same
+
+    monkeypatch.setattr("fewstep.core.ranks.dist.all_reduce", all_reduce)
+    kinds = (*kinds, torch.int64)
+    tensors = [torch.full((i + 1,), i, dtype=kinds[i % 3]) for i in range(6)]
+    sums = Ranks(0, 2).sum(tensors)
+    assert asked == list(kinds)
+    assert all(torch.equal(s, 2 * t) for s, t in zip(sums, tensors, strict=True))
+
+
 def test_fewer_tasks_than_processes_are_refused():
     with pytest.raises(InputError, match=r"^2 tasks cannot be shared by 3 processes; .*$"):
         Ranks(0, 3).span(2)

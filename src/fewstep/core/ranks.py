@@ -81,7 +81,8 @@ class Ranks:
         if self.size == 1:
             return tensors
         sums: dict[int, Tensor] = {}
-        for dtype in {t.dtype for t in tensors}:  # one message for all tensors of a kind
+        # One message for all tensors of a kind; a set's order would differ between processes.
+        for dtype in dict.fromkeys(t.dtype for t in tensors):
             which = [i for i, t in enumerate(tensors) if t.dtype == dtype]
             flat = torch.cat([tensors[i].detach().flatten() for i in which])
             dist.all_reduce(flat)
