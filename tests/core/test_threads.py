@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fewstep import MetaLearner, NormStatistics, TaskBatch, maml
+from fewstep import InputError, MetaLearner, NormStatistics, TaskBatch, maml
 from fewstep.core.normalise import OF_BATCH, NormaliseBy, Statistics
+from fewstep.core.precision import fp32_products
 from fewstep.core.process_wide import ProcessWide
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -56,6 +57,28 @@ def test_two_learners_in_two_threads(device, replay):
             assert all(torch.equal(each, wanted) for each in found)
     assert NormaliseBy.innermost() is OF_BATCH
     assert flags() == before
+
+
+def test_two_precisions_at_once_are_refused():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    with ThreadPoolExecutor(1) as pool:
+
+        def other(precision):
+            with fp32_products(precision):
+                return matmul.fp32_precision
+
+        with fp32_products("tf32"):
+            with pytest.raises(InputError, match=r"^precision='float32' was asked for while"):
+                pool.submit(other, "float32").result()
+            assert pool.submit(other, "tf32").result() == "tf32"
+            assert matmul.fp32_precision == "tf32"
+        with fp32_products("bfloat16"):
+            assert pool.submit(other, "float32").result() == "ieee"
+            with pytest.raises(InputError, match=r"^precision='tf32' was asked for while"):
+                pool.submit(other, "tf32").result()
+            assert matmul.fp32_precision == "ieee"
+    assert matmul.fp32_precision == before
 
 
 def test_statistics_are_a_thread_s_own():

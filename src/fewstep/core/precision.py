@@ -5,43 +5,60 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, get_args
+from threading import Lock
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from fewstep.core.errors import InputError
 from fewstep.core.process_wide import ProcessWide
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 
 
 @contextmanager
-def _fp32_products(precision: Precision) -> Iterator[None]:
+def _rounded_to(kind: str) -> Iterator[None]:
     conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     backends = (torch.backends.cuda.matmul, conv)
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
-            backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+            backend.fp32_precision = kind
         yield
     finally:
         for backend, value in zip(backends, before, strict=True):
             backend.fp32_precision = value
 
 
-_FP32_PRODUCTS: dict[Precision, ProcessWide] = {
-    each: ProcessWide(partial(_fp32_products, each)) for each in get_args(Precision)
-}
+_PRODUCTS = {kind: ProcessWide(partial(_rounded_to, kind)) for kind in ("tf32", "ieee")}
+_CHOICE = Lock()
 
 
-def fp32_products(precision: Precision) -> ProcessWide:
+@contextmanager
+def fp32_products(precision: Precision) -> Iterator[None]:
     """Choose what a GPU rounds the factors of float32 products to, for a while.
 
     PyTorch's own choice is TF32 (10 bits) in convolutions and float32 (23 bits) in matrix products.
+
+    Raises:
+        InputError: another choice is in force, as it is one for all threads.
     """
-    return _FP32_PRODUCTS[precision]
+    mine, other = ("tf32", "ieee") if precision == "tf32" else ("ieee", "tf32")
+    with _CHOICE:
+        if _PRODUCTS[other].is_inside:
+            raise InputError(
+                f"precision={precision!r} was asked for while a learner of another precision is at "
+                "work, and PyTorch has one for all threads; let one learner finish first, or give "
+                "both the same"
+            )
+        _PRODUCTS[mine].__enter__()
+    try:
+        yield
+    finally:
+        _PRODUCTS[mine].__exit__()
 
 
 @contextmanager

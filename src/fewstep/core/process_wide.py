@@ -24,6 +24,12 @@ class ProcessWide(ContextDecorator):
         self._context = ExitStack()
         self._variables = copy_context()  # of no thread, as another may leave than entered
 
+    @property
+    def is_inside(self) -> bool:
+        """Whether a thread has entered it."""
+        with self._lock:
+            return self._inside > 0
+
     def __enter__(self) -> None:
         with self._lock:
             if self._inside == 0:
