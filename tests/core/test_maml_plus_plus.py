@@ -1,6 +1,7 @@
 """MAML++ against a plain loop, and each of its parts against what it must and must not change."""
 
 import itertools
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from fewstep import (
     SGD,
+    Adam,
     Algorithm,
     ClipByNorm,
     ClipByValue,
@@ -343,6 +345,33 @@ def test_epochs_pass_with_the_steps():
     other = learner_of(algorithm)
     other.load_state_tensors(learner.state_tensors())
     assert other.epoch == 3
+
+
+class Scaled(nn.Module):
+    """A layer with a parameter of its own and another layer within."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.inner = nn.Parameter(torch.ones(4)), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.inner(self.scale * x)
+
+
+def test_a_layer_whose_name_begins_another_s_keeps_its_own_moments():
+    """`inner_lr.block` and `inner_lr.block.inner`."""
+    algorithm = replace(PLAIN, inner_rate=LayerStepRates(0.3, per="layer"), outer=Adam(0.1))
+    module = nn.Sequential()
+    module.add_module("block", Scaled())
+    straight, batch = MetaLearner(module, algorithm, F.cross_entropy), MODELS["mlp"].batch()
+    resumed = MetaLearner(deepcopy(module), algorithm, F.cross_entropy)
+    for _ in range(2):
+        resumed.step(batch)
+        resumed.load_state_tensors(resumed.state_tensors())
+        straight.step(batch)
+    found, expected = resumed.state_tensors(), straight.state_tensors()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(t, expected[name]) for name, t in found.items())
 
 
 def test_clipping_leaves_the_rates_alone():

@@ -340,12 +340,13 @@ class MetaLearner:
         """
         self._meta.load(_below(state, "model."))
         self.iteration = int(state["iteration"])
-        names = enumerate(self._meta.by_outer)
-        per_parameter = {i: _below(state, f"optimiser.{name}.") for i, name in names}
+        number = {name: i for i, name in enumerate(self._meta.by_outer)}
+        per_parameter: dict[int, Tensors] = {}
+        for full_name, t in _below(state, "optimiser.").items():
+            name, _, key = full_name.rpartition(".")  # one parameter's name may begin another's
+            per_parameter.setdefault(number[name], {})[key] = t
         groups = self.optimiser.state_dict()["param_groups"]
-        self.optimiser.load_state_dict(
-            {"state": {i: s for i, s in per_parameter.items() if s}, "param_groups": groups}
-        )
+        self.optimiser.load_state_dict({"state": per_parameter, "param_groups": groups})
 
     def _norm_statistics(self, use: Use | None) -> NormStatistics:
         norm = self.algorithm.norm_statistics
