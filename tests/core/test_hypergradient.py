@@ -25,6 +25,7 @@ from fewstep import (
     MetaLearner,
     MultiStepLoss,
     PerStepAffine,
+    StepRates,
     alpha_maml,
     auto,
     maml_plus_plus,
@@ -375,6 +376,10 @@ def test_meta_sgd_starts_as_maml_and_learns_every_element():
     [
         ("would both set", lambda: replace(alpha_maml(), outer_schedule=CosineAnnealing(5))),
         ("no rate to update", lambda: replace(alpha_maml(), inner_rate=ConstantRate(0.1))),
+        (
+            r"no rate to update under StepRates\(inner_lrs=\(0.1,\)\)",
+            lambda: replace(alpha_maml(), inner_rate=StepRates((0.1,))),
+        ),
         (
             "needs LearnedRate, not LayerStepRates",
             lambda: Algorithm(

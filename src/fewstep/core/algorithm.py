@@ -86,10 +86,10 @@ class Algorithm:
                 f"{type(self.outer).__name__} and {type(self.outer_schedule).__name__} would both "
                 "set the outer rate; leave one out"
             )
-        if isinstance(self.inner_rate, ConstantRate) and self.rate_update is not None:
+        if self.rate_update is not None and not self.inner_rate.is_learned:
             raise InputError(
-                f"{type(self.rate_update).__name__} has no rate to update under ConstantRate; use "
-                f"LearnedRate({self.inner_rate.inner_lr})"
+                f"{type(self.rate_update).__name__} has no rate to update under "
+                f"{self.inner_rate}; use LearnedRate(...) or another that is learned"
             )
         is_exact = self.rate_update is None or self.rate_update.exact
         if not is_exact and not isinstance(self.inner_rate, LearnedRate):

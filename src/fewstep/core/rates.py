@@ -10,11 +10,16 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from fewstep.core.errors import InputError, check_some
+from fewstep.core.errors import InputError, check_name, check_some
 
 
 class InnerRate(Protocol):
     """Slot alpha. Rates that are learned are values of a table, by name."""
+
+    @property
+    def is_learned(self) -> bool:
+        """Tell whether the table holds anything."""
+        ...
 
     @property
     def per_step(self) -> bool:
@@ -48,6 +53,7 @@ class ConstantRate:
     """
 
     inner_lr: float
+    is_learned = False
     per_step = False
 
     def __post_init__(self) -> None:
@@ -76,6 +82,7 @@ class StepRates:
     """
 
     inner_lrs: tuple[float, ...]
+    is_learned = False
     per_step = False
 
     def __post_init__(self) -> None:
@@ -108,6 +115,7 @@ class LearnedRate:
     """
 
     inner_lr: float
+    is_learned = True
     per_step = False
 
     def __post_init__(self) -> None:
@@ -141,6 +149,7 @@ class ElementRates:
     """
 
     inner_lr: float
+    is_learned = True
     per_step = False
 
     def __post_init__(self) -> None:
@@ -182,14 +191,14 @@ class LayerStepRates:
     inner_lr: float = 0.1
     per: Literal["tensor", "layer"] = "tensor"
     head_lr: float | None = None
+    is_learned = True
     per_step = True
 
     def __post_init__(self) -> None:
         _check_rate("inner_lr", self.inner_lr)
         if self.head_lr is not None:
             _check_rate("head_lr", self.head_lr)
-        if self.per not in ("tensor", "layer"):
-            raise InputError(f"per={self.per!r} must be 'tensor' or 'layer'")
+        check_name("per", self.per, ("tensor", "layer"))
 
     def table(self, adapted: Mapping[str, Tensor], num_steps: int) -> dict[str, Tensor]:
         """Return `num_steps` equal rates for each tensor or layer."""
