@@ -109,6 +109,52 @@ def test_objective_and_gradient_are_those_of_a_plain_loop(
     assert found[1] > 1e-4  # else nothing would have moved
 
 
+class Shared(nn.Module):
+    """A layer under two names, as when a part is kept in a list besides."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = self.again = nn.Linear(2, 2)
+        self.log_std = nn.Parameter(torch.zeros(2))
+
+    def forward(self, x):
+        mean = self.again(self.first(x))
+        return torch.cat([mean, self.log_std.expand_as(mean)], -1)
+
+
+class Attentive(nn.Module):
+    """Attention, whose default kernel has no second derivative, over an observation's numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+        self.read, self.head = nn.Linear(1, 4), nn.Linear(8, 4)
+
+    def forward(self, x):
+        of_all = self.layer(self.read(x[..., None].flatten(0, -3)))
+        return self.head(of_all.flatten(1)).view(*x.shape[:-1], 4)
+
+
+@pytest.mark.parametrize("policy", [Shared, Attentive])
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_any_policy_may_be_trained(policy, vectorize):
+    """Whatever `MetaLearner` takes."""
+    of = PolicyLearner(policy(), 1, episodes=3, vectorize=vectorize)
+    before = [p.clone() for p in of.policy.parameters()]
+    for iteration in range(2):
+        metrics = of.step(navigation(), 4 * iteration, 4)
+    assert metrics.update.shrinks is not None
+    assert not any(torch.equal(a, b) for a, b in zip(before, of.policy.parameters(), strict=True))
+
+
+def test_looping_over_the_tasks_changes_no_result():
+    of, plain = learner(), learner(vectorize=False)
+    plain.policy.load_state_dict(of.policy.state_dict())
+    found, expected = (each.step(navigation(), 0, 4) for each in (of, plain))
+    torch.testing.assert_close(found.returns.of_tasks, expected.returns.of_tasks)
+    assert found.update.loss == pytest.approx(expected.update.loss)
+
+
 def test_ratios_have_the_same_steps_and_other_second_derivatives():
     plain = learner(support_loss="log probability")
     of = learner(support_loss="ratio")
@@ -361,7 +407,7 @@ def test_training_teaches_to_walk_to_goals():
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        ({"derivative_order": 3}, "derivative_order=3 must be 1 or 2"),
+        ({"derivative_order": 3}, r"FixedOrder\(3\) must be"),
         ({"discount": 1.5}, "discount=1.5 must be between 0 and 1"),
         ({"trace": -0.1}, "trace=-0.1"),
         ({"num_steps": -1}, "num_steps=-1"),

@@ -167,6 +167,19 @@ class TaskNetwork:
                 )
         return result
 
+    def outputs(self, parameters: Tensors, x: Tensor) -> Tensor:
+        """Return what a module without buffers gives, (tasks, ...).
+
+        Args:
+            parameters: By name, each (tasks, *shape).
+            x: Inputs, (tasks, ...).
+        """
+        with DIFFERENTIABLE_TWICE, self._layers(), forward_pass(self.precision, x.device):
+            if self.vectorize:
+                return torch.vmap(self._forward, randomness="different")(parameters, x)
+            each = [{n: p[j] for n, p in parameters.items()} for j in range(len(x))]
+            return torch.stack([self._forward(p, x[j]) for j, p in enumerate(each)])
+
     def score(self, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return loss and metric, each (tasks, steps), of outputs (tasks, steps, examples, ...)."""
         pairs = [
@@ -208,20 +221,7 @@ class TaskNetwork:
     ) -> _OneTask:
         # Modules change their buffers in place, or assign new ones, which come back in `tensors`.
         tensors = parameters | {name: b.clone() for name, b in buffers.items()}
-        own = [(m, dict(m._parameters), dict(m._buffers)) for m in self._under_two_names]
-        try:
-            outputs = functional_call(self.module, tensors, (x,))
-        finally:  # which else takes the second name's tensors for the module's own
-            for part, its_parameters, its_buffers in own:
-                part._parameters.update(its_parameters)
-                part._buffers.update(its_buffers)
-        if not isinstance(outputs, Tensor):
-            raise InputError(
-                f"{type(self.module).__name__} returned a {type(outputs).__name__}; it must return "
-                "a tensor, so wrap it in a module that does"
-            )
-        if outputs.dtype in (torch.bfloat16, torch.float16):  # losses are not rounded so far
-            outputs = outputs.float()
+        outputs = self._forward(tensors, x)
         if without:
             outputs = outputs[without:]
         loss = self.loss(outputs, y)
@@ -236,6 +236,24 @@ class TaskNetwork:
             outputs.detach(),
             {n: tensors[n].detach() for n in buffers},
         )
+
+    def _forward(self, tensors: Tensors, x: Tensor) -> Tensor:
+        """Return the module's outputs of one task, its parameters and buffers in `tensors`."""
+        own = [(m, dict(m._parameters), dict(m._buffers)) for m in self._under_two_names]
+        try:
+            outputs: object = functional_call(self.module, tensors, (x,))
+        finally:  # which else takes the second name's tensors for the module's own
+            for part, its_parameters, its_buffers in own:
+                part._parameters.update(its_parameters)
+                part._buffers.update(its_buffers)
+        if not isinstance(outputs, Tensor):
+            raise InputError(
+                f"{type(self.module).__name__} returned a {type(outputs).__name__}; it must return "
+                "a tensor, so wrap it in a module that does"
+            )
+        if outputs.dtype in (torch.bfloat16, torch.float16):  # losses are not rounded so far
+            return outputs.float()
+        return outputs
 
     def _measure(self, outputs: Tensor, y: Tensor) -> Tensor:
         found: object = self.metric_for(y)(outputs, y)

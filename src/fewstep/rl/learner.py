@@ -8,11 +8,11 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import nn
 
 from fewstep.core.adapted import AdaptedParameters
 from fewstep.core.algorithm import Algorithm
+from fewstep.core.derivative_order import FixedOrder
 from fewstep.core.errors import InputError, check_name
 from fewstep.core.inner import InnerLoop, Point
 from fewstep.core.meta_parameters import MetaParameters
@@ -69,6 +69,7 @@ class PolicyLearner:
             the expected return.
         distribution: What the policy's outputs say; None takes the policy's `distribution`, and
             `Gaussian()` if it has none.
+        vectorize: Use `torch.vmap` over the tasks; else loop (for modules without batching rules).
 
     Raises:
         InputError: an argument is out of its range, or the policy has buffers.
@@ -95,10 +96,9 @@ class PolicyLearner:
         trace: float = 1.0,
         distribution: Distribution | None = None,
         support_loss: Literal["log probability", "ratio"] = "log probability",
+        vectorize: bool = True,
     ) -> None:
         check_name("support_loss", support_loss, SUPPORT_LOSSES)
-        if derivative_order not in (1, 2):
-            raise InputError(f"derivative_order={derivative_order} must be 1 or 2")
         if episodes < 1:
             raise InputError(f"episodes={episodes} must be at least 1")
         for name, value in (("discount", discount), ("trace", trace)):
@@ -109,17 +109,19 @@ class PolicyLearner:
                 f"{type(policy).__name__} has buffers, which no policy here may have; take "
                 "LayerNorm in place of batch normalisation"
             )
-        self.derivative_order = derivative_order
         self.episodes, self.discount, self.trace = episodes, discount, trace
         self.outer = outer or TrustRegion()
         said: Distribution = getattr(policy, "distribution", Gaussian())
         self.distribution = said if distribution is None else distribution
         algorithm = Algorithm(
-            num_steps, inner_rate or ConstantRate(0.1), adapted=adapted or AdaptedParameters()
+            num_steps,
+            inner_rate or ConstantRate(0.1),
+            derivative_order=FixedOrder(derivative_order),
+            adapted=adapted or AdaptedParameters(),
         )
         self._meta = MetaParameters(policy, algorithm)
         loss = partial(SUPPORT_LOSSES[support_loss], self.distribution)
-        network = TaskNetwork(policy, loss, None, vectorize=True, precision="float32")
+        network = TaskNetwork(policy, loss, None, vectorize=vectorize, precision="float32")
         self._loop = InnerLoop(network, self._meta, algorithm)
         self.parameters = self._meta.parameters
         self.iteration = 0
@@ -211,7 +213,7 @@ class PolicyLearner:
         """
         loop = self._loop
         if inner_rate is not None:
-            if inner_rate.table(self.parameters, 1):
+            if inner_rate.is_learned:
                 raise InputError(f"{inner_rate} is learned; give a ConstantRate or StepRates")
             loop = replace(loop, algorithm=replace(loop.algorithm, inner_rate=inner_rate))
         steps = loop.algorithm.num_steps if num_steps is None else num_steps
@@ -250,7 +252,7 @@ class PolicyLearner:
         for step in range(num_steps + 1):
             noise = tasks.noise(start, count, episodes, step)
             with torch.no_grad():
-                acting = partial(self._outputs, point.theta)
+                acting = partial(loop.network.outputs, point.theta)
                 rollouts = roll_out(acting, self.distribution, environments, noise)
                 yield rollouts
                 if step < num_steps:
@@ -267,11 +269,11 @@ class PolicyLearner:
     def _share(self, of_steps: list[Experience], of_tasks: int, differentiable: bool) -> Seen:
         tasks = len(of_steps[0].observations)
         point = self._loop.start(tasks)
+        order = self._loop.algorithm.derivative_order(epoch=0) if differentiable else 1
         for experience in of_steps[:-1]:
-            order = self.derivative_order if differentiable else 1
             point = _descend(self._loop, point, experience, order=order)
         query = of_steps[-1]
-        outputs = self._outputs(point.theta, query.observations)
+        outputs = self._loop.network.outputs(point.theta, query.observations)
         new, old = (
             self.distribution.log_probability(each, query.actions)
             for each in (outputs, query.outputs)
@@ -281,15 +283,6 @@ class PolicyLearner:
         divergence = query.weights * self.distribution.kl_divergence(query.outputs, outputs)
         share = tasks / of_tasks
         return Seen(share * loss, share * divergence.mean(), outputs)
-
-    def _outputs(self, theta: Tensors, observations: Tensor) -> Tensor:
-        """Return each task's policy's outputs, (tasks, ..., output_size)."""
-
-        def of_task(parameters: Tensors, of_it: Tensor) -> Tensor:
-            outputs: Tensor = functional_call(self.policy, parameters, (of_it,))
-            return outputs
-
-        return torch.vmap(of_task, randomness="different")(theta, observations)
 
     def _experience(self, rollouts: Rollouts) -> Experience:
         return Experience.of(rollouts, discount=self.discount, trace=self.trace)
