@@ -142,6 +142,19 @@ def test_a_finished_run_goes_on_to_more_iterations(method, run, tmp_path):
         train_policy(tmp_path / "run", run)
 
 
+def test_seeds_that_were_validated_at_other_iterations_share_a_figure(experiment):
+    """As one that ended at 3 is, which goes on to 5 with another that begins."""
+    some = replace(experiment, seeds=1, methods=("MAML",))
+    some.run(QUIET)
+    more = replace(SETTING, iterations=5)
+    replace(some, seeds=2, setting=more).run(QUIET)
+    of_seeds = [
+        json.loads((some.out / f"maml-seed{seed}" / "outcome.json").read_text()) for seed in (0, 1)
+    ]
+    found = [[row[0] for row in outcome["validation"]] for outcome in of_seeds]
+    assert found == [[2, 3, 4, 5], [2, 4, 5]]
+
+
 def test_a_finished_run_without_its_state_is_kept(run, tmp_path):
     first = train_policy(tmp_path / "run", run)
     (tmp_path / "run" / "state.safetensors").unlink()

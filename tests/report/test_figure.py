@@ -10,11 +10,21 @@ from fewstep.data.episodes import ClassificationEpisodes
 from fewstep.data.store import ClassStore
 from fewstep.report.curves import _draw_validation, plot_runs
 from fewstep.report.episode_picture import picture_episodes
-from fewstep.report.figure import label_plainly, new_figure, save_figure
+from fewstep.report.figure import draw_band, label_plainly, new_figure, save_figure
 from fewstep.training.metrics_file import json_line
 from fewstep.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.pictures
+
+
+def test_a_band_is_of_the_iterations_that_all_have():
+    axes = new_figure(3, 2).subplots()
+    draw_band(axes, [{1: 5.0, 2: 2.0, 4: 0.0}, {4: 3.0, 2: 4.0, 3: 9.0}], "MAML", "C1")
+    (line,), (band,) = axes.lines, axes.collections
+    assert line.get_xydata().tolist() == [[2, 3], [4, 1.5]]
+    assert set(map(tuple, band.get_paths()[0].vertices)) == {(2, 2), (2, 4), (4, 0), (4, 3)}
+    draw_band(axes, [{1: 5.0}, {}], "not begun", "C2")
+    assert len(axes.lines) == 1
 
 
 def test_a_picture_is_drawn_once_and_as_savefig_would(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from fewstep.core.ranks import Ranks
 from fewstep.data.omniglot import Omniglot
 from fewstep.experiments.seeds import over_seeds
 from fewstep.experiments.sweep import Test, complete_all
-from fewstep.report.figure import new_figure, save_figure
+from fewstep.report.figure import draw_band, new_figure, save_figure
 from fewstep.training.algorithm_options import AlgorithmOptions
 from fewstep.training.build import resolve_device
 from fewstep.training.config import ClassificationOptions, RunConfig
@@ -260,18 +260,12 @@ def plot_validation(runs: Mapping[str, list[RunFolder]], path: Path) -> None:
     """
     figure = new_figure(8, 5)
     axes = figure.subplots()
-    for name, folders in runs.items():
+    for number, (name, folders) in enumerate(runs.items()):
         series = [
             {m["iteration"]: 100 * m["val_accuracy"] for m in run.metrics() if "val_accuracy" in m}
             for run in folders
         ]
-        iterations = sorted(set.intersection(*(set(s) for s in series)))
-        values = [[s[i] for s in series] for i in iterations]
-        (line,) = axes.plot(iterations, [statistics.mean(v) for v in values], label=name)
-        axes.fill_between(
-            iterations, [min(v) for v in values], [max(v) for v in values],
-            color=line.get_color(), alpha=0.2, linewidth=0,
-        )  # fmt: skip
+        draw_band(axes, series, name, f"C{number}")
     axes.set(xlabel="iteration", ylabel="validation accuracy (%)")
     if any(len(folders) > 1 for folders in runs.values()):
         axes.set_title("mean over seeds, band from the lowest to the highest")

@@ -18,7 +18,7 @@ from fewstep.experiments.policy_runs import train_policy, trained_policy
 from fewstep.experiments.policy_settings import METHODS, PolicyRun, Setting
 from fewstep.experiments.pool import each
 from fewstep.experiments.seeds import over_seeds
-from fewstep.report.figure import legend_below, new_figure, save_figure
+from fewstep.report.figure import draw_band, legend_below, new_figure, save_figure
 from fewstep.rl.rollouts import Rollouts
 from fewstep.training.build import resolve_device
 from fewstep.training.display import say
@@ -178,19 +178,14 @@ def plot_returns(outcomes: Mapping[str, list[dict[str, Any]]], paper: Numbers, p
     figure = new_figure(11, 4.2)
     left, right = figure.subplots(1, 2)
     for number, (method, of_seeds) in enumerate(outcomes.items()):
-        style = {"color": f"C{number}"}
-        courses = [outcome["validation"] for outcome in of_seeds]
-        if all(courses):
-            iterations = [row[0] for row in courses[0]]
-            values = [[row[1] for row in rows] for rows in zip(*courses, strict=True)]
-            left.plot(iterations, [statistics.mean(v) for v in values], label=method, **style)
-            low, high = [min(v) for v in values], [max(v) for v in values]
-            left.fill_between(iterations, low, high, alpha=0.2, linewidth=0, **style)
+        color = f"C{number}"
+        series = [{row[0]: row[1] for row in outcome["validation"]} for outcome in of_seeds]
+        draw_band(left, series, method, color)
         steps = _row(of_seeds)["steps"]
         means, ci95 = [s["mean"] for s in steps], [s["ci95"] for s in steps]
         right.errorbar(
             range(len(means)), means, ci95, marker="o", markersize=4, capsize=3, label=method,
-            **style,
+            color=color,
         )  # fmt: skip
     for method in outcomes.keys() & paper.keys():
         right.plot(paper[method], "x--", color="0.5", label=f"{method}, paper")

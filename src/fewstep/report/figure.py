@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING
 
 from fewstep.core.errors import InputError
@@ -20,6 +22,24 @@ def new_figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure  # here: half a second that a run need not start with
 
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
+
+
+def draw_band(axes: Axes, series: Sequence[Mapping[float, float]], name: str, color: str) -> None:
+    """Draw the mean of several seeds, with a band from the lowest to the highest.
+
+    Args:
+        axes: Where to draw.
+        series: The value of each seed by the iteration; what some lack is left out.
+        name: Of the line.
+        color: Of line and band.
+    """
+    iterations = sorted(set.intersection(*(set(each) for each in series)))
+    values = [[each[i] for each in series] for i in iterations]
+    if not iterations:
+        return
+    axes.plot(iterations, [mean(v) for v in values], label=name, color=color)
+    low, high = [min(v) for v in values], [max(v) for v in values]
+    axes.fill_between(iterations, low, high, alpha=0.2, linewidth=0, color=color)
 
 
 def label_plainly(axis: Axis) -> None:
