@@ -1,5 +1,6 @@
 """The command and the commit that a run notes."""
 
+import subprocess
 import sys
 
 import pytest
@@ -26,6 +27,20 @@ from fewstep.training.presets import preset
 def test_the_command_can_be_typed_again(arguments, command, monkeypatch):
     monkeypatch.setattr(sys, "argv", arguments)
     assert environment.command_line() == command
+
+
+def test_a_project_that_fewstep_is_installed_in_is_not_its_source(tmp_path, monkeypatch):
+    installed = tmp_path / ".venv" / "fewstep" / "environment.py"
+    installed.parent.mkdir(parents=True)
+    installed.touch()
+    (tmp_path / ".gitignore").write_text(".venv\n")
+    name = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], [*name, "commit", "-qm", "first"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(environment, "__file__", str(installed))
+    assert environment.commit.__wrapped__() == "not from a repository"
+    subprocess.run(["git", "add", "-f", installed], cwd=tmp_path, check=True)
+    assert environment.commit.__wrapped__().endswith(" with changes")
 
 
 def _train():

@@ -56,6 +56,8 @@ def commit() -> str:
     """
     folder = Path(__file__).parent
     try:
+        # A project may hold the environment that fewstep is installed in, and is not its source.
+        _git("ls-files", "--error-unmatch", Path(__file__).name, folder=folder)
         found = _git("rev-parse", "HEAD", folder=folder)
         changed = _git("status", "--porcelain", "--untracked-files=no", folder=folder)
     except (OSError, subprocess.CalledProcessError):
