@@ -3,6 +3,7 @@
 import platform
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,6 +50,24 @@ def threads(request):
 @needs_kernels
 def test_they_compile_here():
     assert kernels.library() is not None
+
+
+@needs_kernels
+def test_a_damaged_library_is_compiled_again(tmp_path, monkeypatch, recwarn):
+    whole, compiled = Path(kernels.library()._name), []
+
+    def compile_again(_, path):
+        compiled.append(path)
+        shutil.copy(whole, path)
+
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path))
+    monkeypatch.setattr(kernels, "_compile", compile_again)
+    path = tmp_path / whole.name
+    path.touch()  # as a power cut may leave it
+    for _ in range(2):
+        assert kernels.library.__wrapped__() is not None
+        assert compiled == [path]
+    assert not recwarn
 
 
 @needs_kernels

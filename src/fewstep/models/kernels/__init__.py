@@ -7,6 +7,7 @@ than x86-64 with AVX2, PyTorch's operations take their place.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -62,8 +63,10 @@ def library() -> ctypes.CDLL | None:
         of.update(file.read_bytes())
     path = cache_folder() / f"kernels-{of.hexdigest()[:12]}.so"
     try:
-        if not path.exists():
-            _compile(command, path)
+        if path.exists():
+            with contextlib.suppress(OSError):  # damaged, or of a machine with another C library
+                return ctypes.CDLL(str(path))
+        _compile(command, path)
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or str(error)
@@ -88,6 +91,8 @@ def _compile(command: list[str], path: Path) -> None:
             list(pool.map(_run, ([*command, "-c", s, "-o", o] for s, o in pairs)))
         made = Path(folder, path.name)
         _run([*command, "-shared", *(o for _, o in pairs), "-o", made])
+        with made.open("rb") as file:
+            os.fsync(file.fileno())
         made.replace(path)
 
 
