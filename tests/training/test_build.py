@@ -5,7 +5,7 @@ import torch
 
 from fewstep.core.errors import InputError
 from fewstep.core.ranks import Ranks
-from fewstep.data.store import ClassStore
+from fewstep.data.store import ClassStore, to_device
 from fewstep.training.build import Experiment, build_problem, classification_episodes
 from fewstep.training.config import ClassificationOptions, SupervisedOptions
 from fewstep.training.presets import preset
@@ -23,7 +23,7 @@ def test_images_are_changed_in_training_alone(option):
     options = ClassificationOptions(ways=3, queries=2, eval_queries=2, **option)
     stores = dict.fromkeys(("train", "val", "test"), store)
     for split in ("train", "val", "test"):
-        batch = classification_episodes(options, stores, split, 0, "cpu").batch(0, 50)
+        batch = classification_episodes(options, stores, split, 0).batch(0, 50)
         as_drawn = (batch.x_support == AS_DRAWN / 255).flatten(2).all(-1)
         if split == "train":
             always = {"crops", "colours"} & option.keys()  # every image is
@@ -44,6 +44,16 @@ def test_images_of_all_classes_are_changed_in_training_alone(option, monkeypatch
     for split, source in problem.episodes.items():
         as_drawn = (source.batch(0, 2).x_query == AS_DRAWN / 255).flatten(2).all(-1)
         assert as_drawn.all() == (split != "train"), split
+
+
+def test_images_that_splits_share_are_moved_once():
+    store = ClassStore.from_counts(AS_DRAWN.repeat(20, 1, 1, 1), [5] * 4, "abcd")
+    stores = {"train": store.select([0, 1]), "val": store.select([2]), "test": store.select([3])}
+    moved = to_device(stores, "meta")
+    assert len({id(each.images) for each in moved.values()}) == 1
+    for split, each in moved.items():
+        assert {t.device.type for t in (each.images, each.starts, each.counts)} == {"meta"}
+        assert each.names == stores[split].names
 
 
 @pytest.mark.parametrize(

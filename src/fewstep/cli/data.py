@@ -125,7 +125,7 @@ class DataShow:
         if self.count < 1:
             raise InputError(f"count={self.count} must be at least 1 episode")
         stores = self.data.splits()
-        episodes = classification_episodes(self.episodes, stores, self.split, 0, "cpu")
+        episodes = classification_episodes(self.episodes, stores, self.split, 0)
         picture_episodes(episodes, self.count, self.out)
         say(console, f"wrote {self.out}")
         say(console, f"next: {_command('train', self)}")

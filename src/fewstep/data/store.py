@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +50,19 @@ class ClassStore:
 
     def to(self, device: torch.device | str) -> ClassStore:
         """Return the same store on `device`."""
-        return ClassStore(
-            self.images.to(device), self.starts.to(device), self.counts.to(device), self.names
+        (moved,) = to_device({"": self}, device).values()
+        return moved
+
+
+def to_device(
+    stores: Mapping[str, ClassStore], device: torch.device | str
+) -> dict[str, ClassStore]:
+    """Return the same stores on `device`; images that several share are moved once."""
+    images = {id(store.images): store.images for store in stores.values()}
+    moved = {each: of_it.to(device) for each, of_it in images.items()}
+    return {
+        name: ClassStore(
+            moved[id(store.images)], store.starts.to(device), store.counts.to(device), store.names
         )
+        for name, store in stores.items()
+    }

@@ -18,7 +18,7 @@ from fewstep.data.drawn_ahead import DrawnAhead
 from fewstep.data.episodes import ClassificationEpisodes
 from fewstep.data.labelled import LabelledImages, hold_out
 from fewstep.data.sinusoid import SinusoidEpisodes
-from fewstep.data.store import ClassStore
+from fewstep.data.store import ClassStore, to_device
 from fewstep.training.config import (
     ClassificationOptions,
     RegressionOptions,
@@ -113,22 +113,20 @@ def build_problem(config: RunConfig, device: str) -> Problem:
             for split, seed in seeds.items()
         }
         return Problem(_drawn_ahead(sinusoids), (1,), 1)
-    stores = config.data.splits()
+    stores = to_device(config.data.splits(), device)
     if isinstance(config.episodes, SupervisedOptions):
-        return _supervised(config.episodes, stores["train"], seeds, device)
+        return _supervised(config.episodes, stores["train"], seeds)
     assert isinstance(config.episodes, ClassificationOptions)
     episodes: dict[Split, Episodes] = {
-        split: classification_episodes(config.episodes, stores, split, seed, device)
+        split: classification_episodes(config.episodes, stores, split, seed)
         for split, seed in seeds.items()
     }
     return Problem(_drawn_ahead(episodes), stores["train"].image_shape, config.episodes.ways)
 
 
-def _supervised(
-    options: SupervisedOptions, store: ClassStore, seeds: dict[Split, int], device: str
-) -> Problem:
+def _supervised(options: SupervisedOptions, store: ClassStore, seeds: dict[Split, int]) -> Problem:
     """Set up batches of the training classes, of images held out for val and test."""
-    parts = hold_out(store.to(device), options.held_out)
+    parts = hold_out(store, options.held_out)
     batches = {
         split: LabelledImages(
             parts[split],
@@ -153,12 +151,11 @@ def classification_episodes(
     stores: dict[str, ClassStore],
     split: Split,
     seed: int,
-    device: str,
 ) -> ClassificationEpisodes:
     """Set up the episodes of one split, with the training or the evaluation options."""
     is_train = split == "train"
     return ClassificationEpisodes(
-        stores[split].to(device),
+        stores[split],
         split,
         ways=options.ways,
         shots=options.shots,
