@@ -3,7 +3,9 @@ import torch
 from torch import Tensor
 
 from fewstep import InputError
+from fewstep.data import augmentation as augmentation_module
 from fewstep.data.augmentation import UNCHANGED, Augmentation
+from fewstep.training.config import ClassificationOptions, SupervisedOptions
 
 SIDE, COUNT = 5, 1000
 AT = torch.arange(SIDE)
@@ -31,6 +33,14 @@ def test_nothing_happens_if_nothing_is_said():
     row, column = rows_and_columns(UNCHANGED)
     assert torch.equal(row, AT[:, None].expand_as(row))
     assert torch.equal(column, AT.expand_as(column))
+
+
+@pytest.mark.parametrize("options", [ClassificationOptions, SupervisedOptions])
+def test_numbers_are_drawn_only_where_they_are_used(options, monkeypatch):
+    monkeypatch.setattr(augmentation_module, "random_uniform", lambda *_: pytest.fail("drawn"))
+    assert torch.equal(changed(options(), placed()).round(), placed().float())
+    flipped = changed(options(flips=True), placed()).round()
+    assert not torch.equal(flipped, placed().float())
 
 
 def test_flips_mirror_half_of_the_images_left_to_right():

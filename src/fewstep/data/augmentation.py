@@ -58,7 +58,7 @@ class Augmentation:
         """
         if self.flips:
             x = mirror(x, random_bits(key, *coordinates) % 2 == 1)
-        if self == Augmentation(self.flips):
+        if not (self.shifts or self.colours or self.crops < 1):
             return x.float().div_(255)
         # More coordinates than the flips have, and so other numbers.
         number = torch.arange(9, device=x.device)
