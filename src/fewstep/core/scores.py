@@ -9,11 +9,21 @@ from torch import Tensor
 from fewstep.core.errors import InputError
 
 
+def mean_and_ci95(of_tasks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean over tasks, and the half width of its 95% interval.
+
+    mean ± 1.96 s / sqrt(tasks), s the standard deviation over the tasks.
+
+    Args:
+        of_tasks: (tasks, ...).
+    """
+    x = of_tasks.double()
+    return x.mean(0), 1.96 * x.std(0) / len(x) ** 0.5
+
+
 @dataclass(frozen=True)
 class Scores:
     """How well tasks were solved after some numbers of inner steps.
-
-    The 95% interval is mean ± 1.96 s / sqrt(tasks), s the standard deviation over the tasks.
 
     Args:
         metric_name: "accuracy", "loss" or the name of the metric given to the learner.
@@ -52,12 +62,12 @@ class Scores:
     @property
     def curve(self) -> list[float]:
         """Mean metric after each number of steps in `after`."""
-        return [float(mean) for mean in self.metric.double().mean(0)]
+        return mean_and_ci95(self.metric)[0].tolist()
 
     @property
     def curve_ci95(self) -> list[float]:
         """Half widths of the 95% intervals of `curve`."""
-        return [1.96 * float(s) / self.num_tasks**0.5 for s in self.metric.double().std(0)]
+        return mean_and_ci95(self.metric)[1].tolist()
 
     @property
     def rank(self) -> float:
@@ -132,5 +142,5 @@ def paired_difference(metric: Tensor, baseline: Tensor) -> Difference:
             "same tasks, 2 or more; score both on as many"
         )
     d = metric.double() - baseline.double()
-    ci95 = 1.96 * float(d.std()) / len(d) ** 0.5
-    return Difference(float(d.mean()), ci95, int((d > 0).sum()), int((d < 0).sum()))
+    mean, ci95 = mean_and_ci95(d)
+    return Difference(float(mean), float(ci95), int((d > 0).sum()), int((d < 0).sum()))

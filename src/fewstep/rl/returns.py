@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fewstep.core.scores import mean_and_ci95
+
 
 @dataclass(frozen=True)
 class Returns:
@@ -20,13 +22,12 @@ class Returns:
     @property
     def curve(self) -> list[float]:
         """Mean return after each number of steps."""
-        return [float(mean) for mean in self.of_tasks.double().mean(0)]
+        return mean_and_ci95(self.of_tasks)[0].tolist()
 
     @property
     def curve_ci95(self) -> list[float]:
         """Half widths of the 95% intervals of `curve`, over the tasks."""
-        tasks = len(self.of_tasks)
-        return [1.96 * float(s) / tasks**0.5 for s in self.of_tasks.double().std(0)]
+        return mean_and_ci95(self.of_tasks)[1].tolist()
 
     def __str__(self) -> str:
         pairs = zip(self.curve, self.curve_ci95, strict=True)
