@@ -96,6 +96,26 @@ def test_a_policy_trains_on_pendulums_and_a_task_is_always_the_same():
     assert len(starts.unique(dim=0)) == len(starts)  # a pendulum starts at random: each elsewhere
 
 
+def test_every_environment_is_closed():
+    is_open = []
+
+    class Door(Point):
+        def __init__(self, task):
+            super().__init__(np.ones(2))
+            is_open.append(self)
+
+        def close(self):
+            is_open.remove(self)
+
+    learner = PolicyLearner(GaussianPolicy(2, 2, hidden=(4,)), 1, episodes=2)
+    tasks = GymnasiumTasks(Door, horizon=3)
+    learner.step(tasks, 0, 3)
+    learner.evaluate(tasks, 3)
+    assert not is_open
+    tasks.environments(0, 2, 2)
+    assert len(is_open) == 4
+
+
 def test_seeds_have_other_noise_and_other_starts():
     here, there = (GymnasiumTasks(pendulum, horizon=2, seed=seed) for seed in (0, 1))
     assert not torch.isclose(here.noise(0, 2, 3, 0), there.noise(0, 2, 3, 0)).any()

@@ -258,6 +258,9 @@ class _Arms:
     def reset(self):
         return torch.ones_like(self.targets)
 
+    def close(self):
+        pass
+
     def step(self, actions):
         rewards = -(actions - self.targets).square().sum(-1)
         return Outcome(self.targets, rewards, torch.ones_like(rewards, dtype=torch.bool))

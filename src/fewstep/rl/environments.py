@@ -35,6 +35,10 @@ class Environments(Protocol):
         """Take actions, (tasks, episodes, action_size), in all of them."""
         ...
 
+    def close(self) -> None:
+        """Free what they hold; nobody steps in them any more."""
+        ...
+
 
 class TaskEnvironments(Protocol):
     """A source of tasks, in which task i is always the same."""

@@ -123,6 +123,11 @@ class GymnasiumEnvironments:
             torch.tensor(self._ended).view(self._shape),
         )
 
+    def close(self) -> None:
+        """Close each of them."""
+        for environment in self._all:
+            environment.close()
+
     def _observations(self) -> Tensor:
         return torch.as_tensor(np.stack(self._seen), dtype=self._dtype).view(*self._shape, -1)
 

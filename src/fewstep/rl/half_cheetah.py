@@ -68,6 +68,9 @@ class HalfCheetah:
         _, sensors = self._simulated(np.zeros((len(noise), 1, self._model.nu)))
         return self._observe(sensors[:, 0])
 
+    def close(self) -> None:
+        """Do nothing: there is nothing to free."""
+
     def step(self, actions: Tensor) -> Outcome:
         """Take one time step of 0.01 s."""
         a = actions.clamp(-1, 1)

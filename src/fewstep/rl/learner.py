@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -247,16 +248,16 @@ class PolicyLearner:
         episodes = self.episodes if episodes is None else episodes
         if min(count, episodes) < 1:
             raise InputError(f"{count} tasks of {episodes} episodes: give at least one of each")
-        environments = tasks.environments(start, count, episodes)
         point = loop.start(count)
-        for step in range(num_steps + 1):
-            noise = tasks.noise(start, count, episodes, step)
-            with torch.no_grad():
-                acting = partial(loop.network.outputs, point.theta)
-                rollouts = roll_out(acting, self.distribution, environments, noise)
-                yield rollouts
-                if step < num_steps:
-                    point = _descend(loop, point, self._experience(rollouts), order=1)
+        with closing(tasks.environments(start, count, episodes)) as environments:
+            for step in range(num_steps + 1):
+                noise = tasks.noise(start, count, episodes, step)
+                with torch.no_grad():
+                    acting = partial(loop.network.outputs, point.theta)
+                    rollouts = roll_out(acting, self.distribution, environments, noise)
+                    yield rollouts
+                    if step < num_steps:
+                        point = _descend(loop, point, self._experience(rollouts), order=1)
 
     def _objective(self, of_steps: list[Experience], *, differentiable: bool) -> Iterator[Seen]:
         """Yield shares of outer loss and divergence, of some tasks each, for phi as it is now."""

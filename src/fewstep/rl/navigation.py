@@ -36,6 +36,9 @@ class Navigation:
         self.positions = torch.zeros_like(self.goals)
         return self._observe()
 
+    def close(self) -> None:
+        """Do nothing: there is nothing to free."""
+
     def step(self, actions: Tensor) -> Outcome:
         """Move the points."""
         self.positions = self.positions + 0.1 * actions.clamp(-1, 1)
