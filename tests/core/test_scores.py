@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fewstep import InputError, MetaLearner, Scores, maml, paired_difference
+from fewstep import InputError, MetaLearner, Scores, TaskBatch, maml, paired_difference
 from tests.core.reference import MODELS
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -17,6 +17,20 @@ TASKS = [[0.0, 0.25], [0.5, 1.0], [0.25, 0.5], [0.25, 0.75]]
 def scores(metric_name: str = "accuracy") -> Scores:
     metric = torch.tensor(TASKS)
     return Scores(metric_name, metric, 2 * metric, "batch (transductive)", after=(0, 1))
+
+
+def test_a_task_is_drawn_once():
+    case, drawn = MODELS["mlp"], []
+    batch = case.batch(tasks=7)
+
+    class Counted:
+        def batch(self, start, count):
+            drawn.extend(range(start, start + count))
+            return TaskBatch(*(t[start : start + count] for t in batch.tensors()))
+
+    learner = MetaLearner(case.build(), maml(1), case.loss, chunk_size=3)
+    assert learner.evaluate(Counted(), 7).metric_name == "accuracy"
+    assert drawn == list(range(7))
 
 
 def test_mean_and_interval_of_every_step():

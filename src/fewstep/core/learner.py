@@ -235,10 +235,10 @@ class MetaLearner:
         own = self.ranks.span(num_tasks)
         steps = self._steps(num_steps)
         after = range(0 if every_step else steps, steps + 1)
-        found = self._test(episodes, own, after, norm.use, losses_and_metrics)
+        found, targets = self._test(episodes, own, after, norm.use, losses_and_metrics)
         loss, metric = self.ranks.join([found], num_tasks)[0].cpu().unbind(1)
         return Scores(
-            metric_name=self._network.metric_name(episodes.batch(0, 1).y_query),
+            metric_name=self._network.metric_name(targets),
             metric=metric,
             loss=loss,
             statistics=norm.describe(self.module),
@@ -264,7 +264,7 @@ class MetaLearner:
             raise InputError(f"num_tasks={num_tasks} must be at least 1")
         use = self._norm_statistics(statistics).use
         after = range(self._steps(num_steps) + 1)
-        found = self._test(episodes, self.ranks.span(num_tasks), after, use, outputs_of)
+        found, _ = self._test(episodes, self.ranks.span(num_tasks), after, use, outputs_of)
         return self.ranks.join([found], num_tasks)[0]
 
     def evaluate_ensemble(
@@ -354,7 +354,7 @@ class MetaLearner:
 
     def _test(
         self, episodes: Episodes, numbers: slice, after: Sequence[int], use: Use, read: Read
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         return test(
             self._loop,
             episodes,
@@ -373,7 +373,8 @@ class MetaLearner:
         for state in states:
             self.load_state_tensors(state)
             for chunk in seen:
-                outputs.append(self._test(chunk, slice(0, len(chunk)), after, use, outputs_of))
+                found, _ = self._test(chunk, slice(0, len(chunk)), after, use, outputs_of)
+                outputs.append(found)
         return torch.stack(outputs).mean(0)
 
     def _differentiate(self, batch: TaskBatch) -> tuple[Tensors, Metrics, Tensors]:

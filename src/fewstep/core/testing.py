@@ -28,7 +28,7 @@ def test(
     read: Read,
     chunk_size: int,
     replay: Replay | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Adapt to the tasks of these numbers, by the chunk, without a graph from step to step.
 
     Args:
@@ -42,7 +42,7 @@ def test(
         replay: Recordings of the same; None computes it anew.
 
     Returns:
-        What `read` makes, of all the tasks.
+        What `read` makes, of all the tasks, and targets of some.
     """
 
     @one_batch()
@@ -59,7 +59,7 @@ def test(
         for start in range(numbers.start, numbers.stop, chunk_size):
             chunk = episodes.batch(start, min(chunk_size, numbers.stop - start))
             found.append(call(*chunk.tensors()))
-    return torch.cat(found)
+    return torch.cat(found), chunk.y_query
 
 
 def losses_and_metrics(queries: list[Result]) -> Tensor:
