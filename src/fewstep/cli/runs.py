@@ -17,7 +17,7 @@ from torch import nn
 from fewstep.cli.score_table import score_table
 from fewstep.core.errors import InputError
 from fewstep.core.network import Tensors
-from fewstep.core.ranks import ALONE, Ranks
+from fewstep.core.ranks import Ranks
 from fewstep.models.conv import PROJECTION
 from fewstep.report.curves import plot_runs
 from fewstep.report.sinusoid_fits import plot_sinusoid_fits
@@ -25,7 +25,7 @@ from fewstep.training.build import Experiment, resolve_device
 from fewstep.training.config import RunConfig, to_dict
 from fewstep.training.display import say
 from fewstep.training.evaluate import evaluate_run
-from fewstep.training.files import locked, make_folder
+from fewstep.training.folders import locked, make_folder
 from fewstep.training.initial import fitting, initial_of
 from fewstep.training.parse import load_config, run_config
 from fewstep.training.run_folder import RunFolder
@@ -185,7 +185,6 @@ def _train_and_test(experiment: Experiment, run: RunFolder | None, console: Cons
     else:
         say(console, f"stopped after iteration {state.iteration}; the checkpoint is written")
     ranks.part()
-    experiment.learner.ranks = ALONE
     return is_done
 
 

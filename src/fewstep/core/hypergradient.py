@@ -215,7 +215,13 @@ class Hypergradient(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Do one update."""
+        """Do one update.
+
+        Raises:
+            InputError: there is a `closure`; the gradients are to be in place.
+        """
+        if closure is not None:
+            raise InputError(f"{type(self).__name__}.step takes no closure; leave it out")
         group: dict[str, Any] = self.param_groups[0]
         parameters: list[Tensor] = group["params"]
         gradients = [p.grad for p in parameters if p.grad is not None]

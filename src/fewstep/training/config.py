@@ -148,7 +148,7 @@ class RunConfig:
     keep_best: int = 1
     """Checkpoints to keep, those with the best validation scores; several make an ensemble."""
     seed: int = 0
-    """Seed of the initial parameters, of the training episodes and of dropout."""
+    """Seed of the initial parameters and of the training episodes."""
     device: str = "auto"
     """"cpu", "cuda", "cuda:1", ...; "auto" takes a GPU where there is one."""
 

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from threading import Thread
 from types import FrameType
 
-import torch
 from rich.console import Console
 
 from fewstep.core.metrics import Metrics
 from fewstep.core.network import Tensors
 from fewstep.core.scores import Scores
-from fewstep.data.counter_random import key_from_name
 from fewstep.training.build import Experiment
 from fewstep.training.config import to_dict
 from fewstep.training.display import Display
@@ -105,8 +103,6 @@ class Trainer:
         episodes = self.experiment.problem.episodes["train"]
         batch = episodes.batch((iteration - 1) * config.tasks, config.tasks)
         learner = self.experiment.learner
-        rank = f" of process {learner.ranks.rank}" * (not learner.ranks.is_first)
-        torch.manual_seed(key_from_name(config.seed, f"iteration {iteration}{rank}"))  # for dropout
         return learner.step(batch, check_finite=False)  # which would wait for the device
 
     def _read(self, unread: _Unread, log: NoLog, display: Display) -> None:
