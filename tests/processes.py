@@ -95,3 +95,10 @@ def in_two(folder: Path, program: Callable[..., int | None], *arguments: Any) ->
         Done(process.exitcode, *(Path(file).read_text() for file in files))
         for process, files in zip(processes, printed, strict=True)
     ]
+
+
+def errors_of(tmp_path: Path, program: Callable[..., int | None], *arguments: Any) -> str:
+    """Run a program in a process of its own and return what it prints of errors."""
+    errors = tmp_path / "errors"
+    start(program, *arguments, errors=str(errors)).join()
+    return errors.read_text()

@@ -20,6 +20,7 @@ from rich.progress import track
 
 from fewstep.core.cache import cache_folder
 from fewstep.core.errors import InputError
+from fewstep.core.files import write_atomically
 from fewstep.data.store import ClassStore
 
 Pixels = NDArray[np.uint8]
@@ -133,9 +134,7 @@ def _prepare(stem: Path, shape: tuple[int, int, int], classes: Sequence[RawClass
         if (twin := _same_array(stem.parent, sha256)) is not None:
             _link(twin, temporary)
         temporary.replace(stem.with_suffix(".npy"))
-        temporary.unlink(missing_ok=True)  # two names of one file, of which neither is replaced
-        temporary.write_text(json.dumps(description))
-        temporary.replace(stem.with_suffix(".json"))
+        write_atomically(stem.with_suffix(".json"), json.dumps(description).encode())
     except OSError as error:
         raise InputError(
             f"cannot write {needed} bytes to {stem.parent}: {error.strerror}; free some space or "

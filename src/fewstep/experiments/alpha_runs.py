@@ -15,7 +15,7 @@ from fewstep.experiments.sweep import check_equal, check_same
 from fewstep.training.algorithm_options import AlgorithmOptions
 from fewstep.training.build import Problem, build_learner, build_problem
 from fewstep.training.config import ClassificationOptions, RunConfig, to_dict
-from fewstep.training.files import make_folder
+from fewstep.training.folders import make_folder
 from fewstep.training.network_options import Conv4Options
 from fewstep.training.presets import preset
 from fewstep.training.run_folder import write_json

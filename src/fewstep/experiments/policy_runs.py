@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fewstep.core.errors import InputError
+from fewstep.core.files import write_atomically
 from fewstep.core.rates import StepRates
 from fewstep.experiments.policy_settings import METHODS, PolicyRun
 from fewstep.experiments.sweep import check_same
@@ -23,7 +24,7 @@ from fewstep.rl.returns import Returns
 from fewstep.training.config import to_dict
 from fewstep.training.display import bars
 from fewstep.training.environment import command_line, environment
-from fewstep.training.files import locked, make_folder, write_atomically
+from fewstep.training.folders import locked, make_folder
 from fewstep.training.run_folder import write_json
 from fewstep.training.trainer import TrainingStopped
 

@@ -9,7 +9,7 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 from fewstep.core.errors import InputError
-from fewstep.training.files import write_atomically
+from fewstep.core.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

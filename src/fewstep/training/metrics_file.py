@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.core.errors import InputError
-from fewstep.training.files import write_atomically
+from fewstep.core.files import write_atomically
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fewstep.core.errors import InputError
+from fewstep.core.files import write_atomically
 from fewstep.training.environment import command_line, environment
-from fewstep.training.files import write_atomically
 from fewstep.training.metrics_file import is_number, json_line, read_metrics
 
 

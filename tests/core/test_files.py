@@ -1,3 +1,5 @@
+"""Files that are whole or not there, whatever happens while they are written."""
+
 import errno
 import os
 import resource
@@ -6,9 +8,8 @@ import signal
 import pytest
 
 from fewstep.core.errors import InputError
-from fewstep.training.files import locked, write_atomically
-from tests.data.conftest import deny
-from tests.processes import start
+from fewstep.core.files import write_atomically
+from tests.processes import errors_of
 
 
 def test_replaces_a_file(tmp_path):
@@ -57,13 +58,6 @@ def writes_to_a_small_disk(path):
     write_atomically(path, b"x" * 20_000)
 
 
-def errors_of(tmp_path, program, *arguments):
-    """Run a program in a process of its own and return what it prints of errors."""
-    errors = tmp_path / "errors"
-    start(program, *arguments, errors=str(errors)).join()
-    return errors.read_text()
-
-
 def test_really_full_disk(tmp_path):
     """A write that the file system refuses part of the way, by a limit on file sizes."""
     path = tmp_path / "folder" / "f"
@@ -74,21 +68,15 @@ def test_really_full_disk(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["f"]
 
 
-def locks(folder):
-    with locked(folder):
-        pass
+def test_an_interrupt_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "f"
+    write_atomically(path, b"old")
 
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
 
-def test_second_process_is_refused(tmp_path):
-    with locked(tmp_path):
-        errors = errors_of(tmp_path, locks, tmp_path)
-    assert f"in use by process {os.getpid()}" in errors
-    with locked(tmp_path):
-        pass
-
-
-def test_a_lock_that_cannot_be_written_is_named(tmp_path, monkeypatch):
-    deny(monkeypatch, tmp_path / "lock")
-    message = r"cannot write .*/lock: Permission denied; check"
-    with pytest.raises(InputError, match=message), locked(tmp_path):
-        pass
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
