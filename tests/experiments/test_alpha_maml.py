@@ -1,5 +1,6 @@
 """The figures of Alpha MAML, on a few tiny images."""
 
+import importlib.util
 import json
 import signal
 import statistics
@@ -7,6 +8,8 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -15,7 +18,7 @@ from rich.console import Console
 from fewstep.cli.main import COMMANDS, main
 from fewstep.core.errors import InputError
 from fewstep.core.learner import MetaLearner
-from fewstep.experiments import alpha_convergence, alpha_runs
+from fewstep.experiments import alpha_convergence, alpha_runs, pool
 from fewstep.experiments.alpha_comparison import CHANGES, AlphaComparison, draw, interval
 from fewstep.experiments.alpha_convergence import AlphaConvergence, plot_convergence
 from fewstep.experiments.alpha_runs import Setting, numeral, train
@@ -202,6 +205,39 @@ def test_jobs(workers):
     jobs = {str(i): (i,) for i in range(5)}
     found = dict(each(_double, jobs, workers=workers, ray=False, console=QUIET))
     assert found == {str(i): 2 * i for i in range(5)}
+
+
+def test_ray_gives_what_workers_give(monkeypatch):
+    """Of its interface only: what is begun first is done last."""
+    futures, settled = {}, []
+
+    class Ray(ModuleType):
+        def init(self, **options):
+            settled.append("init")
+
+        def remote(self, **options):
+            assert options == {"num_cpus": 1}
+            return lambda call: SimpleNamespace(remote=partial(self._begin, call))
+
+        def _begin(self, call, *job):
+            number = f"future {len(futures)}"
+            futures[number] = call(*job)
+            return number
+
+        def wait(self, waiting, num_returns):
+            assert num_returns == 1
+            return waiting[-1:], waiting[:-1]
+
+        def get(self, future):
+            return futures[future]
+
+    monkeypatch.setitem(sys.modules, "ray", Ray("ray"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "ray")
+    monkeypatch.setattr(pool, "_settle", lambda: settled.append("job"))
+    jobs = {"a": (1,), "b": (2,), "c": (3,)}
+    found = list(each(_double, jobs, workers=1, ray=True, console=QUIET))
+    assert found == [("c", 6), ("b", 4), ("a", 2)]
+    assert settled == ["init", "job", "job", "job"]
 
 
 def test_jobs_need_workers_or_ray(monkeypatch):

@@ -15,12 +15,9 @@ from rich.console import Console
 from fewstep.core.errors import InputError, check_name, check_some
 from fewstep.experiments.alpha_runs import Setting, train
 from fewstep.experiments.pool import each
+from fewstep.experiments.write_up import write_up
 from fewstep.training.build import resolve_device
 from fewstep.training.config import RunConfig
-from fewstep.training.display import say
-from fewstep.training.environment import command_line, environment
-from fewstep.training.files import write_atomically
-from fewstep.training.run_folder import write_json
 
 CHANGES: dict[str, dict[str, Any]] = {
     "MAML": {},
@@ -91,16 +88,11 @@ class AlphaComparison:
         found = dict(each(spend, jobs, workers=self.workers, ray=self.ray, console=console))
         accuracies = {m: [found[m, seed] for seed in range(self.seeds)] for m in self.methods}
         summary = {
-            "command": command_line(),
-            "environment": environment(command_line(), device),
             "initial_rates": [draw(self.bounds, seed, 0) for seed in range(self.seeds)],
             "test_accuracy": accuracies,
         }
-        write_json(self.out / "comparison.json", summary)
         table = self._markdown(accuracies)
-        write_atomically(self.out / "table.md", table.encode())
-        say(console, table)
-        say(console, f"wrote table.md and comparison.json in {self.out}")
+        write_up(self.out, device, console, ("comparison.json", summary), table=table)
 
     def config(self, method: str, alpha: float, beta: float, seed: int) -> RunConfig:
         """Return the settings of a method from given initial rates."""

@@ -14,11 +14,9 @@ from rich.console import Console
 from fewstep.core.errors import check_some
 from fewstep.experiments.alpha_runs import Setting, numeral, train
 from fewstep.experiments.pool import each
+from fewstep.experiments.write_up import write_up
 from fewstep.report.figure import new_figure, save_figure
 from fewstep.training.build import resolve_device
-from fewstep.training.display import say
-from fewstep.training.environment import command_line, environment
-from fewstep.training.run_folder import write_json
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class AlphaConvergence:
             ),
         }
         device = resolve_device(self.setting.device)
-        jobs = {}
+        files, jobs = {}, {}
         for column, ((alpha, beta), curves) in columns.items():
             for label, eta_alpha, eta_beta in curves:
                 config = replace(
@@ -76,22 +74,15 @@ class AlphaConvergence:
                     device=device,
                 )
                 file = f"{numeral(alpha)}-{numeral(beta)}-{eta_alpha}-{eta_beta}.json"
-                jobs[column, label] = (self.out / "curves" / file, config)
+                files[column, label] = file  # some curves are in several columns
+                jobs[file] = (self.out / "curves" / file, config)
         validated = partial(train, val_every=self.val_every)
         found = dict(each(validated, jobs, workers=self.workers, ray=self.ray, console=console))
-        outcomes = {key: found[key] for key in jobs}  # in the order of the legend
-        write_json(
-            self.out / "summary.json",
-            {
-                "command": command_line(),
-                "environment": environment(command_line(), device),
-                "curves": {
-                    f"{column}: {label}": _summary(o) for (column, label), o in outcomes.items()
-                },
-            },
-        )
+        outcomes = {key: found[file] for key, file in files.items()}
+        ends = {f"{column}: {label}": _summary(o) for (column, label), o in outcomes.items()}
         plot_convergence(outcomes, self.out / "convergence.png")
-        say(console, f"wrote summary.json and convergence.png in {self.out}")
+        numbers = "summary.json", {"curves": ends}
+        write_up(self.out, device, console, numbers, pictures=["convergence.png"])
 
 
 def _summary(outcome: Mapping[str, Any]) -> dict[str, Any]:

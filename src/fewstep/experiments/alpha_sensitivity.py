@@ -15,13 +15,10 @@ from rich.console import Console
 from fewstep.core.errors import InputError, check_some
 from fewstep.experiments.alpha_runs import Setting, numeral, train
 from fewstep.experiments.pool import each
+from fewstep.experiments.write_up import write_up
 from fewstep.report.figure import new_figure, save_figure
 from fewstep.training.build import resolve_device
 from fewstep.training.config import RunConfig
-from fewstep.training.display import say
-from fewstep.training.environment import command_line, environment
-from fewstep.training.files import write_atomically
-from fewstep.training.run_folder import write_json
 
 Grid = Sequence[Sequence[int | None]]
 _Method = tuple[float | None, float | None, bool]  # eta_alpha, eta_beta, with guards
@@ -74,19 +71,15 @@ class AlphaSensitivity:
         }
         shares = {name: _compare(grid, grids["MAML"]) for name, grid in grids.items()}
         summary = {
-            "command": command_line(),
-            "environment": environment(command_line(), device),
             "inner_lrs": self.inner_lrs,
             "outer_lrs": self.outer_lrs,
             "iterations_to_threshold": grids,
             "shares": shares,
         }
-        write_json(self.out / "grid.json", summary)
-        table = _markdown(shares, self)
-        write_atomically(self.out / "table.md", table.encode())
         plot_grids(grids, self.inner_lrs, self.outer_lrs, self.iterations, self.out / "grid.png")
-        say(console, table)
-        say(console, f"wrote table.md, grid.json and grid.png in {self.out}")
+        table = _markdown(shares, self)
+        numbers = "grid.json", summary
+        write_up(self.out, device, console, numbers, table=table, pictures=["grid.png"])
 
     def _methods(self) -> dict[str, _Method]:
         methods: dict[str, _Method] = {"MAML": (None, None, False)}

@@ -24,15 +24,14 @@ from fewstep.experiments.maml_plus_plus import (
     plot_validation,
 )
 from fewstep.experiments.sweep import Test, check_plan, complete
+from fewstep.experiments.write_up import write_up
 from fewstep.training.algorithm_options import AlgorithmOptions
 from fewstep.training.build import build_problem, resolve_device
 from fewstep.training.config import ClassificationOptions, RunConfig, SupervisedOptions
 from fewstep.training.display import say
-from fewstep.training.environment import command_line, environment
-from fewstep.training.files import write_atomically
 from fewstep.training.network_options import Conv4Options
 from fewstep.training.presets import preset
-from fewstep.training.run_folder import RunFolder, write_json
+from fewstep.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -102,18 +101,10 @@ class MamlPlusPlusFromClassifier:
         ranks.part()
         if len(found) < len(stages) or not ranks.is_first:
             return
-        summary = {
-            "command": command_line(),
-            "environment": environment(command_line(), device),
-            "runs": found,
-        }
-        write_json(self.out / "table.json", summary)
-        table = self._markdown(found)
-        write_atomically(self.out / "table.md", table.encode())
         few_shot = self.out / "maml++"
         plot_validation({"MAML++": [RunFolder(few_shot)]}, self.out / "curves.png")
-        say(console, table)
-        say(console, f"wrote table.md, table.json and curves.png in {self.out}")
+        table, numbers = self._markdown(found), ("table.json", {"runs": found})
+        write_up(self.out, device, console, numbers, table=table, pictures=["curves.png"])
         name = quote(str(few_shot))
         say(console, f"next: fewstep predict {name} --support FOLDER --query FOLDER")
 

@@ -16,16 +16,15 @@ from fewstep.core.ranks import Ranks
 from fewstep.data.omniglot import Omniglot
 from fewstep.experiments.seeds import over_seeds
 from fewstep.experiments.sweep import Test, complete_all
+from fewstep.experiments.write_up import write_up
 from fewstep.report.figure import draw_band, new_figure, save_figure
 from fewstep.training.algorithm_options import AlgorithmOptions
 from fewstep.training.build import resolve_device
 from fewstep.training.config import ClassificationOptions, RunConfig
 from fewstep.training.display import say
-from fewstep.training.environment import command_line, environment
-from fewstep.training.files import write_atomically
 from fewstep.training.network_options import Conv4Options
 from fewstep.training.presets import preset
-from fewstep.training.run_folder import RunFolder, write_json
+from fewstep.training.run_folder import RunFolder
 
 MSL: dict[str, Any] = {"multi_step_epochs": 10}
 DA: dict[str, Any] = {"first_order_epochs": 50}
@@ -133,17 +132,10 @@ class MamlPlusPlusAblation:
         if not ranks.is_first:
             return
         rows = {v: self._row(v, found) for v in self.variants}
-        summary = {
-            "command": command_line(),
-            "environment": environment(command_line(), device),
-            "schedule": self._schedule(),
-            "rows": rows,
-        }
-        write_json(self.out / "table.json", summary)
-        write_atomically(self.out / "table.md", self._markdown(rows).encode())
         plot_validation({v: self._folders(v) for v in self.variants}, self.out / "curves.png")
-        say(console, self._markdown(rows))
-        say(console, f"wrote table.md, table.json and curves.png in {self.out}")
+        numbers = "table.json", {"schedule": self._schedule(), "rows": rows}
+        table = self._markdown(rows)
+        write_up(self.out, device, console, numbers, table=table, pictures=["curves.png"])
 
     def _folders(self, variant: str) -> list[RunFolder]:
         names = [f"{variant.lower()}-seed{seed}" for seed in range(self.seeds)]

@@ -18,13 +18,10 @@ from fewstep.experiments.policy_runs import train_policy, trained_policy
 from fewstep.experiments.policy_settings import METHODS, PolicyRun, Setting
 from fewstep.experiments.pool import each
 from fewstep.experiments.seeds import over_seeds
+from fewstep.experiments.write_up import write_up
 from fewstep.report.figure import draw_band, legend_below, new_figure, save_figure
 from fewstep.rl.rollouts import Rollouts
 from fewstep.training.build import resolve_device
-from fewstep.training.display import say
-from fewstep.training.environment import command_line, environment
-from fewstep.training.files import write_atomically
-from fewstep.training.run_folder import write_json
 
 Numbers = Mapping[str, tuple[float, ...]]
 SHOWN_TASKS = 4
@@ -83,22 +80,12 @@ class PolicyReturns(ABC):
         found = self._complete(plan, console)
         outcomes = {m: [found[m, seed] for seed in range(self.seeds)] for m in self.methods}
         rows = {method: _row(of_seeds) for method, of_seeds in outcomes.items()}
-        write_json(
-            self.out / "table.json",
-            {
-                "command": command_line(),
-                "environment": environment(command_line(), device),
-                "rows": rows,
-            },
-        )
-        table = self._markdown(rows)
-        write_atomically(self.out / "table.md", table.encode())
         plot_returns(outcomes, self.paper, self.out / "returns.png")
-        written = ["table.md", "table.json", "returns.png"]
+        pictures = ["returns.png"]
         if (best := self._best(rows)) is not None:
-            written.append(self.draw(f"{best}, seed 0", self._rollouts(*plan[best, 0])).name)
-        say(console, table)
-        say(console, f"wrote {', '.join(written[:-1])} and {written[-1]} in {self.out}")
+            pictures.append(self.draw(f"{best}, seed 0", self._rollouts(*plan[best, 0])).name)
+        table, numbers = self._markdown(rows), ("table.json", {"rows": rows})
+        write_up(self.out, device, console, numbers, table=table, pictures=pictures)
 
     def _best(self, rows: Mapping[str, dict[str, Any]]) -> str | None:
         """Return the method that gives most after the steps it is trained for, if it has any."""

@@ -143,8 +143,7 @@ def _death_told(process: BaseProcess) -> Iterator[None]:
 def _work(function: Callable[..., Any], pipe: Connection) -> None:
     """Do jobs until the parent closes its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which sends SIGTERM
-    torch.set_num_threads(1)
-    keep_freed_memory()
+    _settle()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with suppress(EOFError, ConnectionError):
         while True:
@@ -156,6 +155,12 @@ def _work(function: Callable[..., Any], pipe: Connection) -> None:
                 pipe.send((None, error))
             else:
                 pipe.send(answer)
+
+
+def _settle() -> None:
+    """Make the most of a process that has one core."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
 
 
 def _end_with_parent() -> None:
@@ -175,6 +180,7 @@ def _on_ray(
     ray.init(ignore_reinit_error=True, log_to_driver=False)
 
     def call(*job: Any) -> Result:  # Ray takes functions only
+        _settle()
         return function(*job)
 
     remote = ray.remote(num_cpus=1)(call)
