@@ -13,6 +13,13 @@ import torch
 import fewstep
 from fewstep.cli.runs import Train
 from fewstep.core.errors import InputError
+from fewstep.core.hypergradient import (
+    SAFE,
+    SCALE_FREE,
+    Guards,
+    HypergradientAdam,
+    HypergradientRates,
+)
 from fewstep.core.outer import SGD
 from fewstep.core.rates import LayerStepRates
 from fewstep.data.omniglot import Omniglot
@@ -47,6 +54,50 @@ def test_settings_survive_their_file(tmp_path, dataset, recipe):
 
 
 DECAY = ("algorithm.momentum", "algorithm.weight_decay")  # not beside outer_hyper_lr
+
+
+SETTINGS_OF_AN_ALGORITHM = {
+    "num_steps": 4, "inner_lr": 0.3, "learned_rates": "layer", "head_lr": 0.2,
+    "inner_clip_norm": 2.0, "inner_hyper_lr": 0.1, "multi_step_epochs": 3,
+    "first_order_epochs": 2, "per_step_affine": True, "per_step_statistics": True,
+    "statistics": "support", "not_adapted": ("head.*",), "outer": "sgd", "outer_lr": 0.02,
+    "momentum": 0.5, "weight_decay": 0.1, "outer_hyper_lr": 0.2, "hyper_step": "sign",
+    "task_reduction": "sum", "outer_schedule": "cosine", "final_outer_lr": 1e-4,
+    "clip_value": 5.0, "extra_steps": "repeat",
+}  # fmt: skip
+ALONGSIDE = {
+    "head_lr": {"learned_rates": "layer"},
+    "inner_hyper_lr": {"learned_rates": "one"},
+    "momentum": {"outer": "sgd"},
+    "weight_decay": {"outer": "sgd"},
+    "hyper_step": {"outer_hyper_lr": 0.1},
+    "final_outer_lr": {"outer_schedule": "cosine"},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS_OF_AN_ALGORITHM)
+def test_every_setting_of_an_algorithm_does_something(name):
+    before = AlgorithmOptions(eval_steps=2, **ALONGSIDE.get(name, {}))
+    after = replace(before, **{name: SETTINGS_OF_AN_ALGORITHM[name]})
+    assert after.build(1000) != before.build(1000)
+
+
+def test_all_settings_of_an_algorithm_are_tried():
+    named = {field.name for field in fields(AlgorithmOptions)}
+    assert named == {*SETTINGS_OF_AN_ALGORITHM, "eval_steps"}  # which no algorithm holds
+
+
+@pytest.mark.parametrize(
+    ("hyper_step", "guards"),
+    [("additive", Guards()), ("multiplicative", SAFE), ("sign", SCALE_FREE)],
+)
+def test_ways_to_step_are_guards(hyper_step, guards):
+    options = AlgorithmOptions(
+        learned_rates="one", inner_hyper_lr=0.1, outer_hyper_lr=0.2, hyper_step=hyper_step
+    )
+    algorithm = options.build(1000)
+    assert algorithm.rate_update == HypergradientRates(0.1, guards=guards)
+    assert algorithm.outer == HypergradientAdam(1e-3, 0.2, guards)
 
 
 def test_every_changed_setting_survives_the_file(tmp_path):
