@@ -18,6 +18,7 @@ from fewstep import (
     ConstantRate,
     CosineAnnealing,
     DerivativeAnnealing,
+    FinalStep,
     FixedOrder,
     InputError,
     LayerStepRates,
@@ -481,36 +482,59 @@ def test_training_uses_the_running_statistics_of_before(per_step):
     torch.testing.assert_close(losses, torch.stack(expected).detach())
 
 
-def test_running_statistics_are_collected_for_each_point():
-    """Row 0 sees the support set under theta[0], the last row the query set under theta[K]."""
+@pytest.mark.parametrize("use", ["batch", "support"])
+def test_running_statistics_are_collected_for_each_point(use):
+    """Row 0 sees the support set under theta[0], the last row the query set under theta[K].
+
+    Or the support set again, where the query set is normalised by its statistics.
+    """
     module, batch = net(), CASE.batch()
-    per_step = NormStatistics(per_step=True)
+    per_step = NormStatistics(use, per_step=True)
     algorithm = replace(maml(1, 0.3), norm_statistics=per_step, outer=SGD(1e-9))
     learner = learner_of(algorithm, module)
     assert learner.buffers["1.running_mean"].shape == (2, 6)
-    means = []
+    means, variances = [], []
+    last = {"batch": batch.x_query, "support": batch.x_support}[use]
     for j in range(len(batch)):
         theta = {n: p.detach() for n, p in module.named_parameters()}
         adapted = learner.adapt(batch.x_support[j], batch.y_support[j])
         means.append(
             (
                 F.linear(batch.x_support[j], theta["0.weight"], theta["0.bias"]).mean(0),
-                F.linear(batch.x_query[j], adapted[0].weight, adapted[0].bias).mean(0),
+                F.linear(last[j], adapted[0].weight, adapted[0].bias).mean(0),
             )
         )
+        variances.append(F.linear(last[j], adapted[0].weight, adapted[0].bias).var(0))
     mean = torch.stack([torch.stack(pair) for pair in means]).mean(0)
     expected = 0.9 * module[1].running_mean + 0.1 * mean
+    last_variance = 0.9 * module[1].running_var + 0.1 * torch.stack(variances).mean(0)
     learner.step(batch)
     torch.testing.assert_close(learner.buffers["1.running_mean"], expected)
+    torch.testing.assert_close(learner.buffers["1.running_var"][-1], last_variance)
 
 
-def test_training_by_running_statistics_collects_them():
-    algorithm = replace(PLAIN, norm_statistics=NormStatistics("running", per_step=True))
-    learner, batch = learner_of(algorithm), CASE.batch()
-    rows = learner.buffers["1.running_mean"].clone()
+@pytest.mark.parametrize("use", ["batch", "support", "running"])
+@pytest.mark.parametrize("weights", [FinalStep(), MultiStepLoss()])
+@pytest.mark.parametrize("segment", [None, 1])
+def test_statistics_of_every_point_are_collected(use, weights, segment):
+    algorithm = replace(
+        PLAIN, norm_statistics=NormStatistics(use, per_step=True), query_weights=weights
+    )
+    module, batch = MODELS["Conv4"].build(), MODELS["Conv4"].batch()
+    learner = MetaLearner(module, algorithm, F.cross_entropy, checkpoint_every=segment)
+    rows = {n: b.clone() for n, b in learner.buffers.items() if "num" not in n}
     learner.step(batch)
-    moved = (learner.buffers["1.running_mean"] != rows).any(1)
-    assert moved.tolist() == [True] * (STEPS + 1)
+    for name, before in rows.items():
+        moved = (learner.buffers[name] != before).any(1)
+        assert moved.tolist() == [True] * (STEPS + 1), name
+
+
+def test_support_statistics_need_no_running_ones():
+    module, batch = net(), CASE.batch()
+    module[1] = nn.BatchNorm1d(6, track_running_stats=False)
+    algorithm = replace(PLAIN, norm_statistics=NormStatistics("support"))
+    metrics = MetaLearner(module, algorithm, F.cross_entropy).step(batch)
+    assert metrics.loss.isfinite()
 
 
 def test_what_is_printed():

@@ -103,6 +103,7 @@ class InnerLoop:
                     rows.pick_parameters(theta, step, is_query=True),
                     rows.pick_buffers(buffers, step),
                     batch,
+                    is_last=step == self.algorithm.num_steps,
                 )
                 buffers = rows.put_buffers(buffers, step, query.buffers)
             yield Point(step, theta, buffers, support_loss, gradient, query)

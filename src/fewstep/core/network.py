@@ -125,11 +125,19 @@ class TaskNetwork:
         with self._normalise():
             return self._call(parameters, buffers, batch.x_support, batch.y_support)
 
-    def query(self, parameters: Tensors, buffers: Tensors, batch: TaskBatch) -> Result:
+    def query(
+        self, parameters: Tensors, buffers: Tensors, batch: TaskBatch, *, is_last: bool
+    ) -> Result:
         """Call on the query sets; the support sets lend their statistics where asked.
 
         Buffers change in training alone, and not where the support sets would be seen once more:
         scores on the way leave nothing to the steps after them.
+
+        Args:
+            parameters: By name, each (tasks, *shape).
+            buffers: By name, each (tasks, *shape).
+            batch: The tasks.
+            is_last: No inner step follows, which would see the support sets under these parameters.
         """
         if self._use != "support":
             with self._normalise():
@@ -137,9 +145,10 @@ class TaskNetwork:
             return result if self._is_training else replace(result, buffers=buffers)
         x = once(_both, batch.x_support, batch.x_query)
         shots = batch.x_support.shape[1]
-        with NormaliseBy(Statistics(examples=shots, of=x.shape[1])):
+        update = follow if self._is_training and is_last else None
+        with NormaliseBy(Statistics(examples=shots, of=x.shape[1], update=update)):
             result = self._call(parameters, buffers, x, batch.y_query, without=shots)
-        return replace(result, buffers=buffers)
+        return result if update else replace(result, buffers=buffers)
 
     def _normalise(self) -> AbstractContextManager[object]:
         if self._use == "running":

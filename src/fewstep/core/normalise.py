@@ -55,6 +55,10 @@ class Statistics:
             )
         return self.examples
 
+    def count(self, y: Tensor) -> int:
+        """Return of how many elements of each channel the moments are."""
+        return y[: self.first(len(y))].numel() // y.shape[1]
+
     @property
     def needs_moments(self) -> bool:
         """Whether moments have to be taken."""
@@ -134,14 +138,15 @@ class NormaliseBy(TorchFunctionMode):
             return F.batch_norm(y, running_mean, running_var, weight, bias, False, momentum, eps)
         by = self._statistics
         mean, var = by.given(running_mean, running_var) or _moments(y[: by.first(len(y))])
-        if by.update is not None:
-            if running_mean is None or running_var is None:
+        if running_mean is None or running_var is None:
+            if by.update is take_over:
                 raise InputError(
                     "statistics='support' needs batch norms with track_running_stats=True to keep "
                     "them in"
                 )
+        elif by.update is not None:
             found = _moments(y.detach()) if by.running else Moments(mean.detach(), var.detach())
-            by.update(running_mean, running_var, found, y.numel() // y.shape[1], momentum)
+            by.update(running_mean, running_var, found, by.count(y), momentum)
         scale = torch.rsqrt(var + eps) if weight is None else weight * torch.rsqrt(var + eps)
         shift = -mean * scale if bias is None else bias - mean * scale
         to_channels = (1, -1, *[1] * (y.ndim - 2))

@@ -113,7 +113,7 @@ class ConvBlock(nn.Module):
             height, width = ((size - 1) // form.stride + 1 for size in x.shape[-2:])
             # Without a momentum, the mean over all batches.
             momentum = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
-            count = x.shape[0] * height * width
+            count = (form.examples or len(x)) * height * width
             by.update(norm.running_mean, norm.running_var, out.moments, count, momentum)
         return out.z
 

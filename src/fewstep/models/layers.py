@@ -118,7 +118,7 @@ def batch_norm(
         or bias is None
         or (running_mean is None or running_var is None)
         or not _of_tasks(input, weight, bias)
-        or (count := input.numel() // input.shape[1]) == 1  # which PyTorch refuses
+        or input.numel() == input.shape[1]  # one element, which PyTorch refuses
     ):
         return NotImplemented
     given = by.given(running_mean, running_var)
@@ -129,7 +129,7 @@ def batch_norm(
         if given is not None:
             var, mean = torch.var_mean(input.detach(), (0, 2, 3), correction=0)
             found = [mean, var]
-        by.update(running_mean, running_var, Moments(*found), count, momentum)
+        by.update(running_mean, running_var, Moments(*found), by.count(input), momentum)
     return z
 
 
