@@ -127,9 +127,9 @@ class PolicyReturns(ABC):
         ]
         for method, row in rows.items():
             lines.append(_line(method, [*map(_cell, row["steps"])], row["seconds"], steps))
-            if method in self.paper:
-                numbers = [f"{number:.2f}" for number in self.paper[method][: steps + 1]]
-                lines.append(_line(f"{method}, paper", numbers, None, steps))
+        for method, returns in self.paper.items():
+            numbers = [f"{number:.2f}" for number in returns[: steps + 1]]
+            lines.append(_line(f"{method}, paper", numbers, None, steps))
         return "\n".join(lines) + "\n"
 
 
