@@ -15,6 +15,7 @@ from fewstep.core.derivative_order import FixedOrder
 from fewstep.core.hypergradient import HypergradientRates
 from fewstep.core.memory import GraphMemory
 from fewstep.core.norm import NormStatistics
+from fewstep.core.query_weights import MultiStepLoss
 from fewstep.core.rates import LearnedRate
 from fewstep.models import Conv4
 from tests.core.reference import MODELS, Case, numbers, relative_error
@@ -27,6 +28,7 @@ plus_plus = replace(fewstep.maml_plus_plus(STEPS, 0.2), derivative_order=FixedOr
 ALGORITHMS = {
     "maml": maml,
     "fomaml": fewstep.fomaml(STEPS, 0.2),
+    "maml++, first order": replace(plus_plus, derivative_order=FixedOrder(1)),
     "maml++": plus_plus,
     "maml++, running statistics": replace(
         plus_plus, norm_statistics=NormStatistics("running", per_step=True)
@@ -112,11 +114,14 @@ def test_no_step_at_all():
     assert_same(*both(case.build(), fewstep.maml(0, 0.1), case, case.batch(), 1))
 
 
-def graph_memory(num_steps: int, checkpoint_every: int | None) -> int:
+def graph_memory(num_steps: int, checkpoint_every: int | None, **parts) -> int:
     network = Conv4(1, 3, 16, filters=4)
     x, y = torch.rand(2, 2, 3, 1, 16, 16), torch.arange(3).expand(2, 3)
     learner = MetaLearner(
-        network, fewstep.maml(num_steps, 0.1), F.cross_entropy, checkpoint_every=checkpoint_every
+        network,
+        replace(fewstep.maml(num_steps, 0.1), **parts),
+        F.cross_entropy,
+        checkpoint_every=checkpoint_every,
     )
     with GraphMemory() as saved:
         learner.meta_gradient(TaskBatch(x[0], y, x[1], y))
@@ -130,6 +135,13 @@ def test_freed_memory_goes_back_between_segments(monkeypatch, every, times):
     monkeypatch.setattr(segments, "return_freed_memory", lambda: calls.append(None))
     graph_memory(STEPS, every)
     assert len(calls) == times
+
+
+def test_query_sets_on_the_way_are_kept_one_at_a_time_in_first_order():
+    parts = {"derivative_order": FixedOrder(1), "query_weights": MultiStepLoss()}
+    few, many = (graph_memory(steps, 1, **parts) for steps in (2, 8))
+    assert many < 1.1 * few
+    assert graph_memory(8, None, **parts) > 4 * many
 
 
 def test_memory_does_not_grow_with_the_steps():

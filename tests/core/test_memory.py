@@ -1,6 +1,7 @@
 """What graphs hold, and plans that stay within a budget."""
 
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fewstep
-from fewstep import InputError, MetaLearner, TaskBatch
+from fewstep import DerivativeAnnealing, InputError, MetaLearner, MultiStepLoss, TaskBatch
 from fewstep.core.memory import GraphMemory, plan_memory
 from fewstep.models import Conv4
 from tests.core.reference import relative_error
@@ -60,6 +61,25 @@ def test_plans_fit_and_change_no_gradient(share, chunk_size, checkpoint_every):
     assert plan.mib <= budget
     assert 1.5 * peak_mib(learner, batch) == pytest.approx(plan.mib, rel=0.1)
     assert relative_error(learner.meta_gradient(batch)[0], whole) < 1e-12
+
+
+def test_the_worst_phase_of_the_schedules_is_planned_for():
+    """Second order with all query losses: after first order, before the last loss alone."""
+    learner, batch = learner_and_batch(4)
+    algorithm = replace(
+        learner.algorithm,
+        derivative_order=DerivativeAnnealing(2),
+        query_weights=MultiStepLoss(5),
+        iterations_per_epoch=3,
+    )
+    scheduled = MetaLearner(learner.module, algorithm, F.cross_entropy)
+    peaks = []
+    for scheduled.iteration in range(20):
+        peaks.append(peak_mib(scheduled, batch))
+    scheduled.iteration = 0
+    assert max(peaks[:5] + peaks[15:]) < 0.9 * max(peaks)
+    plan = plan_memory(scheduled, batch, 1e3, num_iterations=20)
+    assert plan.mib == pytest.approx(1.5 * max(peaks), rel=0.1)
 
 
 def test_one_task_needs_no_second_to_plan():

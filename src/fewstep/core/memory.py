@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from fewstep.core.algorithm import Algorithm
 from fewstep.core.errors import InputError
 from fewstep.core.learner import MetaLearner
 from fewstep.core.tasks import TaskBatch
@@ -85,7 +85,7 @@ class Plan:
 
 
 def plan_memory(
-    learner: MetaLearner, batch: TaskBatch, budget_mib: float, *, iterations: Sequence[int] = (0,)
+    learner: MetaLearner, batch: TaskBatch, budget_mib: float, *, num_iterations: int = 1
 ) -> Plan:
     """Choose chunk size and checkpoints so that a meta-gradient fits into a budget, and set them.
 
@@ -98,7 +98,8 @@ def plan_memory(
         batch: Tasks such as it will see.
         budget_mib: MiB for graphs and what the backward pass needs beside them, estimated as half
             as much again; parameters, data and the program itself come on top.
-        iterations: Where to measure, as schedules change what a graph holds; the worst counts.
+        num_iterations: Of the training, whose schedules change what a graph holds; the worst of
+            its phases counts.
 
     Raises:
         InputError: one task with one step at a time needs more, or the budget is not finite.
@@ -107,6 +108,7 @@ def plan_memory(
         raise InputError(f"memory budget of {budget_mib:g} MiB must be finite; give a number")
     tasks = len(batch)
     some = batch.batch(0, min(2, tasks))  # of one task alone, more memory is shared
+    iterations = _phases(learner.algorithm, num_iterations)
     for checkpoint_every in (None, 1):
         most = max(_graph_mib(learner, some, i, checkpoint_every) for i in iterations)
         each = _MARGIN * most / len(some)
@@ -118,6 +120,17 @@ def plan_memory(
         f"memory budget of {budget_mib:g} MiB is below the {each:.3g} MiB that one task with one "
         "step at a time takes; give more, or use a smaller network or fewer examples"
     )
+
+
+def _phases(algorithm: Algorithm, num_iterations: int) -> list[int]:
+    """Return the first iterations with graphs of each kind."""
+    first: dict[tuple[int, tuple[bool, ...]], int] = {}
+    for iteration in range(max(1, num_iterations)):
+        epoch = iteration / algorithm.iterations_per_epoch
+        weights = algorithm.query_weights(algorithm.num_steps, epoch)
+        kind = algorithm.derivative_order(epoch), tuple(weight != 0 for weight in weights)
+        first.setdefault(kind, iteration)
+    return list(first.values())
 
 
 def _graph_mib(

@@ -52,8 +52,8 @@ def meta_gradient(
     weights = torch.stack([like.new_full((), v[k], dtype=precise) for k in counting])
     share = {"mean": len(batch), "sum": 1}[algorithm.task_reduction]
     order = algorithm.derivative_order(epoch)
-    if order == 1:
-        segment = None  # order 1 keeps no graph of a step as it is
+    if order == 1 and len(counting) < 2:
+        segment = None  # a step has no graph in order 1, a query set has
     differentiate = partial(
         _differentiate, loop, counting, share=share, order=order, segment=segment
     )

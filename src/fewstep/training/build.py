@@ -93,7 +93,7 @@ class Experiment:
                 learner,
                 problem.episodes["train"].batch(0, config.tasks),
                 config.memory_budget,
-                iterations=(0, config.iterations - 1),
+                num_iterations=config.iterations,
             )
         return cls(config, device, problem, learner)
 
