@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from fewstep import (
     SGD,
     Algorithm,
+    ClipByNorm,
     ConstantRate,
     CosineAnnealing,
     DerivativeAnnealing,
@@ -371,6 +372,12 @@ def test_meta_sgd_starts_as_maml_and_learns_every_element():
         )  # fmt: skip
 
 
+def test_an_optimiser_s_step_takes_no_closure():
+    optimiser = HypergradientSGD(0.1, 0.01)([torch.ones(2, requires_grad=True)])
+    with pytest.raises(InputError, match="takes no closure"):
+        optimiser.step(lambda: 0.0)
+
+
 @pytest.mark.parametrize(
     ("message", "make"),
     [
@@ -380,6 +387,7 @@ def test_meta_sgd_starts_as_maml_and_learns_every_element():
             r"no rate to update under StepRates\(inner_lrs=\(0.1,\)\)",
             lambda: replace(alpha_maml(), inner_rate=StepRates((0.1,))),
         ),
+        ("do not go together", lambda: replace(alpha_maml(), clipping=ClipByNorm(1.0))),
         (
             "needs LearnedRate, not LayerStepRates",
             lambda: Algorithm(

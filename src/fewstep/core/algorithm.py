@@ -56,8 +56,9 @@ class Algorithm:
             repeat the last row.
 
     Raises:
-        InputError: `num_steps` is negative, `iterations_per_epoch` is below 1, `extra_steps` or
-            `task_reduction` is unknown, or two parts would own one rate.
+        InputError: `num_steps` is negative, `iterations_per_epoch` is not positive,
+            `extra_steps` or `task_reduction` is unknown, or two parts do not go
+            together.
     """
 
     num_steps: int
@@ -73,18 +74,24 @@ class Algorithm:
     outer: OuterOptimiser = field(default_factory=Adam)
     outer_schedule: OuterSchedule = field(default_factory=Constant)
     clipping: Clipping = field(default_factory=NoClipping)
-    iterations_per_epoch: int = 500
+    iterations_per_epoch: float = 500
     extra_steps: ExtraSteps = "refuse"
 
     def __post_init__(self) -> None:
         if self.num_steps < 0:
             raise InputError(f"num_steps={self.num_steps} must be 0 or more inner steps")
-        if self.iterations_per_epoch < 1:
-            raise InputError(f"iterations_per_epoch={self.iterations_per_epoch} must be at least 1")
+        if not self.iterations_per_epoch > 0:
+            raise InputError(f"iterations_per_epoch={self.iterations_per_epoch} must be positive")
         if self.outer.owns_rate and self.outer_schedule != Constant():
             raise InputError(
                 f"{type(self.outer).__name__} and {type(self.outer_schedule).__name__} would both "
                 "set the outer rate; leave one out"
+            )
+        if self.outer.owns_rate and self.clipping != NoClipping():
+            raise InputError(
+                f"{type(self.outer).__name__} and {type(self.clipping).__name__} do not go "
+                "together: the hypergradient is that of the gradient as it is; leave one out, or "
+                "give guards"
             )
         if self.rate_update is not None and not self.inner_rate.is_learned:
             raise InputError(

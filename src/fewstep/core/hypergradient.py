@@ -77,7 +77,8 @@ class HypergradientRates:
     Args:
         hyper_lr: eta_alpha. It goes with `task_reduction`: for B tasks, what is eta_alpha under
             "sum" is B * eta_alpha under "mean".
-        exact: False puts q in place of every lambda; the same for one step. Needs `LearnedRate`.
+        exact: False puts q in place of every lambda, and so leaves out query losses before the
+            last; the same for one step. Needs `LearnedRate`.
         guards: Bounds and the like.
 
     Raises:

@@ -114,7 +114,7 @@ class AlgorithmOptions:
                 f"outer_lr={self.outer_lr}"
             )
 
-    def build(self, iterations: int, epoch_length: int | None = None) -> Algorithm:
+    def build(self, iterations: int, epoch_length: float | None = None) -> Algorithm:
         """Return the algorithm for a training of so many iterations.
 
         Args:
@@ -124,7 +124,7 @@ class AlgorithmOptions:
         Raises:
             InputError: a part refuses its settings, or the parts cannot take `eval_steps`.
         """
-        epoch_length = epoch_length or max(1, iterations // 100)
+        epoch_length = epoch_length or max(1, iterations) / 100
         algorithm = Algorithm(
             num_steps=self.num_steps,
             inner_rate=self._inner_rate(),
