@@ -44,7 +44,8 @@ class MultiStepLoss:
     Raises:
         InputError: `num_epochs` is below 1, or `floor` is not within 0 and 1.
 
-    Deviation: none from the authors' code; the paper gives no formula.
+    Deviation: none from the authors' code; the paper gives no formula, and counts the loss before
+        the first step, too.
 
     Reference: Antoniou, Edwards and Storkey, How to train your MAML, ICLR 2019, arXiv:1810.09502.
 
