@@ -82,6 +82,17 @@ def test_every_setting_of_an_algorithm_does_something(name):
     assert after.build(1000) != before.build(1000)
 
 
+@pytest.mark.parametrize("iterations", [30, 60, 199, 299, 1000])
+def test_a_short_training_keeps_the_shape_of_a_long_one(iterations):
+    """First order for half of it, whatever its length."""
+    algorithm = AlgorithmOptions(first_order_epochs=50).build(iterations)
+    orders = [
+        algorithm.derivative_order(i / algorithm.iterations_per_epoch) for i in range(iterations)
+    ]
+    assert abs(orders.count(1) - iterations / 2) <= 1
+    assert orders == sorted(orders)
+
+
 def test_all_settings_of_an_algorithm_are_tried():
     named = {field.name for field in fields(AlgorithmOptions)}
     assert named == {*SETTINGS_OF_AN_ALGORITHM, "eval_steps"}  # which no algorithm holds
