@@ -40,7 +40,7 @@ def test_the_table_and_the_figures(tmp_path):
 
 def test_the_defaults_are_those_of_the_policy_that_the_authors_test():
     setting = MamlHalfCheetah().setting
-    assert (setting.iterations, setting.tasks, setting.episodes) == (100, 40, 20)
+    assert (setting.iterations, setting.tasks, setting.episodes) == (300, 40, 20)
     assert (setting.max_divergence, setting.horizon, setting.hidden) == (0.02, 200, (100, 100))
     assert (setting.inner_lr, setting.test_lrs, setting.test_episodes) == (0.1, (0.1, 0.05), 20)
 

@@ -30,7 +30,7 @@ class MamlHalfCheetah(PolicyReturns):
     """What tasks differ in: forward or backward, or how fast."""
     setting: Setting = field(
         default_factory=lambda: Setting(
-            tasks=40, max_divergence=0.02, horizon=200, test_episodes=20
+            iterations=300, tasks=40, max_divergence=0.02, horizon=200, test_episodes=20
         )
     )
     """What is learned, and how it is tested; defaults are those of the paper's policy."""
