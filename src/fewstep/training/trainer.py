@@ -117,7 +117,8 @@ class Trainer:
                         f"the checkpoint of iteration {state.iteration} is kept in {self.run.path}"
                     )
                 raise TrainingStopped(
-                    f"iteration {iteration}: {error}; {kept}; lower --inner-lr or --outer-lr"
+                    f"iteration {iteration}: {error}; {kept}; lower --inner-lr or --outer-lr, or "
+                    "give --inner-clip-norm"
                 ) from error
             name, loss, metric = metrics.metric_name, metrics.loss.item(), metrics.metric.item()
             values = {"loss": loss, name: metric, "gradient_norm": metrics.gradient_norm.item()}
