@@ -40,8 +40,8 @@ class SinusoidData:
 
 
 @dataclass(frozen=True)
-class ClassificationOptions(Augmentation):
-    """What an N-way K-shot episode holds."""
+class _Drawing:
+    """How an N-way K-shot episode is drawn."""
 
     ways: int = 5
     """Classes of an episode."""
@@ -56,6 +56,11 @@ class ClassificationOptions(Augmentation):
     the classes of an episode, each by a quarter of its own or all together."""
     eval_rotations: Rotations = "none"
     """The same in validation and test."""
+
+
+@dataclass(frozen=True)
+class ClassificationOptions(Augmentation, _Drawing):  # the last one's fields come first
+    """What an N-way K-shot episode holds."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,8 +80,8 @@ class RegressionOptions:
 
 
 @dataclass(frozen=True)
-class SupervisedOptions(Augmentation):
-    """What a batch of all training classes holds; each class keeps images for validation, test."""
+class _Labelled:
+    """How a batch of all training classes is drawn."""
 
     examples: int = 128
     """Images of a batch."""
@@ -84,6 +89,11 @@ class SupervisedOptions(Augmentation):
     """Share of each class's images for validation, and as many for test."""
     rotations: TurnedClasses = "none"
     """Make every quarter turn of a class a class of its own, and its mirror image too."""
+
+
+@dataclass(frozen=True)
+class SupervisedOptions(Augmentation, _Labelled):
+    """What a batch of all training classes holds; each class keeps images for validation, test."""
 
 
 EpisodeOptions = ClassificationOptions | RegressionOptions | SupervisedOptions
