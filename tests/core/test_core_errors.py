@@ -123,6 +123,8 @@ MISTAKES = [
     ("num_steps=-1 ", lambda: maml(num_steps=-1)),
     ("FixedOrder(3) ", lambda: FixedOrder(3)),
     ("inner_lr=nan ", lambda: maml(inner_lr=float("nan"))),
+    ("inner_lr=-0.1 ", lambda: maml(inner_lr=-0.1)),
+    ("inner_lrs=-0.1 ", lambda: StepRates((0.1, -0.1))),
     ("inner_lr=inf ", lambda: fomaml(inner_lr=float("inf"))),
     ("inner_lrs=inf ", lambda: StepRates((0.1, float("inf")))),
     ("inner_lrs is empty", lambda: StepRates(())),

@@ -36,8 +36,8 @@ class InnerRate(Protocol):
 
 
 def _check_rate(name: str, rate: float) -> None:
-    if not math.isfinite(rate):
-        raise InputError(f"{name}={rate} must be a finite number, such as 0.1")
+    if not (math.isfinite(rate) and rate >= 0):  # learned ones may change their sign later
+        raise InputError(f"{name}={rate} must be a finite number, 0 or more, such as 0.1")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ConstantRate:
     theta[k+1] = theta[k] - alpha * grad L_support(theta[k]); alpha is `inner_lr`.
 
     Raises:
-        InputError: `inner_lr` is not finite.
+        InputError: `inner_lr` is negative or not finite.
 
     Reference: Finn, Abbeel and Levine, Model-Agnostic Meta-Learning, ICML 2017, arXiv:1703.03400.
     """
@@ -78,7 +78,7 @@ class StepRates:
         inner_lrs: alpha[0], alpha[1], ...; steps after the last take the last.
 
     Raises:
-        InputError: there is none, or one is not finite.
+        InputError: there is none, or one is negative or not finite.
     """
 
     inner_lrs: tuple[float, ...]
@@ -111,7 +111,7 @@ class LearnedRate:
         inner_lr: alpha at the start.
 
     Raises:
-        InputError: `inner_lr` is not finite.
+        InputError: `inner_lr` is negative or not finite.
     """
 
     inner_lr: float
@@ -141,7 +141,7 @@ class ElementRates:
         inner_lr: Initial value of every rate.
 
     Raises:
-        InputError: `inner_lr` is not finite.
+        InputError: `inner_lr` is negative or not finite.
 
     Deviation: the paper draws the initial values at random within an interval.
 
@@ -180,7 +180,7 @@ class LayerStepRates:
             None takes `inner_lr`. From trained features the head may want a hundred times more.
 
     Raises:
-        InputError: `inner_lr` or `head_lr` is not finite.
+        InputError: `inner_lr` or `head_lr` is negative or not finite.
 
     Deviation: the authors' code allocates a last row that no step uses, and most of its versions
         start at 0.1 whatever their settings ask for; here neither.
