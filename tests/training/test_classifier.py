@@ -94,6 +94,10 @@ def test_what_it_refuses(fitted, drawings, tmp_path):
         ),
         "20 images have 19 labels": lambda: new.fit(x, range(19)),
         r"images of shape \(1, 27, 28\) do not fit": lambda: fitted.predict(x[:, :, 1:]),
+        "'c0.png' is a single image|c0.png is a single image; give a list": lambda: fitted.predict(
+            "c0.png"
+        ),
+        "is a single image": lambda: fitted.fit(Path("c0.png"), NAMES),
         "there is no image": lambda: fitted.predict([]),
         r"text.png is not a readable image": lambda: fitted.predict([tmp_path / "text.png"]),
         "unknown views 'sideways'": lambda: FewShotClassifier(RUN, views="sideways"),

@@ -92,15 +92,15 @@ class FewShotClassifier:
             InputError: the classes are not as many as the run's ways, the labels not as many as the
                 images, an image cannot be read, or the steps are more than the run has learned.
         """
+        x = self._read(images)
         classes, numbers = np.unique(np.asarray(list(labels)), return_inverse=True)
-        if len(numbers) != len(images):
-            raise InputError(f"{len(images)} images have {len(numbers)} labels; give one for each")
+        if len(numbers) != len(x):
+            raise InputError(f"{len(x)} images have {len(numbers)} labels; give one for each")
         if len(classes) != self.ways:
             raise InputError(
                 f"labels name {len(classes)} classes, and the run learned to tell {self.ways} "
                 f"apart; give {self.ways}"
             )
-        x = self._read(images)
         y = torch.from_numpy(numbers).to(x.device)
         self._modules = [
             self._learner.adapt(view(x), y, num_steps=self.num_steps, statistics=self._statistics)
@@ -137,6 +137,8 @@ class FewShotClassifier:
     def _read(self, images: Sequence[Picture] | Tensor) -> Tensor:
         """Return images as the run's are, (images, channels, height, width) on [0, 1]."""
         device = next(self._learner.module.parameters()).device
+        if isinstance(images, (str, Path, Image.Image)):
+            raise InputError(f"{images} is a single image; give a list, [{images!r}]")
         if isinstance(images, Tensor):
             if images.shape[1:] != self._data.image_shape:
                 raise InputError(
