@@ -21,7 +21,8 @@ from PIL import Image
 from rich.console import Console
 from torch.nn import functional as F
 
-from fewstep import MetaLearner, Scores
+import fewstep
+from fewstep import InputError, MetaLearner, Scores
 from fewstep.cli.data import DataShow, _command
 from fewstep.cli.main import COMMANDS, main
 from fewstep.cli.score_table import score_table
@@ -104,8 +105,8 @@ def test_supervised_learning_and_a_run_that_starts_from_it(empty_folder, capsys)
         assert words in refused(capsys, f"{second} {other}")
     assert main(second.split()) == 0
     config = load_config(Path("runs/folder-maml-1/config.toml"))
-    assert config.initial == run
-    assert config.data == ImageFolder(Path("mine"), size=20)
+    assert config.initial == run.absolute()
+    assert config.data == ImageFolder(Path("mine").absolute(), size=20)
     assert config.model == Conv4Options(filters=4, initialisation="zero-head")
     out = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert f"starts from {run}; made anew: head.weight, head.bias run folder" in out
@@ -216,6 +217,48 @@ def test_views_of_images(empty_folder, sinusoid_run, capsys):
     for flag in ("--views turned", "--rotations none"):
         error = refused(capsys, f"evaluate {sinusoid_run} {flag}")
         assert f"{flag}: the tasks of {sinusoid_run} have no images; leave it out" in error
+
+
+def test_a_run_is_at_home_in_any_folder(empty_folder, capsys, monkeypatch):
+    assert main([*train_on_images(Path("mine")).split(), "--out", "run"]) == 0
+    run = (empty_folder / "run").absolute()
+    (empty_folder / "elsewhere").mkdir()
+    monkeypatch.chdir(empty_folder / "elsewhere")
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--tasks", "3"]) == 0
+    assert f"next: fewstep compare {run}/evaluation-test-best-10-steps.json OTHER" in (
+        capsys.readouterr().out.replace("\n", "")
+    )
+    assert main(["resume", str(run), "--iterations", "6"]) == 0
+
+
+def test_settings_changed_since_the_run_began_are_refused(sinusoid_run, empty_folder, capsys):
+    shutil.copytree(sinusoid_run, "run")
+    config = Path("run/config.toml")
+    config.write_text(re.sub("inner_lr = .*", "inner_lr = 0.5", config.read_text()))
+    assert "run began with inner_lr=0.01, and " in refused(capsys, "evaluate run")
+    with pytest.raises(InputError, match="began with inner_lr"):
+        load_learner("run")
+
+
+def test_statistics_of_a_model_without_any_are_refused(sinusoid_run, capsys):
+    told = refused(capsys, f"evaluate {sinusoid_run} --statistics running")
+    assert "has no batch normalisation; leave it out" in told
+
+
+def test_a_run_that_came_without_its_metrics_goes_on(sinusoid_run, empty_folder, capsys):
+    shutil.copytree(sinusoid_run, "run")
+    Path("run/metrics.jsonl").unlink()
+    assert main(["resume", "run"]) == 0
+    out = capsys.readouterr().out
+    assert "next: fewstep evaluate run" in out
+    assert "learning curves" not in out
+    assert "run has no validation in its metrics.jsonl" in refused(capsys, "plot run")
+
+
+def test_the_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{fewstep.__version__}\n"
 
 
 def test_every_part_of_maml_plus_plus(empty_folder, capsys):

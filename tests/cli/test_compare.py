@@ -159,7 +159,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(runs, capsys):
     values = json.loads(file.read_text())
     del values["per_task"]
     file.write_text(json.dumps(values))
-    assert "write it anew with `fewstep evaluate" in refused(capsys, "compare maml old")
+    assert "`fewstep evaluate RUN` writes one" in refused(capsys, "compare maml old")
     file.unlink()
     assert "`fewstep evaluate old --tasks 30`" in refused(capsys, "compare maml old")
     settings = Path("old/config.toml").read_text()

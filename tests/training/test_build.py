@@ -46,6 +46,23 @@ def test_images_of_all_classes_are_changed_in_training_alone(option, monkeypatch
         assert as_drawn.all() == (split != "train"), split
 
 
+def test_only_the_splits_that_are_wanted_need_to_fit():
+    """A test of 18 shots and 2 queries has room where training with 3 queries has none."""
+    config = preset("glyphs")
+    episodes = replace(config.episodes, shots=18, queries=3, eval_queries=2)
+    config = replace(config, episodes=episodes)
+    problem = build_problem(config, "cpu", ["test"])
+    assert list(problem.episodes) == ["test"]
+    assert problem.episodes["test"].batch(0, 2).x_support.shape[:2] == (2, 90)
+    with pytest.raises(InputError, match=r"shots=18 and queries=3 need 21 images.* train split"):
+        build_problem(config, "cpu")
+
+
+def test_a_compiled_conv4_is_refused_before_there_is_a_folder():
+    with pytest.raises(InputError, match=r"^compile=True does not go with network='conv4'"):
+        Experiment.build(replace(preset("glyphs"), compile=True))
+
+
 def test_images_that_splits_share_are_moved_once():
     store = ClassStore.from_counts(AS_DRAWN.repeat(20, 1, 1, 1), [5] * 4, "abcd")
     stores = {"train": store.select([0, 1]), "val": store.select([2]), "test": store.select([3])}

@@ -93,6 +93,34 @@ def test_a_short_training_keeps_the_shape_of_a_long_one(iterations):
     assert orders == sorted(orders)
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--iterations four", "--iterations 'four' must be a whole number; see"),
+        ("--epoch-length x", "--epoch-length 'x' must be a whole number; see"),
+        ("--inner-lr x", "--inner-lr 'x' must be a number; see"),
+        ("--ways 1", "ways=1 must be at least 2; see"),
+        ("-iterations 3", "-iterations, 3: no option takes this; options begin with two hyphens"),
+        ("--root x", "--root goes with --dataset omniglot or mini-imagenet or folder, not glyphs"),
+        ("--dataset sinusoid --ways 5", "--ways goes with --dataset glyphs or omniglot or mini-"),
+        ("--recipe supervised --shots 5", "--shots goes with --recipe maml or fomaml or "),
+        ("--examples 5", "--examples goes with --recipe supervised, not maml; leave"),
+        ("--hiden 5", "unknown option '--hiden'; did you mean"),
+    ],
+)
+def test_what_cannot_be_parsed_is_told_in_plain_words(words, told):
+    with pytest.raises(InputError) as error:
+        _train(*words.split())
+    assert str(error.value).startswith(told)
+
+
+def test_a_section_without_settings_is_told(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text('network = "fully-connected"\n[model]\nfilters = 8\n')
+    with pytest.raises(InputError, match="unknown key 'filters'; its section has no settings here"):
+        load_config(path)
+
+
 def test_all_settings_of_an_algorithm_are_tried():
     named = {field.name for field in fields(AlgorithmOptions)}
     assert named == {*SETTINGS_OF_AN_ALGORITHM, "eval_steps"}  # which no algorithm holds
@@ -253,12 +281,12 @@ def test_a_word_with_a_hyphen_is_no_option(tmp_path):
         (["--seed", str(-(2**63) - 1)], "must be between"),
         (["--initial", ""], "--initial '' is empty"),
         (["--initial="], "--initial '' is empty"),
-        (["--dataset", "sinusoid", "--ways", "3"], "unknown option '--ways'"),
+        (["--dataset", "sinusoid", "--ways", "3"], "--ways goes with --dataset glyphs"),
         (["--dataset", "omniglot", "--class-split", "lake"], "'lake'"),
         (["--network", "conv5"], "unknown network 'conv5'; did you mean 'conv4'?"),
         (["--dataset", "sinusoid", "--network", "conv4"], "network='conv4' does not fit"),
         (["--dataset", "sinusoid", "--recipe", "supervised"], "learns classes, and dataset='sin"),
-        (["--recipe", "supervised", "--ways", "3"], "unknown option '--ways'"),
+        (["--recipe", "supervised", "--ways", "3"], "--ways goes with --recipe maml"),
     ],
 )
 def test_a_wrong_option_is_refused_in_one_line(arguments, message, encoding, monkeypatch):

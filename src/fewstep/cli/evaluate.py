@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import tyro
@@ -13,7 +14,7 @@ from rich.console import Console
 from fewstep.cli.score_table import score_table
 from fewstep.core.algorithm import ExtraSteps
 from fewstep.core.errors import InputError
-from fewstep.core.norm import Use
+from fewstep.core.norm import Use, has_batch_norm
 from fewstep.core.ranks import Ranks
 from fewstep.data.episodes import Rotations
 from fewstep.data.views import Views
@@ -23,6 +24,7 @@ from fewstep.training.display import say
 from fewstep.training.evaluate import Checkpoint, evaluate_run
 from fewstep.training.parse import load_config
 from fewstep.training.run_folder import RunFolder
+from fewstep.training.same_settings import check_unchanged
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,21 @@ class Evaluate:
         if self.tasks < 2:
             raise InputError(f"tasks={self.tasks} must be at least 2, to give an interval")
         run = RunFolder.open(self.run_folder)
-        config = load_config(run.path / "config.toml").with_extra_steps(self.extra_steps)
+        config = load_config(run.path / "config.toml")
+        check_unchanged(run, config)
+        config = config.with_extra_steps(self.extra_steps)
         episodes = self._episodes(config.episodes)
         changes = self._changes(config.test_tasks)
         config = replace(config, episodes=episodes, device=resolve_device(self.device))
         ranks = Ranks.of_torchrun(config.device)
+        experiment = Experiment.build(config, ranks, splits=[self.split])
+        if self.statistics is not None and not has_batch_norm(experiment.learner.module):
+            raise InputError(
+                f"--statistics {self.statistics}: the model of {self.run_folder} has no batch "
+                "normalisation; leave it out"
+            )
         tested = evaluate_run(
-            Experiment.build(config, ranks),
+            experiment,
             run if ranks.is_first else None,
             console if ranks.is_first else Console(quiet=True),
             split=self.split,
@@ -87,6 +97,8 @@ class Evaluate:
             say(console, f"{self.split}: {tested.scores}\n{of}")
             tested.save()
             say(console, f"wrote {tested.file}")
+            file = quote(str(tested.file))
+            say(console, f"next: fewstep compare {file} OTHER   (with another, task by task)")
 
     def _episodes(self, episodes: EpisodeOptions) -> EpisodeOptions:
         """Return the run's episodes with what was asked for."""

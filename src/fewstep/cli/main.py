@@ -16,6 +16,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.table import Table
 
+import fewstep
 from fewstep.cli.compare import Compare
 from fewstep.cli.data import DataList, DataPrepare, DataShow, DataVerify
 from fewstep.cli.evaluate import Evaluate
@@ -73,6 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a ± must not end a training where it is unknown
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        if words == ["--version"]:
+            print(fewstep.__version__)
+            return 0
         length = 2 if words and words[0] in GROUPS else 1
         if len(words) < length or words[length - 1] in ("-h", "--help"):
             _help(Console())
@@ -130,7 +134,7 @@ def _help(console: Console) -> None:
         table.add_row(f"  {name}", (command.__doc__ or "").splitlines()[0])
     console.print(table)
     console.print(
-        "\nfewstep COMMAND --help shows a command's options."
+        "\nfewstep COMMAND --help shows a command's options, fewstep --version the version."
         "\nStart with: fewstep train", highlight=False, markup=False
     )  # fmt: skip
 

@@ -96,5 +96,7 @@ def _images(folder: Path) -> list[Path]:
         raise InputError(f"there is no image or folder {folder}; check the path")
     found = sorted(p for p in folder.iterdir() if p.is_file() and is_image(p.name))
     if not found:
-        raise InputError(f"{folder} holds no image; put some there")
+        raise InputError(
+            f"{folder} holds no image itself; put some there, or give the folder that has them"
+        )
     return found

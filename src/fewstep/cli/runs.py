@@ -19,7 +19,7 @@ from fewstep.core.errors import InputError
 from fewstep.core.network import Tensors
 from fewstep.core.ranks import Ranks
 from fewstep.models.conv import PROJECTION
-from fewstep.report.curves import plot_runs
+from fewstep.report.curves import has_validation, plot_runs
 from fewstep.report.sinusoid_fits import plot_sinusoid_fits
 from fewstep.training.build import Experiment, resolve_device
 from fewstep.training.config import RunConfig, to_dict
@@ -50,7 +50,7 @@ class Train:
 
     def run(self, console: Console) -> None:
         """Make the run folder, train, test."""
-        config = replace(self.settings, device=resolve_device(self.settings.device))
+        config = replace(self.settings.placed(), device=resolve_device(self.settings.device))
         ranks = Ranks.of_torchrun(config.device)
         initial = initial_of(config)
         experiment = Experiment.build(config, ranks, initial)
@@ -145,11 +145,12 @@ def _train(experiment: Experiment, run: RunFolder, console: Console) -> None:
     if not is_done:
         say(console, f"next: fewstep resume {name}")
         return
-    plot_runs([run], run.path / "curves.png")
+    if has_validation(run):  # else it came without its metrics, and there is nothing to draw
+        plot_runs([run], run.path / "curves.png")
+        say(console, f"learning curves: {run.path / 'curves.png'}")
     if config.dataset == "sinusoid":
         plot_sinusoid_fits(learner, run.path / "fits.png")
         say(console, f"fits: {run.path / 'fits.png'}")
-    say(console, f"learning curves: {run.path / 'curves.png'}")
     say(console, f"next: fewstep evaluate {name} --split val   (score again, other settings)")
     say(console, f"      fewstep resume {name} --iterations {2 * config.iterations}")
     if config.recipe == "supervised":

@@ -56,7 +56,7 @@ class NormStatistics:
 
     def describe(self, module: nn.Module) -> str:
         """Return what to print beside a score."""
-        if not _parts(module, _BatchNorm):
+        if not has_batch_norm(module):
             return "none (no batch norm)"
         step = " of each step" if self.per_step else ""
         return {"batch": "batch (transductive)", "support": "support set",
@@ -157,3 +157,8 @@ def _with_row(stacked: Tensor, row: int, value: Tensor) -> Tensor:
 def _parts(module: nn.Module, types: Any) -> dict[str, nn.Module]:
     """Return the modules of some types, by the prefix of their tensors' names."""
     return {f"{n}." if n else "": m for n, m in module.named_modules() if isinstance(m, types)}
+
+
+def has_batch_norm(module: nn.Module) -> bool:
+    """Tell whether any part normalises by statistics that there is a choice of."""
+    return bool(_parts(module, _BatchNorm))

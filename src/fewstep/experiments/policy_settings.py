@@ -53,7 +53,7 @@ def _half_cheetah(split: str, goal: Literal["direction", "velocity"], **kwargs: 
     except ModuleNotFoundError as error:
         raise InputError(
             f"half-cheetahs need {error.name}, which is not installed: "
-            'pip install "fewstep[locomotion]"'
+            'pip install -e ".[locomotion]"'
         ) from error
     return HalfCheetahTasks(split, goal, **kwargs)
 

@@ -71,9 +71,14 @@ def _metric_name(lines: Series, run: str) -> str:
             if key.startswith("val_") and key not in ("val_ci95", "val_tasks"):
                 return key.removeprefix("val_")
     raise InputError(
-        f"run {run} has no validation in its metrics.jsonl, so there is nothing to plot; give "
-        "a run that has its own, or train longer"
+        f"{run} has no validation in its metrics.jsonl, so there is nothing to plot; give a run "
+        "that has its own"
     )
+
+
+def has_validation(run: RunFolder) -> bool:
+    """Tell whether there is anything to plot."""
+    return any(key.startswith("val_") for line in run.metrics() for key in line)
 
 
 def _draw_smoothed(axes: Axes, lines: Series, key: str, colour: str, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Tasks made of Gymnasium environments; needs `pip install "fewstep[rl]"`."""
+"""Tasks made of Gymnasium environments; needs `pip install -e ".[rl]"`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Half-cheetahs that run, of the MAML paper; needs `pip install "fewstep[locomotion]"`."""
+"""Half-cheetahs that run, of the MAML paper; needs `pip install -e ".[locomotion]"`."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from fewstep.data.labelled import LabelledImages, hold_out
 from fewstep.data.sinusoid import SinusoidEpisodes
 from fewstep.data.store import ClassStore, to_device
 from fewstep.training.config import (
+    SPLITS,
     ClassificationOptions,
     RegressionOptions,
     RunConfig,
@@ -70,7 +72,11 @@ class Experiment:
 
     @classmethod
     def build(
-        cls, config: RunConfig, ranks: Ranks = ALONE, initial: Tensors | None = None
+        cls,
+        config: RunConfig,
+        ranks: Ranks = ALONE,
+        initial: Tensors | None = None,
+        splits: Sequence[Split] = SPLITS,
     ) -> Experiment:
         """Load the data and build the learner, for the processes that share each batch.
 
@@ -78,6 +84,7 @@ class Experiment:
             config: The settings.
             ranks: The processes.
             initial: Parameters of the module to start from, by name; the others are drawn.
+            splits: Those that are wanted.
 
         Raises:
             InputError: the device, the data, the episodes or the model cannot be had, or there are
@@ -86,25 +93,25 @@ class Experiment:
         for tasks in (config.tasks, config.val_tasks, config.test_tasks):
             ranks.count(tasks)  # refuses now what would be refused after hours
         device = resolve_device(config.device)
-        problem = build_problem(config, device)
+        problem = build_problem(config, device, splits)
         learner = build_learner(config, problem, device, ranks, initial)
         if config.memory_budget is not None:
             plan_memory(
                 learner,
-                problem.episodes["train"].batch(0, config.tasks),
+                problem.episodes[splits[0]].batch(0, config.tasks),
                 config.memory_budget,
                 num_iterations=config.iterations,
             )
         return cls(config, device, problem, learner)
 
 
-def build_problem(config: RunConfig, device: str) -> Problem:
-    """Load the data and set up the episodes of train, val and test.
+def build_problem(config: RunConfig, device: str, splits: Sequence[Split] = SPLITS) -> Problem:
+    """Load the data and set up the episodes of the splits.
 
     Raises:
         InputError: the data cannot be had, or do not hold such episodes.
     """
-    seeds: dict[Split, int] = {"train": config.seed, "val": EVAL_SEED, "test": EVAL_SEED}
+    seeds = {split: config.seed if split == "train" else EVAL_SEED for split in splits}
     if isinstance(config.data, SinusoidData):
         assert isinstance(config.episodes, RegressionOptions)
         points = {"shots": config.episodes.shots, "queries": config.episodes.queries}
@@ -138,12 +145,13 @@ def _supervised(options: SupervisedOptions, store: ClassStore, seeds: dict[Split
         )
         for split, seed in seeds.items()
     }
+    some = next(iter(batches.values()))
     episodes: dict[Split, Episodes] = {**batches}
-    return Problem(_drawn_ahead(episodes), store.image_shape, batches["train"].classes)
+    return Problem(_drawn_ahead(episodes), store.image_shape, some.classes)
 
 
 def _drawn_ahead(episodes: dict[Split, Episodes]) -> dict[Split, Episodes]:
-    return episodes | {"train": DrawnAhead(episodes["train"])}
+    return {s: DrawnAhead(each) if s == "train" else each for s, each in episodes.items()}
 
 
 def classification_episodes(
@@ -174,6 +182,11 @@ def build_learner(
     initial: Tensors | None = None,
 ) -> MetaLearner:
     """Build the model, its initial parameters given or drawn from the seed, and its learner."""
+    if config.compile and config.network == "conv4":
+        raise InputError(
+            "compile=True does not go with network='conv4', whose kernels torch.compile cannot "
+            "take; leave it out"
+        )
     commit()  # of the code at work; another may be checked out when scores are written
     torch.manual_seed(config.seed)  # on the CPU, so that every device starts alike
     module = config.model.build(problem.input_shape, problem.outputs).to(device)

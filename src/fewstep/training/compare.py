@@ -50,8 +50,8 @@ class Evaluation:
             raise InputError(f"{file} is not JSON: {error}; give an evaluation file") from error
         if lacking := [n for n in _NEEDED if not isinstance(values, dict) or n not in values]:
             raise InputError(
-                f"{file} lacks {lacking[0]}, as files of earlier versions may; write it anew with "
-                "`fewstep evaluate RUN`"
+                f"{file} lacks {lacking[0]}: it is no evaluation, or an earlier version's; "
+                "`fewstep evaluate RUN` writes one"
             )
         return cls(path, values)
 

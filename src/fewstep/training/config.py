@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fewstep.core.algorithm import ExtraSteps
 from fewstep.core.errors import InputError, check_name
@@ -27,6 +27,7 @@ from fewstep.training.network_options import (
 )
 
 Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 Recipe = Literal[
     "maml", "fomaml", "maml++", "maml++-reference-code", "meta-sgd", "alpha-maml", "auto",
     "supervised",
@@ -201,6 +202,13 @@ class RunConfig:
                 "sinusoid-mlp, images take conv4 or fully-connected"
             )
 
+    def placed(self) -> RunConfig:
+        """Return the settings with paths that lead to the same files from any folder."""
+        initial = None if self.initial is None else self.initial.absolute()
+        root = getattr(self.data, "root", None)
+        data = self.data if root is None else replace(self.data, root=root.absolute())
+        return replace(self, initial=initial, data=data)
+
     def with_extra_steps(self, extra_steps: ExtraSteps | None) -> RunConfig:
         """Return the settings for tests of more steps than trained; None leaves them."""
         if extra_steps is None:
@@ -249,7 +257,10 @@ def option_arguments(values: Mapping[str, Any], default: Any) -> list[str]:
     """
     arguments: list[str] = []
     for key, value in values.items():
-        check_name("key", key, [f.name for f in fields(default)])
+        names = [f.name for f in fields(default)]
+        if not names:
+            raise InputError(f"unknown key {key!r}; its section has no settings here, so remove it")
+        check_name("key", key, names)
         held = getattr(default, key)
         if isinstance(value, Mapping) != is_dataclass(held):
             kind = "a section" if is_dataclass(held) else "a value, not a section"

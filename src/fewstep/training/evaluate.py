@@ -131,6 +131,8 @@ def _training_seconds(run: RunFolder) -> float | None:
 def _kept(run: RunFolder, checkpoint: Checkpoint) -> tuple[Kept, ...]:
     state = run.state()
     if state is None:
+        if (inner := run.path / "run" / "state.json").exists():  # as of the runs that come along
+            raise InputError(f"{run.path} has no checkpoint of its own; give {inner.parent}")
         raise InputError(f"{run.path} has no checkpoint yet; train it first")
     return {
         "best": state.best[:1],

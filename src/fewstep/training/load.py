@@ -14,6 +14,7 @@ from fewstep.training.build import Problem, build_learner, resolve_device
 from fewstep.training.config import ClassificationOptions, RunConfig, SinusoidData
 from fewstep.training.parse import load_config
 from fewstep.training.run_folder import RunFolder
+from fewstep.training.same_settings import check_unchanged
 
 OneCheckpoint = Literal["best", "last"]
 
@@ -48,12 +49,14 @@ def load_learner(
             None takes the run's.
 
     Raises:
-        InputError: there is no run, no checkpoint, no such device, it has learned no few-shot
-            tasks, or `checkpoint` is neither.
+        InputError: there is no run, no checkpoint, no such device, its settings have changed, it
+            has learned no few-shot tasks, or `checkpoint` is neither.
     """
     check_name("checkpoint", checkpoint, get_args(OneCheckpoint))
     run = RunFolder.open(Path(path))
-    config = load_config(run.path / "config.toml").with_extra_steps(extra_steps)
+    config = load_config(run.path / "config.toml")
+    check_unchanged(run, config)
+    config = config.with_extra_steps(extra_steps)
     check_few_shot(config, run.path)
     config = replace(config, device=resolve_device(device))
     problem = Problem({}, (1,), 1)

@@ -5,23 +5,28 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import docstring_parser
 import tyro
 
 from fewstep.core.errors import InputError, check_name
-from fewstep.training.config import RunConfig, option_arguments
-from fewstep.training.network_options import Conv4Options
+from fewstep.training.config import SOURCES, Recipe, RunConfig, option_arguments
+from fewstep.training.network_options import NETWORKS, Conv4Options
 from fewstep.training.presets import preset
 from fewstep.training.run_folder import read_toml
 
 T = TypeVar("T")
+_CHOICES: dict[str, Iterable[str]] = {
+    "dataset": SOURCES,
+    "network": NETWORKS,
+    "recipe": get_args(Recipe),
+}
 _STYLE = (
     tyro.conf.AvoidSubcommands,  # a union's member is chosen by its tag, before parsing
     tyro.conf.OmitArgPrefixes,
@@ -54,19 +59,50 @@ def _one_line(box: str) -> str:
     """Condense tyro's message, in a frame or between rules of hyphens, to what is wrong."""
     lines = [line.strip("│ ") for line in box.splitlines()]
     rules = [i for i, line in enumerate(lines) if re.fullmatch(r"[╭╰].*|[─-]{3,}", line)]
-    return " ".join(lines[rules[0] + 1 : rules[1]]).rstrip(".")
+    text = " ".join(lines[rules[0] + 1 : rules[1]]).rstrip(".")
+    for pattern, plain in _IN_PLAIN_WORDS.items():
+        if found := re.fullmatch(pattern, text):
+            return found.expand(plain)
+    return text
+
+
+_OPTION = r"Error parsing (--\S+): "
+_IN_PLAIN_WORDS = {  # what tyro says, with what Python said to it
+    r"Error parsing settings[\w.]*: (.*)": r"\1",
+    _OPTION + r".*invalid literal for int.*'(.*?)'": r"\1 '\2' must be a whole number",
+    _OPTION + r".*could not convert string to float.*'(.*?)'": r"\1 '\2' must be a number",
+    _OPTION + r"Could not find valid parse for arguments: \[(.*)\]": r"\1 cannot take \2",
+    r"Unrecognized options: (.*)": r"\1: no option takes this; options begin with two hyphens",
+}
 
 
 def _check_options(options: type, arguments: Sequence[str], default: object) -> None:
     """Raise InputError at the first option that is unknown, with the nearest one, or empty."""
     known = ["--help", *_names(options if default is None else default)]
+    config = getattr(default, "settings", default)
     for word, following in zip_longest(arguments, arguments[1:]):
         name, equals, value = word.partition("=")
         name = name.replace("_", "-")
         if name.startswith("--"):
+            if name not in known and isinstance(config, RunConfig):
+                _check_elsewhere(name, config)
             check_name("option", name, known)
             if (value if equals else following) == "":  # which as a path is the working folder
                 raise InputError(f"{name} '' is empty; give a value or leave it out")
+
+
+def _check_elsewhere(name: str, config: RunConfig) -> None:
+    """Raise InputError if there is such an option, with another data set, network or recipe."""
+    for tag, kinds in _CHOICES.items():
+        found = []
+        for kind in kinds:
+            with contextlib.suppress(InputError):  # not every network takes glyphs
+                if name in _names(preset(**{tag: kind})):
+                    found.append(kind)
+        if found and (here := getattr(config, tag)) not in found:
+            raise InputError(
+                f"{name} goes with --{tag} {' or '.join(found)}, not {here}; leave one of them out"
+            )
 
 
 def _names(options: Any) -> Iterator[str]:
