@@ -58,7 +58,7 @@ class Train:
             _train_and_test(experiment, None, Console(quiet=True))
             return
         if initial is not None:
-            say(console, _started_from(config, experiment.learner.module, initial))
+            say(console, _started_from(self.settings, experiment.learner.module, initial))
         path = self.out or _free_folder(config)
         make_folder(path)
         with locked(path):
