@@ -1,5 +1,7 @@
 """Figures as they are drawn."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -141,12 +143,16 @@ def test_a_picture_of_episodes_is_filled(figures, tmp_path):
     store = ClassStore.from_counts(
         torch.zeros(400, 1, 4, 4, dtype=torch.uint8), [20] * 20, list(map(str, range(20)))
     )
-    for ways, shots, queries, count in ((20, 5, 15, 3), (20, 1, 3, 3)):
+    for ways, shots, queries, count in ((20, 5, 15, 3), (20, 1, 3, 3), (5, 5, 3, 12)):
         episodes = ClassificationEpisodes(store, "train", ways=ways, shots=shots, queries=queries)
         picture_episodes(episodes, count, tmp_path / "episodes.png")
         figure = figures.pop()
         figure.draw_without_rendering()
         boxes = [axes.get_position() for axes in figure.axes]
+        titles = [axes.title.get_window_extent() for axes in figure.axes if axes.get_title()]
+        assert len(titles) == 2 * count
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(titles, 2))
+        assert min(title.x0 for title in titles) >= 0
         for low, high in (("x0", "x1"), ("y0", "y1")):
             ends = min(getattr(b, low) for b in boxes), max(getattr(b, high) for b in boxes)
             assert ends[1] - ends[0] > 0.9

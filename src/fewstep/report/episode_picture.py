@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from torch import Tensor
@@ -9,9 +10,11 @@ from torch import Tensor
 from fewstep.data.episodes import ClassificationEpisodes
 from fewstep.report.figure import new_figure, save_figure
 
+_WIDEST = 24  # inches
+
 
 def picture_episodes(episodes: ClassificationEpisodes, count: int, path: Path) -> None:
-    """Draw the first episodes: a column for each, a row for each class, support left of query.
+    """Draw the first episodes side by side, a line for each class, support left of query.
 
     Args:
         episodes: What to draw.
@@ -20,10 +23,16 @@ def picture_episodes(episodes: ClassificationEpisodes, count: int, path: Path) -
     """
     batch = episodes.batch(0, count)
     height = 0.5 * episodes.ways + 0.6
-    width = count * (0.5 * (episodes.shots + episodes.queries) + 0.4)
-    scale = min(1, 24 / max(width, height))  # of both, as images stay square
-    figure = new_figure(scale * width, scale * height)
-    axes = figure.subplots(1, 2 * count, width_ratios=[episodes.shots, episodes.queries] * count)
+    width = 0.5 * (episodes.shots + episodes.queries) + 0.4
+    across = min(count, max(1, int(_WIDEST / width)))
+    rows = math.ceil(count / across)
+    scale = min(1, _WIDEST / max(width, height))  # of both, as images stay square
+    figure = new_figure(scale * width * across, scale * height * rows)
+    ratios = [episodes.shots, episodes.queries] * across
+    axes = figure.subplots(rows, 2 * across, width_ratios=ratios, squeeze=False).flatten()
+    is_narrow = min(episodes.shots, episodes.queries) == 1
+    for axis in axes:
+        axis.set_axis_off()
     for task in range(count):
         sets = (
             ("support", batch.x_support, episodes.shots),
@@ -36,10 +45,8 @@ def picture_episodes(episodes: ClassificationEpisodes, count: int, path: Path) -
                 vmin=0,
                 vmax=1,
             )
-            axis.set_title(
-                f"{name} {task}" if columns > 1 else f"{name[0].upper()}{task}", fontsize=8
-            )
-            axis.set_axis_off()
+            title = f"{name[0].upper()}{task}" if is_narrow else f"{name} {task}"
+            axis.set_title(title, fontsize=8)
     save_figure(figure, path)
 
 
