@@ -174,8 +174,8 @@ def plot_returns(outcomes: Mapping[str, list[dict[str, Any]]], paper: Numbers, p
             range(len(means)), means, ci95, marker="o", markersize=4, capsize=3, label=method,
             color=color,
         )  # fmt: skip
-    for method in outcomes.keys() & paper.keys():
-        right.plot(paper[method], "x--", color="0.5", label=f"{method}, paper")
+    for method, returns in paper.items():
+        right.plot(returns, "x--", color="0.5", label=f"{method}, paper")
     several = ", band from the lowest to the highest seed" * (
         len(next(iter(outcomes.values()))) > 1
     )
