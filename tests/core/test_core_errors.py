@@ -125,6 +125,7 @@ MISTAKES = [
     ("inner_lr=nan ", lambda: maml(inner_lr=float("nan"))),
     ("inner_lr=-0.1 ", lambda: maml(inner_lr=-0.1)),
     ("inner_lrs=-0.1 ", lambda: StepRates((0.1, -0.1))),
+    ("inner_rate=0.1 is a number", lambda: Algorithm(1, 0.1)),
     ("inner_lr=inf ", lambda: fomaml(inner_lr=float("inf"))),
     ("inner_lrs=inf ", lambda: StepRates((0.1, float("inf")))),
     ("inner_lrs is empty", lambda: StepRates(())),

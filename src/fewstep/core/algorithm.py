@@ -78,6 +78,10 @@ class Algorithm:
     extra_steps: ExtraSteps = "refuse"
 
     def __post_init__(self) -> None:
+        if isinstance(self.inner_rate, int | float):
+            raise InputError(
+                f"inner_rate={self.inner_rate} is a number; give ConstantRate({self.inner_rate})"
+            )
         if self.num_steps < 0:
             raise InputError(f"num_steps={self.num_steps} must be 0 or more inner steps")
         if not self.iterations_per_epoch > 0:
