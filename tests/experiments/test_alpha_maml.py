@@ -132,7 +132,11 @@ def test_validations_score_the_last_step_alone(setting, tmp_path, monkeypatch):
 
 
 @pytest.mark.pictures
-def test_the_courses(setting, tmp_path):
+def test_the_courses(setting, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        alpha_convergence, "each", lambda *a, **k: asked.append(a[1]) or each(*a, **k)
+    )
     convergence = AlphaConvergence(
         setting=setting, iterations=12, val_every=5, val_tasks=3, hyper_lrs=(0.001, 0.01),
         out=tmp_path / "out",
@@ -141,6 +145,8 @@ def test_the_courses(setting, tmp_path):
     curves = json.loads((convergence.out / "summary.json").read_text())["curves"]
     assert "tuned: MAML" in curves
     assert len(curves) == 2 + 3 + 3
+    paths = [path for path, _ in asked[0].values()]
+    assert len(paths) == len(set(paths)) == 6  # MAML, and one of both rates, are in two columns
     for alpha, beta, name in ((*convergence.tuned, "tuned"), (*convergence.untuned, "untuned")):
         path = convergence.out / "curves" / f"{alpha:g}-{beta:g}-None-None.json"
         course = json.loads(path.read_text())
