@@ -4,7 +4,7 @@ import fewstep.core.embedding  # its layers stand in for PyTorch's, as do the ne
 import fewstep.core.recurrent
 import fewstep.models.layers  # noqa: F401
 from fewstep.core.adapted import AdaptedParameters
-from fewstep.core.algorithm import Algorithm, alpha_maml, auto, fomaml, maml, maml_plus_plus
+from fewstep.core.algorithm import Algorithm
 from fewstep.core.clipping import ClipByNorm, ClipByValue, NoClipping
 from fewstep.core.derivative_order import DerivativeAnnealing, FixedOrder
 from fewstep.core.errors import InputError
@@ -21,6 +21,7 @@ from fewstep.core.outer import SGD, Adam, Constant, CosineAnnealing
 from fewstep.core.query_weights import FinalStep, MultiStepLoss
 from fewstep.core.ranks import Ranks
 from fewstep.core.rates import ConstantRate, ElementRates, LayerStepRates, LearnedRate, StepRates
+from fewstep.core.recipes import alpha_maml, auto, fomaml, maml, maml_plus_plus
 from fewstep.core.scores import Difference, Scores, paired_difference
 from fewstep.core.tasks import Episodes, TaskBatch
 
