@@ -17,12 +17,8 @@ from fewstep.core.ranks import Ranks
 from fewstep.data.mini_imagenet import MiniImageNet
 from fewstep.data.omniglot import Omniglot
 from fewstep.data.views import Views
-from fewstep.experiments.maml_plus_plus import (
-    PAPER,
-    MamlPlusPlusAblation,
-    cell,
-    plot_validation,
-)
+from fewstep.experiments.accuracy_table import cell, plot_validation
+from fewstep.experiments.maml_plus_plus import PAPER, MamlPlusPlusAblation
 from fewstep.experiments.sweep import Test, check_plan, complete
 from fewstep.experiments.write_up import write_up
 from fewstep.training.algorithm_options import AlgorithmOptions

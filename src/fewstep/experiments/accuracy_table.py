@@ -1,0 +1,164 @@
+"""A table of accuracies, a row for each method, and the validation curves."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fewstep.core.ranks import Ranks
+from fewstep.experiments.seeds import over_seeds
+from fewstep.experiments.sweep import Test, complete_all
+from fewstep.experiments.write_up import write_up
+from fewstep.report.figure import draw_band, new_figure, save_figure
+from fewstep.training.build import resolve_device
+from fewstep.training.config import RunConfig
+from fewstep.training.display import say
+from fewstep.training.run_folder import RunFolder
+
+TESTS = (
+    Test("best"),
+    Test("ensemble"),
+    Test("best", statistics="support"),
+    Test("best", statistics="running"),
+)
+
+
+def accuracy_table(
+    rows: Mapping[str, Sequence[RunConfig]],
+    paper: Mapping[str, str],
+    title: str,
+    out: Path,
+    console: Console,
+    *,
+    workers: int,
+    ray: bool,
+    device: str,
+) -> None:
+    """Train and test what is not yet; write table.md, table.json and curves.png.
+
+    Args:
+        rows: Settings of a run for each seed, by the name of the row.
+        paper: The paper's accuracies, by the name of the row.
+        title: What the rows have in common.
+        out: Folder of the runs, the table and the figure.
+        console: Where to print.
+        workers: Runs at once.
+        ray: Send the runs to a Ray cluster.
+        device: Where they are computed.
+
+    Raises:
+        InputError: the device cannot be used, or a folder holds a run with other settings.
+    """
+    device = resolve_device(device)
+    ranks = Ranks.of_torchrun(device)
+    if not ranks.is_first:
+        console = Console(quiet=True)
+    folders = {name: _folders(out, name, of_seeds) for name, of_seeds in rows.items()}
+    plan = {  # all rows of a seed before the next seed
+        path: replace(config, device=device)
+        for paths, configs in zip(
+            zip(*folders.values(), strict=True), zip(*rows.values(), strict=True), strict=True
+        )
+        for path, config in zip(paths, configs, strict=True)
+    }
+    found = complete_all(plan, TESTS, console, workers=workers, ray=ray, ranks=ranks)
+    ranks.part()
+    if len(found) < len(plan):
+        say(console, f"{len(found)} of {len(plan)} runs are done; the same command goes on")
+        return
+    if not ranks.is_first:
+        return
+    numbers = {
+        name: _row([found[path] for path in paths]) | {"paper": paper.get(name, "")}
+        for name, paths in folders.items()
+    }
+    of_seeds = next(iter(rows.values()))
+    title += f", {len(of_seeds)} seed{'s' * (len(of_seeds) > 1)}"
+    title += f", {of_seeds[0].test_tasks} test tasks"
+    runs = {name: [RunFolder(path) for path in paths] for name, paths in folders.items()}
+    plot_validation(runs, out / "curves.png")
+    written = "table.json", {"schedule": title, "rows": numbers}
+    table = _markdown(title, numbers)
+    write_up(out, device, console, written, table=table, pictures=["curves.png"])
+
+
+def _folders(out: Path, name: str, of_seeds: Sequence[RunConfig]) -> list[Path]:
+    plain = name.lower().replace(", ", "-").replace(" ", "-")
+    return [out / f"{plain}-seed{config.seed}" for config in of_seeds]
+
+
+def _row(runs: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
+    """Return what the runs of a row gave in the tests."""
+    best, ensemble, support, running = zip(*runs, strict=True)
+    return {
+        "single": over_seeds(t["per_task"] for t in best),
+        "ensemble": over_seeds(t["per_task"] for t in ensemble)
+        | {"models": [len(test["iterations"]) for test in ensemble]},
+        "statistics": {
+            "batch": over_seeds(t["per_task"] for t in best),
+            "support": over_seeds(t["per_task"] for t in support),
+            "running": over_seeds(t["per_task"] for t in running),
+        },
+        "seconds_per_run": statistics.mean(tests[0]["training_seconds"] for tests in runs),
+    }
+
+
+def _markdown(title: str, rows: Mapping[str, dict[str, Any]]) -> str:
+    counts = {count for row in rows.values() for count in row["ensemble"]["models"]}
+    models = " or ".join(map(str, sorted(counts)))
+    spread = " (standard deviation over the seeds)" * any(
+        "std_over_seeds" in row["single"] for row in rows.values()
+    )
+    lines = [
+        f"{title}.",
+        f"Accuracy in % ± 95% interval over the test tasks, the same for all seeds{spread}.",
+        "Transductive batch statistics but in the last two columns.",
+        "",
+        f"| method | accuracy | ensemble of {models} | paper | s per run | by support "
+        "| by running |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        by = row["statistics"]
+        cells = [
+            name, cell(row["single"]), cell(row["ensemble"]), row["paper"] or "-",
+            f"{row['seconds_per_run']:.0f}", cell(by["support"]), cell(by["running"]),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def cell(value: Mapping[str, Any]) -> str:
+    """Return an accuracy in % with its interval and, of several seeds, their deviation."""
+    text = f"{100 * value['mean']:.2f} ± {100 * value['ci95']:.2f}"
+    if "std_over_seeds" in value:
+        text += f" ({100 * value['std_over_seeds']:.2f})"
+    return text
+
+
+def plot_validation(runs: Mapping[str, Sequence[RunFolder]], path: Path) -> None:
+    """Draw the mean validation accuracy over seeds, with the range of the seeds.
+
+    Args:
+        runs: Runs of each curve, by its name.
+        path: PNG file to write.
+    """
+    figure = new_figure(8, 5)
+    axes = figure.subplots()
+    for number, (name, folders) in enumerate(runs.items()):
+        series = [
+            {m["iteration"]: 100 * m["val_accuracy"] for m in run.metrics() if "val_accuracy" in m}
+            for run in folders
+        ]
+        draw_band(axes, series, name, f"C{number}")
+    axes.set(xlabel="iteration", ylabel="validation accuracy (%)")
+    if any(len(folders) > 1 for folders in runs.values()):
+        axes.set_title("mean over seeds, band from the lowest to the highest")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_figure(figure, path)
