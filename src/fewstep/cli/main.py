@@ -29,8 +29,10 @@ from fewstep.experiments.alpha_convergence import AlphaConvergence
 from fewstep.experiments.alpha_sensitivity import AlphaSensitivity
 from fewstep.experiments.from_classifier import MamlPlusPlusFromClassifier
 from fewstep.experiments.half_cheetah import MamlHalfCheetah
+from fewstep.experiments.maml import MamlClassification
 from fewstep.experiments.maml_plus_plus import MamlPlusPlusAblation
 from fewstep.experiments.navigation import MamlNavigation
+from fewstep.experiments.sinusoid import MamlSinusoid
 from fewstep.training.parse import parse
 from fewstep.training.trainer import TrainingStopped
 
@@ -55,6 +57,8 @@ COMMANDS: dict[str, type[Command]] = {
     "data prepare": DataPrepare,
     "data verify": DataVerify,
     "data show": DataShow,
+    "reproduce maml-classification": MamlClassification,
+    "reproduce maml-sinusoid": MamlSinusoid,
     "reproduce maml++-ablation": MamlPlusPlusAblation,
     "reproduce maml++-from-classifier": MamlPlusPlusFromClassifier,
     "reproduce maml-navigation": MamlNavigation,
