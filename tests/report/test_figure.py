@@ -156,3 +156,21 @@ def test_a_picture_of_episodes_is_filled(figures, tmp_path):
         for low, high in (("x0", "x1"), ("y0", "y1")):
             ends = min(getattr(b, low) for b in boxes), max(getattr(b, high) for b in boxes)
             assert ends[1] - ends[0] > 0.9
+
+
+def test_of_results_that_come_along_the_validation_is_drawn(tmp_path, figures):
+    paths = [tmp_path / name for name in ("alone", "whole")]
+    for path, file in zip(paths, ("validation.jsonl", "metrics.jsonl"), strict=True):
+        path.mkdir()
+        lines = [{"iteration": i, "val_accuracy": i / 9, "val_ci95": 0.1} for i in (1, 2)]
+        if path.name == "whole":
+            lines.append({"iteration": 1, "loss": 1.0})
+        (path / file).write_text("".join(map(json_line, lines)))
+    plot_runs([RunFolder(paths[0])], tmp_path / "curves.png")
+    (axes,) = figures.pop().axes
+    assert axes.lines[0].get_ydata() == pytest.approx([100 / 9, 200 / 9])
+    plot_runs([RunFolder(path) for path in paths], tmp_path / "curves.png")
+    left, right = figures.pop().axes
+    assert [len(axes.lines) for axes in (left, right)] == [1, 2]
+    (paths[1] / "validation.jsonl").write_text(json_line({"iteration": 9}))  # of no account beside
+    assert len(RunFolder(paths[1]).metrics()) == 3

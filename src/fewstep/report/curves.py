@@ -23,7 +23,8 @@ def plot_runs(runs: Sequence[RunFolder], path: Path) -> None:
     """Draw training and validation curves of runs on shared axes.
 
     Training curves are running means over 2% of the run; validation shows the mean and its 95%
-    interval over the validation tasks. Runs are named by their folders, from where these part.
+    interval over the validation tasks. Runs are named by their folders, from where these part;
+    those without training metrics, as the results that come along, have the second alone.
 
     Args:
         runs: Runs of one kind of problem.
@@ -44,23 +45,28 @@ def plot_runs(runs: Sequence[RunFolder], path: Path) -> None:
             f"({', '.join(f'{run}: {m}' for run, m in names.items())}); plot them apart"
         )
     metric = next(iter(names.values()))
-    figure = new_figure(11, 4.2)
-    left, right = figure.subplots(1, 2)
+    has_training = any("loss" in m for lines in series.values() for m in lines)
+    figure = new_figure(11 if has_training else 6, 4.2)
+    *rest, right = figure.subplots(1, 2 if has_training else 1, squeeze=False)[0]
     for number, (name, lines) in enumerate(series.items()):
         colour = f"C{number}"
-        _draw_smoothed(left, lines, "loss", colour, name)
+        for left in rest:
+            _draw_smoothed(left, lines, "loss", colour, name)
         _draw_validation(right, lines, metric, colour, name)
     training = "training, running mean over 2% of the run"
-    left.set(xlabel="iteration", ylabel="query loss", title=training, yscale="log")
+    for left in rest:
+        left.set(xlabel="iteration", ylabel="query loss", title=training, yscale="log")
     percent = " (%)" if metric == "accuracy" else ""
     right.set(xlabel="iteration", ylabel=f"{metric}{percent}", title="validation, 95% interval")
     if metric == "loss":
         right.set_yscale("log")
-    for axes in (left, right):
+    for axes in (*rest, right):
         axes.grid(alpha=0.3)
         if axes.get_yscale() == "log":
             label_plainly(axes.yaxis)
-    columns = max(1, 120 // (8 + max(map(len, series))))  # a line has room for 120 characters
+    columns = max(
+        1, (120 if rest else 65) // (8 + max(map(len, series)))
+    )  # a line has room for 120 characters
     legend_below(figure, right, columns)  # on no band
     save_figure(figure, path)
 
@@ -83,6 +89,8 @@ def has_validation(run: RunFolder) -> bool:
 
 def _draw_smoothed(axes: Axes, lines: Series, key: str, colour: str, name: str) -> None:
     points = [(m["iteration"], m[key]) for m in lines if key in m]
+    if not points:
+        return
     x, y = np.array(points).T
     window = max(1, len(y) // 50)
     smooth = np.convolve(y, np.ones(window) / window, mode="valid")

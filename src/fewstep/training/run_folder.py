@@ -188,12 +188,14 @@ class RunFolder:
             ) from error
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return the lines of metrics.jsonl.
+        """Return the lines of metrics.jsonl, or of validation.jsonl where only that came along.
 
         Raises:
             InputError: a line that is not the last is damaged.
         """
-        return read_metrics(self.metrics_file)
+        validation = self.path / "validation.jsonl"  # as in results/
+        has_metrics = self.metrics_file.exists() or not validation.exists()
+        return read_metrics(self.metrics_file if has_metrics else validation)
 
     def note_start(self, iteration: int, settings: dict[str, Any]) -> None:
         """Add a line to starts.jsonl: by which command, commit and machine training goes on.
