@@ -93,6 +93,8 @@ def test_methods_differ_in_what_they_say():
         order = learner._loop.algorithm.derivative_order(epoch=0)
         assert order == (1 if method == "first-order MAML" else 2)
         assert METHODS[method].num_steps == learner._loop.algorithm.num_steps
+        adapted = learner._loop.algorithm.adapted.choose(start[method])
+        assert (adapted == ("context.vector",)) == (method == "context")
         of_ratios = learner._loop.network.loss.func is ratio_loss
         assert of_ratios == (method == "MAML with ratios")
 

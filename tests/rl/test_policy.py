@@ -38,3 +38,18 @@ def test_layers_begin_as_those_of_the_authors(policy):
 def test_layers_without_units_are_refused(policy):
     with pytest.raises(InputError, match=r"\[2, 0, 2\]"):
         policy(2, 2, hidden=(0,))
+
+
+def test_a_context_is_beside_every_observation():
+    policy = GaussianPolicy(3, 2, hidden=(5,), context=4)
+    x = torch.randn(6, 3)
+    assert not policy.context.vector.any()
+    with torch.no_grad():
+        policy.context.vector.copy_(torch.arange(4.0))
+    mean, _ = Gaussian().mean_and_log_std(policy(x))
+    beside = torch.tensor([0.0, 1, 2, 3]).expand(6, 4)
+    torch.testing.assert_close(mean, policy.mean(torch.cat([x, beside], 1)))
+    assert policy(torch.randn(7, 6, 3)).shape == (7, 6, 4)
+    assert "context.vector" not in GaussianPolicy(3, 2).state_dict()
+    with pytest.raises(InputError, match="size=-1"):
+        GaussianPolicy(3, 2, context=-1)

@@ -13,7 +13,10 @@ from fewstep.report.cheetah_courses import plot_courses
 from fewstep.rl.rollouts import Rollouts
 
 PAPER: dict[str, Numbers] = {
-    "direction": {"MAML": (-50.69, 293.19, 313.48, 315.65)},
+    "direction": {
+        "MAML": (-50.69, 293.19, 313.48, 315.65),
+        "context": (-40.49, -44.08, -38.27, -42.50),
+    },
     "velocity": {},  # a figure alone
 }
 

@@ -32,7 +32,10 @@ class MamlNavigation(PolicyReturns):
     @property
     def paper(self) -> Numbers:
         """The paper's returns after 0, 1, ... steps, by the method."""
-        return {"MAML": (-40.41, -11.68, -3.33, -3.23)}
+        return {
+            "MAML": (-40.41, -11.68, -3.33, -3.23),
+            "context": (-42.42, -13.90, -5.17, -3.18),
+        }
 
     def draw(self, title: str, rollouts: Sequence[Rollouts]) -> Path:
         """Draw the paths of some points."""

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from fewstep.core.adapted import AdaptedParameters
 from fewstep.core.errors import InputError
 from fewstep.core.rates import ConstantRate
 from fewstep.rl.environments import TaskEnvironments
@@ -28,6 +29,8 @@ class Method:
         shows_goal: The policy sees where it should go.
         is_trained: Else it stays as it was drawn.
         support_loss: Whose second derivatives the meta-gradient takes.
+        context: Numbers of a vector beside the observation, which then is all that steps adapt; the
+            paper does not say how many it has.
     """
 
     num_steps: int = 1
@@ -35,12 +38,14 @@ class Method:
     shows_goal: bool = False
     is_trained: bool = True
     support_loss: Literal["log probability", "ratio"] = "log probability"
+    context: int = 0
 
 
 METHODS = {
     "MAML": Method(),
     "MAML with ratios": Method(support_loss="ratio"),
     "first-order MAML": Method(derivative_order=1),
+    "context": Method(context=5),
     "pretrained": Method(num_steps=0),
     "random": Method(num_steps=0, is_trained=False),
     "oracle": Method(num_steps=0, shows_goal=True),
@@ -118,12 +123,15 @@ class PolicyRun:
         method, setting = METHODS[self.method], self.setting
         torch.manual_seed(self.seed)
         sizes = self.tasks("train")
-        policy = GaussianPolicy(sizes.observation_size, sizes.action_size, setting.hidden)
+        policy = GaussianPolicy(
+            sizes.observation_size, sizes.action_size, setting.hidden, method.context
+        )
         return PolicyLearner(
             policy.to(self.device),
             method.num_steps,
             ConstantRate(setting.inner_lr),
             derivative_order=method.derivative_order,
+            adapted=AdaptedParameters(("context.*",)) if method.context else None,
             outer=TrustRegion(setting.max_divergence),
             support_loss=method.support_loss,
             episodes=setting.episodes,

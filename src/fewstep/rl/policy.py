@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.errors import InputError
+from fewstep.models.context import Context
 from fewstep.rl.distributions import Categorical, Gaussian
 
 
@@ -23,9 +24,11 @@ class GaussianPolicy(nn.Module):
         observation_size: Numbers of an observation.
         action_size: Numbers of an action.
         hidden: Units of the hidden layers, with ReLU.
+        context: Numbers of a learned vector beside each observation ("context.vector"), for an
+            inner loop that adapts that alone; 0 for none.
 
     Raises:
-        InputError: a size is below 1.
+        InputError: a size is below 1, or `context` below 0.
 
     Shapes: (examples, observation_size) to (examples, 2 action_size), the means and then the
         logarithms of the deviations, which are 1 at first.
@@ -37,15 +40,20 @@ class GaussianPolicy(nn.Module):
     distribution = Gaussian()
 
     def __init__(
-        self, observation_size: int, action_size: int, hidden: Sequence[int] = (100, 100)
+        self,
+        observation_size: int,
+        action_size: int,
+        hidden: Sequence[int] = (100, 100),
+        context: int = 0,
     ) -> None:
         super().__init__()
-        self.mean = _network([observation_size, *hidden, action_size])
+        self.context = Context(context) if context else nn.Identity()
+        self.mean = _network([observation_size + context, *hidden, action_size])
         self.log_std = nn.Parameter(torch.zeros(action_size))
 
     def forward(self, observations: Tensor) -> Tensor:
         """Return means and logarithms of deviations side by side."""
-        mean = self.mean(observations)
+        mean = self.mean(self.context(observations))
         return torch.cat([mean, self.log_std.expand_as(mean)], -1)
 
 

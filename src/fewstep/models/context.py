@@ -1,0 +1,38 @@
+"""A learned vector beside each input, for an inner loop that adapts nothing else."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core.errors import InputError
+
+
+class Context(nn.Module):
+    """Append a learned vector, of zeros at first, to each input.
+
+    y = (x, c)
+
+    With `AdaptedParameters(("context.*",))`, or what its name in a module is, the inner loop
+    changes c alone, which tells the rest of the module what the task is.
+
+    Args:
+        size: Numbers of the vector.
+
+    Raises:
+        InputError: `size` is below 1.
+
+    Shapes: (..., features) to (..., features + size).
+
+    Reference: Finn, Abbeel and Levine, ICML 2017, arXiv:1703.03400, which compares with it.
+    """
+
+    def __init__(self, size: int) -> None:
+        if size < 1:
+            raise InputError(f"Context(size={size}) must be at least 1 number")
+        super().__init__()
+        self.vector = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return inputs and vector side by side."""
+        return torch.cat([x, self.vector.expand(*x.shape[:-1], -1)], -1)
