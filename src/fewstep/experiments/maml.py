@@ -79,7 +79,8 @@ class MamlClassification:
     dataset: Literal["omniglot", "mini-imagenet"] = "omniglot"
     """Where the tasks come from."""
     methods: tuple[str, ...] | None = None
-    """Methods of the table; None takes those that the paper has for each setting."""
+    """Of MAML, "first-order MAML" and "MAML without convolutions"; None takes those that the paper
+    has for each setting."""
     settings: tuple[str, ...] | None = None
     """Settings of the table, such as "5-way 1-shot"; None takes all that the paper has. Where both
     are named, rows that the paper lacks are there, too."""
