@@ -94,3 +94,14 @@ def test_fewer_tasks_than_processes_are_refused_before_training(tasks):
     Experiment.build(config, Ranks(0, 2))
     with pytest.raises(InputError, match=r"^2 tasks cannot be shared by 3 processes;"):
         Experiment.build(config, Ranks(0, 3))
+
+
+def test_maml_plus_plus_learns_sinusoids():
+    """Single steep tasks had carried its rates, and then its losses, off to infinity."""
+    experiment = Experiment.build(replace(preset("sinusoid", recipe="maml++"), iterations=7000))
+    learner, tasks = experiment.learner, experiment.config.tasks
+    for iteration in range(450):
+        batch = experiment.problem.episodes["train"].batch(iteration * tasks, tasks)
+        loss = learner.step(batch).loss
+        assert loss < 100, f"iteration {iteration}"
+    assert learner.evaluate(experiment.problem.episodes["val"], 50).mean < 1
