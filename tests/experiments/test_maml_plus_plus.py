@@ -30,8 +30,9 @@ def ablation(tmp_path, monkeypatch, images):
 
 
 @pytest.mark.pictures
-def test_the_table_and_the_figure(ablation, monkeypatch):
-    ablation.run(Console(quiet=True))
+def test_the_table_and_the_figure(ablation, monkeypatch, capsys):
+    ablation.run(Console(soft_wrap=True))
+    printed = capsys.readouterr().out
     table = json.loads((ablation.out / "table.json").read_text())
     assert list(table["rows"]) == list(VARIANTS)
     row = table["rows"]["MAML++"]
@@ -49,6 +50,8 @@ def test_the_table_and_the_figure(ablation, monkeypatch):
     for use, file in wordings.items():
         means = [json.loads((run / file).read_text())["mean"] for run in runs]
         assert row["statistics"][use]["seeds"] == pytest.approx(means)
+    best = max(table["rows"], key=lambda name: table["rows"][name]["single"]["mean"])
+    assert f"next: fewstep predict {ablation.out / best.lower()}-seed0 --support" in printed
     low, high = row["single"]["seeds"]
     assert row["single"]["std_over_seeds"] == pytest.approx(abs(high - low) / 2**0.5)
     lines = (ablation.out / "table.md").read_text().splitlines()

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rich.console import Console
@@ -85,6 +86,9 @@ def accuracy_table(
     written = "table.json", {"schedule": title, "rows": numbers}
     table = _markdown(title, numbers)
     write_up(out, device, console, written, table=table, pictures=["curves.png"])
+    best = max(numbers, key=lambda name: float(numbers[name]["single"]["mean"]))
+    run = quote(str(folders[best][0]))
+    say(console, f"next: fewstep predict {run} --support FOLDER --query FOLDER   (yours)")
 
 
 def _folders(out: Path, name: str, of_seeds: Sequence[RunConfig]) -> list[Path]:

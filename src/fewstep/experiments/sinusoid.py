@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rich.console import Console
@@ -109,6 +110,8 @@ class MamlSinusoid:
             self.out, device, console, ("table.json", {"rows": rows}),
             table=self._markdown(rows), pictures=["errors.png", "fits.png"],
         )  # fmt: skip
+        run = quote(str(self._path(self.methods[0], 0)))
+        say(console, f"next: fewstep evaluate {run} --shots 3   (from other numbers of points)")
 
     def config(self, method: str, seed: int) -> RunConfig:
         """Return the settings of a run."""
