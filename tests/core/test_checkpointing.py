@@ -1,8 +1,10 @@
 """Steps recomputed in the backward pass give what steps whose graphs are kept give."""
 
+import random
 import weakref
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -166,3 +168,27 @@ def test_few_points_are_kept_at_a_time(monkeypatch):
     learner.meta_gradient(case.batch())
     assert len(most) == 31
     assert max(most) == 5
+
+
+class Skipping(nn.Module):
+    """A second layer that is skipped by chance, which Python or NumPy draws."""
+
+    def __init__(self, draw) -> None:
+        super().__init__()
+        self.first, self.second, self.draw = nn.Linear(4, 4), nn.Linear(4, 3), draw
+
+    def forward(self, x):
+        return self.second(x + float(self.draw() < 0.5) * torch.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.random], ids=["Python", "NumPy"])
+def test_what_python_and_numpy_draw_is_drawn_again(draw):
+    case, found = MODELS["mlp"], []
+    module, batch = Skipping(draw), case.batch()
+    for every in (None, 1):
+        random.seed(3)
+        np.random.seed(3)  # noqa: NPY002
+        learner = MetaLearner(module, fewstep.maml(6, 0.2), case.loss, checkpoint_every=every)
+        found.append((learner.meta_gradient(batch)[0], draw()))
+    assert relative_error(found[1][0], found[0][0]) < 1e-12
+    assert found[1][1] == found[0][1]

@@ -111,6 +111,39 @@ def one_logit() -> None:
     called(nn.Linear(4, 1), loss=loss)
 
 
+def penalised() -> None:
+    """A penalty on the module's own parameters, where each task has others."""
+    module = CASE.build()
+
+    def loss(outputs, targets):
+        return CASE.loss(outputs, targets) + sum(p.square().sum() for p in module.parameters())
+
+    called(module, loss=loss)
+
+
+class Tempered(nn.Module):
+    """A loss that would like to be learned, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def forward(self, outputs, targets):
+        return CASE.loss(self.temperature * outputs, targets)
+
+
+class Growing(nn.Linear):
+    """Has a buffer that grows with every call."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x):
+        self.seen = torch.cat([self.seen, x.new_zeros(1)])
+        return super().forward(x)
+
+
 def called(module: nn.Module, **options) -> None:
     learner(module=module, **options).meta_gradient(CASE.batch())
 
@@ -156,6 +189,19 @@ MISTAKES = [
     ("x_query (2, 0) holds 2 tasks of 0", lambda: batch_of((2, 3), (2, 3), (2, 0), (2, 0))),
     ("y_support is a ndarray; ", lambda: learner().adapt(torch.ones(2, 4), np.ones(2))),
     ("the loss returned shape (6,)", lambda: learner(loss=LOSSES).meta_gradient(CASE.batch())),
+    ("the loss returned dict for", lambda: learner(loss=lambda *_: {}).meta_gradient(CASE.batch())),
+    ("loss=MSELoss must be a function", lambda: learner(loss=nn.MSELoss)),
+    ("metric=accuracy must be a function", lambda: learner(metric="accuracy")),
+    ("the loss reads `0.weight` past", penalised),
+    (
+        "the loss reads `temperature` of Tempered past",
+        lambda: called(CASE.build(), loss=Tempered()),
+    ),
+    (
+        "buffer `seen` of Growing went from shape (1,)",
+        lambda: learner(module=Growing()).step(CASE.batch()),
+    ),
+    ("`weight` of Linear is float16", lambda: learner(module=nn.Linear(4, 3, dtype=torch.half))),
     ("Recomputed cannot be vectorised", lambda: called(Recomputed(4, 3))),
     ("changes its parameter `table.weight`", lambda: called(Renormalised())),
     ("its parameter `table.weight`", lambda: called(Renormalised(), vectorize=False)),
@@ -243,3 +289,11 @@ def test_a_gradient_that_is_not_finite_stops_the_step():
     with pytest.raises(FloatingPointError, match="norm of the meta-gradient is nan"):
         learner_.step(CASE.batch())
     assert to_the_bit(learner_) == before
+
+
+def test_a_buffer_that_grows_is_refused_before_anything_changes():
+    module = Growing()
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    with pytest.raises(InputError, match="seen"):
+        learner(module=module).step(CASE.batch())
+    assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())

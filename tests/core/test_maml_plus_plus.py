@@ -612,3 +612,16 @@ def test_the_recipe_learns():
     for _ in range(99):
         last = learner.step(batch).loss
     assert last < 0.5 * first
+
+
+def test_parameters_loaded_after_their_rows_were_made_are_refused():
+    """The rows would go on from what was there before, the other layers from what was loaded."""
+    module, case = net("LayerNorm"), MODELS["mlp"]
+    learner = MetaLearner(module, maml_plus_plus(STEPS, 0.1), case.loss)
+    loaded = {name: t + 1 for name, t in module.state_dict().items()}
+    learner.load_state_tensors(learner.state_tensors())  # the learner's own way changes no copy
+    learner.step(case.batch())
+    module.load_state_dict(loaded)
+    with pytest.raises(InputError, match=r"`1\.weight` was changed after the learner was made"):
+        learner.step(case.batch())
+    MetaLearner(module, maml_plus_plus(STEPS, 0.1), case.loss).step(case.batch())

@@ -418,3 +418,37 @@ def test_indexing_by_numbers_is_recorded():
         for replay in (False, True)
     ]
     assert losses[0] == losses[1]
+
+
+def test_arguments_that_are_one_tensor_are_told_from_others():
+    """As in Reptile's batches, whose query sets are the support sets themselves."""
+    case = MODELS["mlp"]
+    one, two = case.batch(), case.batch()
+    same = fewstep.TaskBatch(one.x_support, one.y_support, one.x_support, one.y_support)
+    module = case.build()
+    for batches in ((same, two), (two, same)):
+        learners = [MetaLearner(module, fewstep.maml(2, 0.1), case.loss, replay=r) for r in (0, 1)]
+        for batch in batches:
+            plain, replayed = (each.meta_gradient(batch) for each in learners)
+            assert all(torch.equal(replayed[0][n], g) for n, g in plain[0].items())
+            assert torch.equal(replayed[1].task_loss, plain[1].task_loss)
+
+
+def test_a_part_exchanged_or_hooked_is_recorded_anew():
+    case = MODELS["mlp"]
+    module, batch = case.build(), case.batch()
+    learner = MetaLearner(module, fewstep.maml(2, 0.1), case.loss, replay=True)
+
+    def is_right() -> bool:
+        plain = MetaLearner(module, fewstep.maml(2, 0.1), case.loss)
+        found, wanted = (each.meta_gradient(batch)[0] for each in (learner, plain))
+        return all(torch.equal(found[name], g) for name, g in wanted.items())
+
+    assert is_right()
+    place = next(n for n, part in module.named_children() if not list(part.parameters()))
+    setattr(module, place, nn.Softplus())
+    assert is_right()
+    hook = module.register_forward_hook(lambda _, __, output: 2 * output)
+    assert is_right()
+    hook.remove()
+    assert is_right()

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from fewstep import InputError, MetaLearner, Scores, TaskBatch, maml, paired_difference
+from fewstep.core.network import accuracy
 from tests.core.reference import MODELS
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -144,3 +145,20 @@ def test_metric_is_taken_on_the_query_set():
     ).detach()
     torch.testing.assert_close(learner.evaluate(batch, 2).metric[:, 0], expected)
     torch.testing.assert_close(learner.meta_gradient(batch)[1].task_metric, expected)
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 3), (4, 3, 5)], ids=["last", "as cross_entropy has them"])
+def test_classes_lie_along_the_dimension_that_is_not_the_targets(shape):
+    dim = shape.index(3)
+    targets = torch.randint(3, (4, 5))
+    guesses = torch.where(torch.arange(20).view(4, 5) < 15, targets, (targets + 1) % 3)
+    outputs = F.one_hot(guesses, 3).double().movedim(-1, dim)
+    assert accuracy(outputs, targets).item() == 0.75
+    padded = targets.clone()
+    padded[2:] = -100  # 10 are left, all of them right
+    assert accuracy(outputs, padded).item() == 1.0
+
+
+def test_classes_along_either_of_two_dimensions_are_refused():
+    with pytest.raises(InputError, match=r"\(4, 3, 3\) do not give each of the targets \(4, 3\)"):
+        accuracy(torch.zeros(4, 3, 3), torch.zeros(4, 3))

@@ -111,3 +111,24 @@ def test_a_setting_of_the_process_is_left_by_the_last():
     with setting:
         assert course == ["set", "unset", "set"]
     assert course[3:] == ["unset"]
+
+
+@pytest.mark.parametrize("replay", [False, True], ids=["plain", "replay"])
+def test_one_learner_in_several_threads(replay):
+    """A call puts other tensors in the place of the module's parameters."""
+    x, y = torch.randn(2, 4, 4, 3), torch.randn(2, 4, 4, 2)
+    batch = TaskBatch(x[0], y[0], x[1], y[1])
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+    learner = MetaLearner(module, maml(3, 0.1), F.mse_loss, chunk_size=1, replay=replay)
+    wanted = learner.predict(batch, 4)
+    together = Barrier(4)
+
+    def adapt(task: int) -> None:
+        together.wait()
+        for _ in range(10):
+            assert torch.equal(learner.predict(batch, 4), wanted)
+            adapted = learner.adapt(batch.x_support[task], batch.y_support[task])
+            torch.testing.assert_close(adapted(batch.x_query[task]), wanted[task, -1])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(adapt, range(4)))

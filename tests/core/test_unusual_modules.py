@@ -459,3 +459,32 @@ def test_a_mean_of_all_batches_counts_support_sets_alone(fast):
     MetaLearner(module, algorithm, F.mse_loss, vectorize=fast).step(batch)
     assert norm.num_batches_tracked == 4
     assert torch.allclose(norm.running_mean, expected)
+
+
+class Caching(nn.Module):
+    """Makes what its forward pass needs when it is first called, and keeps it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.head = nn.Linear(IN, OUT)
+        if kind == "buffer":
+            self.register_buffer("scale", None)
+        elif kind == "attribute":
+            self.scale = None
+
+    def forward(self, x):
+        if getattr(self, "scale", None) is None:
+            self.scale = 2 * x.new_ones(IN)
+        return self.head(x * self.scale)
+
+
+@pytest.mark.parametrize("kind", ["buffer", "attribute", "new attribute"])
+def test_what_a_module_makes_when_it_is_called_is_not_of_one_task(kind):
+    module, batch = Caching(kind), batch_of()
+    learner = learner_of(module)
+    learner.step(batch)
+    assert getattr(module, "scale", None) is None
+    adapted = learner.adapt(batch.x_support[0], batch.y_support[0])
+    wanted = learner.predict(batch, 1)[0, -1]
+    torch.testing.assert_close(adapted(batch.x_query[0]), wanted)
+    assert torch.equal(copy.deepcopy(module)(batch.x_query[0]), module(batch.x_query[0]))

@@ -51,6 +51,9 @@ LAYERS = {
     "batch norm, no affine": lambda: nn.BatchNorm2d(CHANNELS, affine=False),
     "batch norm, not tracked": lambda: nn.BatchNorm2d(CHANNELS, track_running_stats=False),
     "group norm": lambda: nn.GroupNorm(2, CHANNELS),
+    "group norm of one pixel": lambda: nn.Sequential(
+        nn.Conv2d(CHANNELS, 16, 3), nn.AdaptiveAvgPool2d(1), nn.GroupNorm(4, 16)
+    ),
     "instance norm": lambda: nn.InstanceNorm2d(CHANNELS, affine=True),
     "layer norm": lambda: nn.LayerNorm((CHANNELS, SIZE, SIZE)),
     "max-pool": lambda: nn.MaxPool2d(2),

@@ -31,9 +31,9 @@ def adapted_copy(
         use: What batch normalisation normalises by.
     """
     batch = TaskBatch(x_support[None], y_support[None], x_support[None], y_support[None])
-    module = copy.deepcopy(loop.network.module, _left_behind(loop.network.module))
     rows = loop.meta.rows
     with torch.no_grad(), loop.mode(is_training=False, use=use), one_batch():
+        module = copy.deepcopy(loop.network.module, _left_behind(loop.network.module))
         *_, last = loop.trajectory(batch, num_steps, derivative_order=1)
         theta = rows.pick_parameters(last.theta, num_steps, is_query=True)
         buffers = rows.pick_buffers(last.buffers, num_steps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 
@@ -48,20 +48,31 @@ class InnerLoop:
     meta: MetaParameters
     algorithm: Algorithm
 
-    def mode(self, *, is_training: bool, use: Use) -> AbstractContextManager[None]:
+    @contextmanager
+    def mode(self, *, is_training: bool, use: Use) -> Iterator[None]:
         """Set the module's mode, as `TaskNetwork.mode` does, if it is still the one we know.
 
         Raises:
             InputError: its parameters are others.
         """
-        self.meta.check_unchanged()
-        return self.network.mode(is_training=is_training, use=use)
+        with self.network.alone():
+            self.meta.check_unchanged()
+            with self.network.mode(is_training=is_training, use=use):
+                yield
 
     def outside(self) -> list[int]:
-        """Return which buffers there are, by id, of the module, the loss and the metric."""
+        """Return what a recording closes over, by id.
+
+        Parts of the module and their hooks; buffers of the module, the loss and the metric.
+        """
         functions = (self.network.loss, self.network.metric)
-        of_functions = (f.buffers() for f in functions if isinstance(f, nn.Module))
-        return [id(b) for b in chain(self.meta.buffers.values(), *of_functions)]
+        buffers = chain(
+            self.meta.buffers.values(),
+            *(f.buffers() for f in functions if isinstance(f, nn.Module)),
+        )
+        parts = list(self.network.module.modules())
+        hooks = ((*p._forward_pre_hooks.values(), *p._forward_hooks.values()) for p in parts)
+        return [id(each) for each in chain(parts, *hooks, buffers)]
 
     def start(self, tasks: int) -> Point:
         """Return theta[0] and its buffers, the same for every task."""

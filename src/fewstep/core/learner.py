@@ -15,10 +15,11 @@ from fewstep.core.errors import InputError, check_name
 from fewstep.core.hypergradient import Hypergradient
 from fewstep.core.inner import InnerLoop
 from fewstep.core.meta_gradient import meta_gradient
-from fewstep.core.meta_parameters import RATE, MetaParameters
+from fewstep.core.meta_parameters import MetaParameters
 from fewstep.core.metrics import Metrics
 from fewstep.core.network import Loss, TaskNetwork, Tensors
 from fewstep.core.norm import NormStatistics, Use
+from fewstep.core.outer_loop import OuterLoop
 from fewstep.core.precision import Precision
 from fewstep.core.ranks import ALONE, Ranks
 from fewstep.core.replay import Replay
@@ -99,8 +100,7 @@ class MetaLearner:
         self._network = TaskNetwork(module, loss, metric, vectorize=vectorize, precision=precision)
         self._meta = MetaParameters(module, algorithm)
         self.parameters = self._meta.parameters
-        self.optimiser = algorithm.outer(list(self._meta.by_outer.values()))
-        self._outer_lrs = [group["lr"] for group in self.optimiser.param_groups]
+        self._outer = OuterLoop(self._meta, algorithm)
         self._loop = InnerLoop(self._network, self._meta, algorithm)
 
     @property
@@ -112,6 +112,11 @@ class MetaLearner:
     def algorithm(self) -> Algorithm:
         """The list of parts."""
         return self._loop.algorithm
+
+    @property
+    def optimiser(self) -> torch.optim.Optimizer:
+        """The outer optimiser."""
+        return self._outer.optimiser
 
     @property
     def buffers(self) -> Tensors:
@@ -151,22 +156,11 @@ class MetaLearner:
         gradients, metrics, buffers = self._differentiate(batch)
         if check_finite:
             metrics.check_finite()
-        clipped = self.algorithm.clipping({n: gradients[n][None] for n in self._meta.phi})
-        for name, parameter in self._meta.by_outer.items():
-            parameter.grad = clipped[name][0] if name in clipped else gradients[name]
-        factor = self.algorithm.outer_schedule(self.epoch)
-        for group, outer_lr in zip(self.optimiser.param_groups, self._outer_lrs, strict=True):
-            group["lr"] = outer_lr * factor
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        self._meta.check_buffers(buffers)
+        self._outer.step(gradients, self.epoch)
         with torch.no_grad():
             for name, buffer in self.buffers.items():
                 buffer.copy_(buffers[name])
-            if self.algorithm.rate_update:
-                for name, rate in self._meta.rates.items():
-                    gradient = gradients[RATE + name]
-                    rate.copy_(self.algorithm.rate_update(rate, gradient))
-                    self._meta.hypergradients[name].copy_(-gradient)
         self.iteration += 1
         return metrics
 
@@ -326,9 +320,7 @@ class MetaLearner:
     def state_tensors(self) -> Tensors:
         """Return all that training changes, by name: model, buffers, optimiser and iteration."""
         state = {f"model.{name}": t for name, t in self._meta.tensors().items()}
-        for name, parameter in self.parameters.items():
-            for key, value in self.optimiser.state.get(parameter, {}).items():
-                state[f"optimiser.{name}.{key}"] = torch.as_tensor(value)
+        state |= {f"optimiser.{name}": t for name, t in self._outer.tensors().items()}
         state["iteration"] = torch.tensor(self.iteration)
         return {name: t.detach().clone() for name, t in state.items()}
 
@@ -336,17 +328,17 @@ class MetaLearner:
         """Return to a state given by `state_tensors`.
 
         Raises:
-            InputError: it is another model's.
+            InputError: it is another model's or optimiser's, or not whole; nothing is changed.
         """
+        if "iteration" not in state:
+            raise InputError(
+                "the saved state has no 'iteration'; give what state_tensors() returned, whole"
+            )
+        of_optimiser = _below(state, "optimiser.")
+        self._outer.check(of_optimiser)
         self._meta.load(_below(state, "model."))
+        self._outer.load(of_optimiser)
         self.iteration = int(state["iteration"])
-        number = {name: i for i, name in enumerate(self._meta.by_outer)}
-        per_parameter: dict[int, Tensors] = {}
-        for full_name, t in _below(state, "optimiser.").items():
-            name, _, key = full_name.rpartition(".")  # one parameter's name may begin another's
-            per_parameter.setdefault(number[name], {})[key] = t
-        groups = self.optimiser.state_dict()["param_groups"]
-        self.optimiser.load_state_dict({"state": per_parameter, "param_groups": groups})
 
     def _norm_statistics(self, use: Use | None) -> NormStatistics:
         norm = self.algorithm.norm_statistics

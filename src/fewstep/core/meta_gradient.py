@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from fewstep.core.errors import InputError
 from fewstep.core.inner import InnerLoop, Point
 from fewstep.core.meta_parameters import RATE
 from fewstep.core.metrics import Metrics
@@ -57,13 +58,13 @@ def meta_gradient(
     differentiate = partial(
         _differentiate, loop, counting, share=share, order=order, segment=segment
     )
-    if replay is not None:
-        key = (counting, share, order, segment, *loop.outside())
-        differentiate = partial(replay, differentiate, key=key, may_draw=segment is None)
     with (
         loop.mode(is_training=True, use=algorithm.norm_statistics.use),
         torch.enable_grad(),
     ):
+        if replay is not None:
+            key = (counting, share, order, segment, *loop.outside())
+            differentiate = partial(replay, differentiate, key=key, may_draw=segment is None)
         own: list[Tensor] = []  # this process's sum: one copy, of however many chunks
         of_tasks = []
         for chunk in ranks.share(batch).split(chunk_size):
@@ -128,7 +129,11 @@ def _differentiate(
         if terms:  # else nothing counts from here on
             ends = {n: point.theta[n] for n in meta.harvested if stop == num_steps}
             adjoint, by_rate, by_end = _grad(
-                torch.stack(terms).sum(), {n: inputs[n] for n in meta.phi}, meta.rates, ends
+                torch.stack(terms).sum(),
+                {n: inputs[n] for n in meta.phi},
+                meta.rates,
+                ends,
+                unseen=loop.network.own_parameters(),
             )
             rates = {n: total + by_rate[n] for n, total in rates.items()}
             q |= by_end
@@ -170,11 +175,27 @@ class _Seen:
         )
 
 
-def _grad(loss: Tensor, *groups: Tensors) -> list[Tensors]:
-    """Return d loss / d t for every tensor of every group; its graph is freed."""
-    inputs = [t for group in groups for t in group.values()]
-    found = iter(torch.autograd.grad(loss, inputs, materialize_grads=True))
-    return [{name: next(found) for name in group} for group in groups]
+def _grad(loss: Tensor, *groups: Tensors, unseen: Tensors) -> list[Tensors]:
+    """Return d loss / d t for every tensor of every group; its graph is freed.
+
+    Raises:
+        InputError: the loss depends on one that is `unseen`.
+    """
+    *rest, last = (*groups, unseen)
+    inputs = [t for group in (*rest, last) for t in group.values()]
+    found = iter(torch.autograd.grad(loss, inputs, allow_unused=True))
+    gradients = [
+        {n: torch.zeros_like(t) if (g := next(found)) is None else g for n, t in group.items()}
+        for group in rest
+    ]
+    for name, gradient in zip(last, found, strict=True):
+        if gradient is not None:
+            raise InputError(
+                f"the loss reads {name} past the call of the module, as a penalty on "
+                "module.parameters() does, where no task has its own and nothing would learn of "
+                "it; let the module return what the loss needs"
+            )
+    return gradients
 
 
 def _join(

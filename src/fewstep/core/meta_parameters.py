@@ -70,6 +70,7 @@ class MetaParameters:
         }  # fmt: skip
         # Others are looked up, as `module.double()` puts new ones in their place.
         self._places = {n: _place(module, n) for n, _ in module.named_buffers()}
+        self._copied = [(n, p, p._version) for n, p in trained.items() if n in parameter_rows]
         self._module = module
         self._flags = {n: (p, p.requires_grad) for n, p in named.items()}
         self._frozen: Tensors = {n: p for n, p in named.items() if not p.requires_grad}
@@ -127,6 +128,28 @@ class MetaParameters:
                 raise InputError(
                     f"`{name}` has a hook on its gradient, which would not be called; remove it, "
                     "and see .grad in learner.optimiser.register_step_pre_hook(...)"
+                )
+
+        for name, parameter, version in self._copied:
+            if parameter._version != version:
+                raise InputError(
+                    f"`{name}` was changed after the learner was made, which has copies of it for "
+                    "each step; load what the module is to start from before that, or a learner's "
+                    "state with load_state_tensors"
+                )
+
+    def check_buffers(self, found: Tensors) -> None:
+        """Check that buffers came out of a call as they went in.
+
+        Raises:
+            InputError: one has another shape.
+        """
+        for name, buffer in self.buffers.items():
+            if found[name].shape != buffer.shape:
+                raise InputError(
+                    f"buffer `{name}` of {type(self._module).__name__} went from shape "
+                    f"{tuple(buffer.shape)} to {tuple(found[name].shape)} in a call, and could not "
+                    "be kept; give it its full size, or keep it as a plain attribute"
                 )
 
     def theta(self, tasks: int) -> Tensors:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._C import _functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -39,11 +40,32 @@ def check_module(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if nn.parameter.is_lazy(parameter):
             raise InputError(f"`{name}` of {kind} has no shape yet; call {kind} on inputs before")
+        if parameter.dtype == torch.float16 and parameter.requires_grad:
+            raise InputError(
+                f"`{name}` of {kind} is float16, which Adam's epsilon of 1e-8 is 0 in; keep "
+                "float32, and pass precision='bfloat16' for products that are rounded"
+            )
         if parameter.is_complex():
             raise InputError(
                 f"`{name}` of {kind} is complex; keep it as torch.view_as_real(...) and "
                 "call torch.view_as_complex on that in forward"
             )
+
+
+@contextmanager
+def nothing_left_behind(module: nn.Module) -> Iterator[None]:
+    """Take back what a call under `torch.vmap` puts into attributes: tensors nothing can read."""
+    before = [(part, dict(vars(part))) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, attributes in before:
+            for name, value in list(vars(part).items()):
+                if value is attributes.get(name) or not isinstance(value, Tensor):
+                    continue
+                if _functorch.is_batchedtensor(value):
+                    del vars(part)[name]
+                    vars(part).update({n: v for n, v in attributes.items() if n == name})
 
 
 def set_mode(module: nn.Module, *, is_training: bool) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from fewstep.core.layers import Layers
 from fewstep.core.modules import (
     DIFFERENTIABLE_TWICE,
     check_module,
+    nothing_left_behind,
     set_mode,
     under_two_names,
 )
@@ -27,29 +30,41 @@ from fewstep.core.tasks import TaskBatch
 
 Tensors = dict[str, Tensor]
 _OF_VMAP = ("vmap", "atching rule", "functorch")  # in messages of PyTorch
+_LOCK = threading.Lock()
+_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _OneTask = tuple[Tensor, Tensor, Tensor, Tensors]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return the share of examples whose largest output is the target class.
+    """Return the share of targets whose class has the largest output; negative ones do not count.
 
     Args:
-        outputs: (examples, classes).
-        targets: Numbers of classes, (examples,).
+        outputs: (examples, classes), (examples, classes, ...) as `F.cross_entropy` takes them, or
+            (examples, ..., classes).
+        targets: Numbers of classes, (examples, ...); below 0, as -100, where there is none.
 
     Raises:
-        InputError: the shapes are others, or there is one class.
+        InputError: the shapes are others, or fit in both ways, or there is one class.
 
     >>> accuracy(torch.eye(2), torch.tensor([0, 0])).item()
     0.5
     """
-    if outputs.shape[:-1] != targets.shape or outputs.shape[-1] < 2:
+    dims = {1, outputs.ndim - 1} & set(range(1, outputs.ndim))
+    ways = [d for d in dims if _without(outputs.shape, d) == targets.shape]
+    if len(ways) != 1 or outputs.shape[(dim := ways.pop())] < 2:
         raise InputError(
             f"outputs {tuple(outputs.shape)} do not give each of the targets "
-            f"{tuple(targets.shape)} a row of classes, as accuracy needs; pass metric=..."
+            f"{tuple(targets.shape)} classes along one dimension, as accuracy needs; pass "
+            "metric=..."
         )
-    return (outputs.argmax(-1) == targets).to(outputs.dtype).mean()
+    counts = targets >= 0
+    is_right = (outputs.argmax(dim) == targets) & counts
+    return is_right.to(outputs.dtype).sum() / counts.to(outputs.dtype).sum()
+
+
+def _without(shape: torch.Size, dim: int) -> tuple[int, ...]:
+    return (*shape[:dim], *shape[dim + 1 :])
 
 
 @dataclass(frozen=True)
@@ -99,6 +114,13 @@ class TaskNetwork:
         precision: Precision,
     ) -> None:
         check_module(module)
+        for what, function in (("loss", loss), ("metric", metric)):
+            if isinstance(function, type) or not (function is None or callable(function)):
+                name = getattr(function, "__name__", function)
+                raise InputError(
+                    f"{what}={name} must be a function of outputs and targets, such as "
+                    "torch.nn.functional.mse_loss or an instance of torch.nn.MSELoss"
+                )
         self.module = module
         self.loss = loss
         self.metric = metric
@@ -110,7 +132,8 @@ class TaskNetwork:
         # Nothing stands in elsewhere, and each call of PyTorch would take a microsecond more.
         needed = has_filters or has_them or precision == "bfloat16"
         self._layers = Layers if needed else nullcontext
-        self._under_two_names = under_two_names(module)
+        unset = [m for m in module.modules() if None in m._buffers.values()]  # that a call may set
+        self._to_restore = [*under_two_names(module), *unset]
         self._use: Use = "batch"
         self._is_training = True
 
@@ -165,7 +188,8 @@ class TaskNetwork:
         with DIFFERENTIABLE_TWICE, self._layers(), forward_pass(self.precision, x.device):
             if self.vectorize:
                 many = torch.vmap(one_task, randomness="different")
-                result = Result(*many(parameters, buffers, x, y))
+                with nothing_left_behind(self.module):
+                    result = Result(*many(parameters, buffers, x, y))
             else:
                 result = self._loop(one_task, parameters, buffers, x, y)
         for (name, parameter), version in zip(parameters.items(), versions, strict=True):
@@ -188,6 +212,14 @@ class TaskNetwork:
                 return torch.vmap(self._forward, randomness="different")(parameters, x)
             each = [{n: p[j] for n, p in parameters.items()} for j in range(len(x))]
             return torch.stack([self._forward(p, x[j]) for j, p in enumerate(each)])
+
+    def own_parameters(self) -> Tensors:
+        """Return what is trained of module and loss as they stand, which no task's call reads."""
+        own = {f"`{n}`": p for n, p in self.module.named_parameters()}
+        if isinstance(self.loss, nn.Module):
+            kind = type(self.loss).__name__
+            own |= {f"`{n}` of {kind}": p for n, p in self.loss.named_parameters()}
+        return {name: p for name, p in own.items() if p.requires_grad}
 
     def score(self, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return loss and metric, each (tasks, steps), of outputs (tasks, steps, examples, ...)."""
@@ -233,12 +265,7 @@ class TaskNetwork:
         outputs = self._forward(tensors, x)
         if without:
             outputs = outputs[without:]
-        loss = self.loss(outputs, y)
-        if loss.ndim != 0:
-            raise InputError(
-                f"the loss returned shape {tuple(loss.shape)} for one task; it must return a "
-                "scalar, for instance the mean over the examples"
-            )
+        loss = _scalar("loss", self.loss(outputs, y))
         return (
             loss,
             self._measure(outputs.detach(), y),
@@ -248,7 +275,7 @@ class TaskNetwork:
 
     def _forward(self, tensors: Tensors, x: Tensor) -> Tensor:
         """Return the module's outputs of one task, its parameters and buffers in `tensors`."""
-        own = [(m, dict(m._parameters), dict(m._buffers)) for m in self._under_two_names]
+        own = [(m, dict(m._parameters), dict(m._buffers)) for m in self._to_restore]
         try:
             outputs: object = functional_call(self.module, tensors, (x,))
         finally:  # which else takes the second name's tensors for the module's own
@@ -265,16 +292,15 @@ class TaskNetwork:
         return outputs
 
     def _measure(self, outputs: Tensor, y: Tensor) -> Tensor:
-        found: object = self.metric_for(y)(outputs, y)
-        if not isinstance(found, Tensor) or found.ndim != 0:
-            shape = (
-                f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-            )
-            raise InputError(
-                f"the metric returned {shape} for one task; it must return a scalar tensor, for "
-                "instance the mean over the examples"
-            )
-        return found.to(outputs.dtype)
+        return _scalar("metric", self.metric_for(y)(outputs, y)).to(outputs.dtype)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other threads from the module, whose parameters are exchanged in a call."""
+        with _LOCK:
+            lock = _LOCKS.setdefault(self.module, threading.RLock())
+        with lock:
+            yield
 
     @contextmanager
     def mode(self, *, is_training: bool, use: Use) -> Iterator[None]:
@@ -323,6 +349,16 @@ class TaskNetwork:
                 f"{type(self.module).__name__} cannot be vectorised over tasks ({reason}); "
                 "pass vectorize=False to loop over the tasks instead"
             ) from error
+
+
+def _scalar(what: str, found: object) -> Tensor:
+    if isinstance(found, Tensor) and found.ndim == 0 and not found.is_complex():
+        return found
+    kind = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    raise InputError(
+        f"the {what} returned {kind} for one task; it must return a real scalar tensor, for "
+        "instance the mean over the examples"
+    )
 
 
 def _both(x_support: Tensor, x_query: Tensor) -> Tensor:

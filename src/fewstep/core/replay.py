@@ -61,7 +61,8 @@ class Replay:
             InputError: it reads a value out of a tensor, or draws what it may not, and so cannot be
                 recorded; or torch.compile or a CUDA graph fails.
         """
-        key = (key, *((t.shape, t.dtype, t.device, t.stride()) for t in tensors))
+        forms = ((t.shape, t.dtype, t.device, t.stride()) for t in tensors)
+        key = (key, *forms, *_first_places(tensors))
         kept = self._recordings.get(key)
         if kept is not None and kept.is_valid():
             return kept.run(tensors)
@@ -82,6 +83,12 @@ class Replay:
         graph = _CudaGraph(run, tensors) if tensors[0].is_cuda else run
         self._recordings[key] = _Kept(graph, recorder.outside)
         return outputs
+
+
+def _first_places(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
+    """Say which arguments are one tensor, as a recording takes them for one."""
+    places = {id(t): i for i, t in reversed(list(enumerate(tensors)))}
+    return tuple(places[id(t)] for t in tensors)
 
 
 class _Kept(NamedTuple):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,6 +122,7 @@ class _RandomState:
     cpu: Tensor | None = None
     cuda: tuple[torch.device, Tensor] | None = None
     own: tuple[tuple[torch.Generator, Tensor], ...] = ()  # that the module keeps
+    others: tuple[Any, Any] | None = None  # Python's and NumPy's
 
     @classmethod
     def now(cls, needed: bool, loop: InnerLoop, tasks: TaskBatch) -> _RandomState:
@@ -131,6 +134,7 @@ class _RandomState:
             torch.get_rng_state(),
             (device, torch.cuda.get_rng_state(device)) if device.type == "cuda" else None,
             tuple((g, g.get_state()) for g in kept if isinstance(g, torch.Generator)),
+            (random.getstate(), np.random.get_state()),  # noqa: NPY002 (modules draw so, not we)
         )
 
     def restore(self) -> None:
@@ -139,5 +143,9 @@ class _RandomState:
         if self.cuda is not None:
             device, state = self.cuda
             torch.cuda.set_rng_state(state, device)
+        if self.others is not None:
+            of_python, of_numpy = self.others
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)  # noqa: NPY002
         for generator, state in self.own:
             generator.set_state(state)

@@ -52,10 +52,10 @@ def test(
         )
         return read([p.query for p in points if p.query is not None])
 
-    key = (read, tuple(query_after), use, *loop.outside())
-    call = adapt if replay is None else partial(replay, adapt, key=key)
     found = []
     with torch.no_grad(), loop.mode(is_training=False, use=use):
+        key = (read, tuple(query_after), use, *loop.outside())
+        call = adapt if replay is None else partial(replay, adapt, key=key)
         for start in range(numbers.start, numbers.stop, chunk_size):
             chunk = episodes.batch(start, min(chunk_size, numbers.stop - start))
             found.append(call(*chunk.tensors()))

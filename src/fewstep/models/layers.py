@@ -77,10 +77,10 @@ _treats_each_channel_alone(F.adaptive_avg_pool2d)
 
 @stands_in_for(F.group_norm)
 def group_norm(input: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Normalise groups of channels; PyTorch's own asks for strides that `torch.vmap` hides."""
+    """Normalise groups of channels; PyTorch's own asks images for strides that `vmap` hides."""
     if not _of_tasks(input):
         return NotImplemented
-    return F.group_norm(input.contiguous(), *args, **kwargs)
+    return F.group_norm(input.flatten(2), *args, **kwargs).unflatten(2, input.shape[2:])
 
 
 @stands_in_for(Tensor.view)

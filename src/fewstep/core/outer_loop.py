@@ -1,0 +1,98 @@
+"""The outer loop: what a meta-gradient does to all that is learned."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import torch
+
+from fewstep.core.algorithm import Algorithm
+from fewstep.core.errors import InputError
+from fewstep.core.meta_parameters import RATE, MetaParameters
+from fewstep.core.network import Tensors
+
+
+class OuterLoop:
+    """Updates meta-parameters by the algorithm's outer optimiser, its schedule and its clipping.
+
+    Args:
+        meta: What is learned.
+        algorithm: Says how.
+    """
+
+    def __init__(self, meta: MetaParameters, algorithm: Algorithm) -> None:
+        self._meta, self._algorithm = meta, algorithm
+        self.optimiser = algorithm.outer(list(meta.by_outer.values()))
+        self._initial_lrs = [group["lr"] for group in self.optimiser.param_groups]
+        self._lrs = list(self._initial_lrs)  # as last set
+
+    def step(self, gradients: Tensors, epoch: float) -> None:
+        """Update phi and the learned rates.
+
+        Args:
+            gradients: Of the meta-loss, by the names of the parameters.
+            epoch: What the schedule reads.
+
+        Raises:
+            InputError: the optimiser's rate was set by somebody else.
+        """
+        meta, update = self._meta, self._algorithm.rate_update
+        self._follow_schedule(epoch)
+        clipped = self._algorithm.clipping({n: gradients[n][None] for n in meta.phi})
+        for name, parameter in meta.by_outer.items():
+            parameter.grad = clipped[name][0] if name in clipped else gradients[name]
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        if update is not None:
+            with torch.no_grad():
+                for name, rate in meta.rates.items():
+                    gradient = gradients[RATE + name]
+                    rate.copy_(update(rate, gradient))
+                    meta.hypergradients[name].copy_(-gradient)
+
+    def _follow_schedule(self, epoch: float) -> None:
+        factor = self._algorithm.outer_schedule(epoch)
+        for i, group in enumerate(self.optimiser.param_groups):
+            if group["lr"] != self._lrs[i]:
+                raise InputError(
+                    f"the outer rate was set to {group['lr']} from outside, and each step sets it "
+                    "by the algorithm's outer_schedule; pass that, a function of the epoch"
+                )
+            group["lr"] = self._lrs[i] = self._initial_lrs[i] * factor
+
+    def tensors(self) -> Tensors:
+        """Return the optimiser's state, by the names of parameter and entry."""
+        return {
+            f"{name}.{key}": torch.as_tensor(value)
+            for name, parameter in self._meta.parameters.items()
+            for key, value in self.optimiser.state.get(parameter, {}).items()
+        }
+
+    def check(self, saved: Tensors) -> None:
+        """Check that a state could be of this optimiser.
+
+        Raises:
+            InputError: it has entries of parameters that this one does not update.
+        """
+        self._by_place(saved)
+
+    def load(self, saved: Tensors) -> None:
+        """Take over what `tensors` gave."""
+        groups = self.optimiser.state_dict()["param_groups"]
+        self.optimiser.load_state_dict({"state": self._by_place(saved), "param_groups": groups})
+
+    def _by_place(self, saved: Tensors) -> dict[int, Tensors]:
+        """Return the entries by the number that PyTorch gives to their parameter."""
+        updated = chain.from_iterable(group["params"] for group in self.optimiser.param_groups)
+        places = {id(parameter): i for i, parameter in enumerate(updated)}
+        state: dict[int, Tensors] = {}
+        for full_name, t in saved.items():
+            name, _, key = full_name.rpartition(".")  # one parameter's name may begin another's
+            place = places.get(id(self._meta.parameters.get(name)))
+            if place is None:
+                raise InputError(
+                    f"the saved state is another outer optimiser's: it has `{full_name}`, which "
+                    "this one has no use for; build the learner as it was"
+                )
+            state.setdefault(place, {})[key] = t
+        return state

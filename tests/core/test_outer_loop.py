@@ -1,0 +1,101 @@
+"""Outer optimisers of one's own: groups of parameters, rates, states."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fewstep import SGD, Adam, InputError, MetaLearner, maml
+from tests.core.reference import MODELS
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+CASE = MODELS["mlp"]
+
+
+@dataclass(frozen=True)
+class InGroups:
+    """Adam whose groups have the parameters in another order than the module."""
+
+    owns_rate = False
+
+    def __call__(self, parameters):
+        first, *rest = parameters
+        groups = [{"params": rest, "lr": 0.01}, {"params": [first], "lr": 0.1}]
+        return torch.optim.Adam(groups)
+
+
+def linear(depth: int) -> nn.Sequential:
+    return nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(depth)))
+
+
+def test_a_state_comes_back_to_parameters_in_groups():
+    algorithm = replace(maml(1, 0.1), outer=InGroups())
+    batch = CASE.batch()
+    learners = [MetaLearner(linear(3), algorithm, F.cross_entropy) for _ in range(2)]
+    one, other = learners
+    for _ in range(3):
+        one.step(batch)
+    other.load_state_tensors(one.state_tensors())
+    one.load_state_tensors(one.state_tensors())
+    for each in learners:
+        each.step(batch)
+    states = [each.state_tensors() for each in learners]
+    assert all(torch.equal(states[1][name], t) for name, t in states[0].items())
+    untouched = MetaLearner(linear(3), algorithm, F.cross_entropy)
+    untouched.load_state_tensors(states[0])
+    for each in (one, untouched):
+        each.evaluate_ensemble([each.state_tensors()], batch, 2)
+        each.step(batch)
+    assert all(torch.equal(p, q) for p, q in zip(
+        one.module.parameters(), untouched.module.parameters(), strict=True
+    ))  # fmt: skip
+
+
+def test_groups_keep_their_rates_under_a_schedule():
+    algorithm = replace(
+        maml(1, 0.1),
+        outer=InGroups(),
+        outer_schedule=lambda epoch: 1 / (1 + epoch),
+        iterations_per_epoch=1,
+    )
+    learner = MetaLearner(linear(2), algorithm, F.cross_entropy)
+    for _ in range(3):
+        learner.step(CASE.batch())
+    rates = [group["lr"] for group in learner.optimiser.param_groups]
+    assert rates == pytest.approx([0.01 / 3, 0.1 / 3])
+
+
+def test_a_rate_set_from_outside_is_refused():
+    learner = MetaLearner(CASE.build(), maml(1, 0.1), CASE.loss)
+    scheduler = torch.optim.lr_scheduler.StepLR(learner.optimiser, 1, 0.1)
+    learner.step(CASE.batch())
+    scheduler.step()
+    before = [p.clone() for p in learner.module.parameters()]
+    with pytest.raises(InputError, match=r"outer rate was set to 0\.0001.*outer_schedule"):
+        learner.step(CASE.batch())
+    now = learner.module.parameters()
+    assert all(torch.equal(p, q) for p, q in zip(now, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (lambda state: {n: t for n, t in state.items() if n != "iteration"}, "has no 'iteration'"),
+        (lambda state: state | {"optimiser.2.bia.exp_avg": torch.ones(3)}, "`2.bia.exp_avg`"),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(changed, message):
+    learners = [
+        MetaLearner(CASE.build(), replace(maml(1), outer=outer), CASE.loss)
+        for outer in (Adam(0.1), SGD(0.1))
+    ]
+    learners[0].step(CASE.batch())
+    before = learners[1].state_tensors()
+    with pytest.raises(InputError, match=message):
+        learners[1].load_state_tensors(changed(learners[0].state_tensors()))
+    after = learners[1].state_tensors()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], t) for name, t in before.items())
