@@ -58,8 +58,7 @@ def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
             f"{tuple(targets.shape)} classes along one dimension, as accuracy needs; pass "
             "metric=..."
         )
-    counts = targets >= 0
-    is_right = (outputs.argmax(dim) == targets) & counts
+    is_right, counts = outputs.argmax(dim) == targets, targets >= 0
     return is_right.to(outputs.dtype).sum() / counts.to(outputs.dtype).sum()
 
 
