@@ -142,6 +142,70 @@ def test_clipping_keeps_a_rate_that_is_too_large_finite():
     assert MetaLearner(module, algorithm, F.mse_loss).step(batch).loss.isfinite()
 
 
+def _plainly(flat, limit, sizes):
+    """Return the concatenated gradients of two parameters, clipped by the formula."""
+    norms = torch.stack([torch.linalg.vector_norm(part) for part in flat.split(sizes)])
+    return flat * limit / torch.linalg.vector_norm(norms).clamp(min=limit)
+
+
+@pytest.mark.parametrize("limit", [0.5, 1e3], ids=["clipped", "not clipped"])
+def test_two_derivatives_go_through_the_norm(limit):
+    flat, weights, direction = torch.randn(3, 9, requires_grad=True)
+
+    def derivatives(clipped):
+        value = (weights * clipped).sum()
+        (first,) = torch.autograd.grad(value, flat, create_graph=True)
+        (second,) = torch.autograd.grad((first * direction).sum(), flat)
+        return clipped, first, second
+
+    w, b = flat.split([6, 3])
+    found = ClipByNorm(limit)({"w": w.view(1, 2, 3), "b": b.view(1, 3)})
+    found = torch.cat([found["w"].flatten(), found["b"].flatten()])
+    torch.testing.assert_close(
+        derivatives(found), derivatives(_plainly(flat, limit, [6, 3])), rtol=1e-12, atol=1e-14
+    )
+
+
+def test_a_parameter_whose_gradient_is_zero_has_second_derivatives_too():
+    """At a = 0, d^2 (w . a limit / |(a, b)|) / da db = -w limit b / |b|^3."""
+    a, b, w = torch.zeros(1, 2, requires_grad=True), torch.tensor([[3.0, 4.0]]), torch.ones(2)
+    b.requires_grad_()
+    clipped = ClipByNorm(1.0)({"a": a, "b": b})["a"]
+    (first,) = torch.autograd.grad((w * clipped).sum(), a, create_graph=True)
+    torch.testing.assert_close(first, torch.full((1, 2), 1 / 5))
+    by_a, by_b = torch.autograd.grad(first.sum(), (a, b))
+    torch.testing.assert_close(by_a, torch.zeros(1, 2))
+    torch.testing.assert_close(by_b, -2 * b.detach() / 125)
+
+
+def test_a_norm_whose_square_is_no_float32_is_clipped():
+    gradients = {"w": torch.full((1, 2, 2), 1e30), "b": torch.zeros(1, 2)}
+    gradients = {n: g.float().requires_grad_() for n, g in gradients.items()}
+    clipped = ClipByNorm(1.0)(gradients)
+    torch.testing.assert_close(clipped["w"], torch.full((1, 2, 2), 0.5).float())
+    for found in torch.autograd.grad(clipped["w"][0, 0, 0], list(gradients.values())):
+        assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("slot", ["inner_clipping", "clipping"])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_parameters_keep_their_kinds(slot, half):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 8).to(half), nn.Linear(8, 3).float()
+            self.scale = nn.Parameter(torch.ones(()).float())
+
+        def forward(self, x):
+            return self.scale * self.head(torch.tanh(self.body(x.to(half))).float())
+
+    module, batch = Mixed(), CASES["mlp"].batch()
+    kinds = [p.dtype for p in module.parameters()]
+    algorithm = replace(maml(2, 0.1), **{slot: ClipByNorm(0.01)})
+    MetaLearner(module, algorithm, F.cross_entropy).step(batch)
+    assert [p.dtype for p in module.parameters()] == kinds
+
+
 @pytest.mark.parametrize("part", [ClipByNorm, ClipByValue])
 @pytest.mark.parametrize("limit", [0.0, -1.0, float("nan")])
 def test_a_limit_is_positive(part, limit):

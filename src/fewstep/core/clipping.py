@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -73,10 +74,24 @@ class ClipByNorm:
 
     def __call__(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the clipped gradients."""
-        norms = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients.values()]
-        norm = torch.linalg.vector_norm(torch.stack(norms, 1), dim=1)
-        scale = self.limit / norm.clamp(min=self.limit)
-        return {name: scale.view(-1, *[1] * (g.dim() - 1)) * g for name, g in gradients.items()}
+        rows = [g.reshape(len(g), -1) for g in gradients.values() if g.numel()]
+        largest = torch.stack([_largest(row) for row in rows]).amax(0)
+        # A unit that is a constant keeps squares from overflowing, and every derivative as it is.
+        unit = largest.clamp(min=self.limit)[:, None]
+        squares = torch.stack([(row / unit).square().sum(1, keepdim=True) for row in rows]).sum(0)
+        # Below 1 the norm is below the limit; no root is near 0, where it has no derivative.
+        scale = self.limit / unit / squares.clamp(min=1).sqrt()
+        return {
+            name: (scale.view(-1, *[1] * (g.dim() - 1)) * g).to(g.dtype)
+            for name, g in gradients.items()
+        }
+
+
+def _largest(row: Tensor) -> Tensor:
+    """Return each task's greatest absolute value, in float32 or better."""
+    precise = max(row.dtype, torch.float32, key=lambda dtype: dtype.itemsize)
+    found: Tensor = torch.linalg.vector_norm(row.detach().to(precise), ord=math.inf, dim=1)
+    return found
 
 
 def _check_limit(part: object, limit: float) -> None:
