@@ -10,12 +10,14 @@ from torch.nn import functional as F
 
 from fewstep import (
     SGD,
+    Adam,
     Algorithm,
     ClipByNorm,
     ConstantRate,
     CosineAnnealing,
     DerivativeAnnealing,
     ElementRates,
+    FixedOrder,
     Guards,
     HypergradientAdam,
     HypergradientRates,
@@ -27,6 +29,7 @@ from fewstep import (
     MultiStepLoss,
     PerStepAffine,
     StepRates,
+    TaskBatch,
     alpha_maml,
     auto,
     maml_plus_plus,
@@ -370,6 +373,36 @@ def test_meta_sgd_starts_as_maml_and_learns_every_element():
             gradient["inner_lr.3.bias"][i], difference(meta_sgd, rates[i], batch) / 1.0,
             rtol=1e-6, atol=1e-9,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("rate", [LearnedRate(0.1), LayerStepRates(0.1)], ids=["one", "by step"])
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_rates_of_half_precision_move_by_small_steps(rate, order, half):
+    """0.1 and 0.1001 are the same bfloat16."""
+    module = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(half)
+    algorithm = Algorithm(2, rate, derivative_order=FixedOrder(order), outer=Adam(1e-4))
+    learner = MetaLearner(module, algorithm, F.cross_entropy)
+    batch = TaskBatch(*(t.to(half) if t.is_floating_point() else t for t in CASE.batch().tensors()))
+    learner.step(batch)
+    for name, found in learner.parameters.items():
+        assert found.dtype == (torch.float32 if name.startswith("inner_lr.") else half)
+        if name.startswith("inner_lr."):
+            moved = (found - 0.1).abs()
+            torch.testing.assert_close(moved, torch.full_like(moved, 1e-4), rtol=0.01, atol=0)
+    adapted = learner.adapt(batch.x_support[0], batch.y_support[0])
+    assert {p.dtype for p in adapted.parameters()} == {half}
+
+
+def test_a_rate_of_half_precision_follows_its_hypergradient():
+    for exact in (True, False):
+        module = nn.Linear(4, 3).bfloat16()
+        update = HypergradientRates(1e-4, exact=exact, guards=Guards(step="sign"))
+        algorithm = plain(2, rate_update=update, inner_rate=LearnedRate(0.1))
+        learner = MetaLearner(module, algorithm, F.cross_entropy)
+        x, y, *_ = CASE.batch().tensors()
+        learner.step(TaskBatch(x.bfloat16(), y, x.bfloat16(), y))
+        assert abs(learner.parameters["inner_lr.all"] / 0.1 - 1).item() == pytest.approx(1e-4, 0.01)
 
 
 def test_an_optimiser_s_step_takes_no_closure():

@@ -124,7 +124,7 @@ class LearnedRate:
     def table(self, adapted: Mapping[str, Tensor], num_steps: int) -> dict[str, Tensor]:
         """Return the one rate, named "all"."""
         like = next(iter(adapted.values()))
-        return {"all": like.new_tensor(self.inner_lr)}
+        return {"all": like.new_tensor(self.inner_lr, dtype=_precise(like))}
 
     def __call__(self, table: Mapping[str, Tensor], name: str, step: int) -> Tensor:
         """Return alpha."""
@@ -208,7 +208,7 @@ class LayerStepRates:
             initial[_layer(last)] = self.head_lr
         return {
             self._entry(name): torch.full(
-                (num_steps,), initial[_layer(name)], dtype=p.dtype, device=p.device
+                (num_steps,), initial[_layer(name)], dtype=_precise(p), device=p.device
             )
             for name, p in adapted.items()
         }
@@ -220,6 +220,11 @@ class LayerStepRates:
 
     def _entry(self, name: str) -> str:
         return name if self.per == "tensor" else _layer(name)
+
+
+def _precise(parameter: Tensor) -> torch.dtype:
+    """Return the dtype of a parameter's rate: in bfloat16 small steps would not move it."""
+    return torch.promote_types(parameter.dtype, torch.float32)
 
 
 def _layer(name: str) -> str:
