@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from fewstep import AdaptedParameters, MetaLearner, fomaml, maml
+from fewstep import AdaptedParameters, InputError, MetaLearner, fomaml, maml
 from tests.core.reference import MODELS, WAYS, Case, plain_meta_gradient, relative_error
 
 RECIPES = {"maml": maml, "fomaml": fomaml}
@@ -209,3 +209,11 @@ def test_unadapted_parameters_still_get_meta_gradients(chosen, names, recipe):
     expected, *_ = plain_meta_gradient(module, algorithm, case.loss, batch, sorted(names))
     assert relative_error(gradient, expected) < 1e-9
     assert all(g.abs().max() > 0 for g in gradient.values())
+
+
+def test_a_name_matches_itself_whatever_it_holds():
+    names = ["body.w", "p.a[0]", "p.a[1]", "p.a0"]
+    assert AdaptedParameters(("p.a[0]",)).choose(names) == ("p.a[0]", "p.a0")
+    assert AdaptedParameters(exclude=("p.a[1]",)).choose(names) == ("body.w", "p.a[0]", "p.a0")
+    with pytest.raises(InputError, match=r"'p\.a\[2\]' matches no"):
+        AdaptedParameters(("p.a[2]",)).choose(names)

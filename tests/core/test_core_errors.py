@@ -174,6 +174,8 @@ MISTAKES = [
     ("'heads.*' matches no parameter; the names are 0.weight", lambda: learner(only("heads.*"))),
     ("'tail' matches no", lambda: learner(maml(adapted=AdaptedParameters(exclude=("tail",))))),
     ("exclude=('*',)) leaves", lambda: learner(maml(adapted=AdaptedParameters(exclude=("*",))))),
+    ("give a tuple of patterns, ('head.*',)", lambda: AdaptedParameters("head.*")),
+    ("exclude='0.bias' is a string", lambda: AdaptedParameters(exclude="0.bias")),
     ("num_tasks=1 ", lambda: learner().evaluate(CASE.batch(), 1)),
     ("num_tasks=0 ", lambda: learner().predict(CASE.batch(), 0)),
     ("num_steps=-2 ", lambda: learner().evaluate(CASE.batch(), 3, num_steps=-2)),

@@ -87,7 +87,8 @@ class PerStepAffine:
     the module is left as it is.
 
     Args:
-        adapted: Let the inner loop change the rows too: step k changes row k.
+        adapted: Let the inner loop change the rows too: step k changes row k. Else it leaves them
+            alone, whatever `Algorithm.adapted` names.
 
     Deviation: none from the authors' code; where that adapts the scale and shift, it shares them
         among the steps (`SharedAffine` here).
