@@ -4,12 +4,15 @@ L(theta) = 1/2 (theta - s)^T A (theta - s), with A = X^T X and targets X s. Then
 theta[k+1] - s = (I - alpha[k] A) (theta[k] - s), and the chain rule gives the meta-gradient.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fewstep import (
     SGD,
+    Adam,
     Algorithm,
     ConstantRate,
     FinalStep,
@@ -161,3 +164,25 @@ def test_momentum_and_decay_of_the_outer_update(batch):
         learner.load_state_tensors(state)  # which holds v
         learner.step(batch)
         assert_equal_to_1e10(module.theta.detach(), expected)
+
+
+@pytest.mark.parametrize(
+    ("outer", "theirs"),
+    [
+        (Adam(0.01), partial(torch.optim.Adam, lr=0.01)),
+        (Adam(0.01, (0.8, 0.99)), partial(torch.optim.Adam, lr=0.01, betas=(0.8, 0.99))),
+        (Adam(0.01, weight_decay=0.1), partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)),
+    ],
+    ids=["defaults", "betas", "decay"],
+)
+def test_adam_is_pytorch_s(batch, outer, theirs):
+    module = Point()
+    algorithm = Algorithm(2, ConstantRate(ALPHA), outer=outer)
+    learner = MetaLearner(module, algorithm, half_squares)
+    expected = module.theta.detach().clone().requires_grad_()
+    optimiser = theirs([expected])
+    for _ in range(3):
+        _, expected.grad = closed_form(expected.detach(), batch, algorithm)
+        optimiser.step()
+        learner.step(batch)
+    assert_equal_to_1e10(module.theta.detach(), expected.detach())

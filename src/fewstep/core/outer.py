@@ -81,23 +81,52 @@ def check_outer_lr(outer_lr: float) -> None:
         raise InputError(f"outer_lr={outer_lr} must be a positive number, such as 0.001")
 
 
+def _check_weight_decay(part: object, weight_decay: float) -> None:
+    if not (math.isfinite(weight_decay) and weight_decay >= 0):
+        raise InputError(f"{type(part).__name__}(weight_decay={weight_decay}) must be 0 or more")
+
+
 @dataclass(frozen=True)
 class Adam:
-    """Adam with PyTorch's defaults but the rate.
+    """Adam, with decay of weights apart from the gradient if asked (AdamW).
+
+    m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
+    phi <- (1 - outer_lr * weight_decay) phi
+           - outer_lr * m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + 1e-8)
+
+    Args:
+        outer_lr: The rate, beta.
+        betas: b1 and b2.
+        weight_decay: Of all that it updates, learned inner rates and normalisation too.
 
     Raises:
-        InputError: `outer_lr` is not a positive finite number.
+        InputError: `outer_lr` is not a positive finite number, `betas` are not two in [0, 1), or
+            `weight_decay` is negative or not finite.
+
+    Reference: Kingma and Ba, Adam, ICLR 2015, arXiv:1412.6980; Loshchilov and Hutter, Decoupled
+        weight decay regularization, ICLR 2019, arXiv:1711.05101.
     """
 
     outer_lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
     owns_rate = False
 
     def __post_init__(self) -> None:
         check_outer_lr(self.outer_lr)
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise InputError(f"Adam(betas={self.betas}) must be two, each 0 or more and below 1")
+        _check_weight_decay(self, self.weight_decay)
 
     def __call__(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         """Return the optimiser."""
-        return torch.optim.Adam(parameters, lr=self.outer_lr)
+        return torch.optim.Adam(
+            parameters,
+            lr=self.outer_lr,
+            betas=self.betas,
+            weight_decay=self.weight_decay,
+            decoupled_weight_decay=True,
+        )
 
 
 @dataclass(frozen=True)
@@ -126,8 +155,7 @@ class SGD:
         check_outer_lr(self.outer_lr)
         if not 0 <= self.momentum < 1:
             raise InputError(f"SGD(momentum={self.momentum}) must be 0 or more, and below 1")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise InputError(f"SGD(weight_decay={self.weight_decay}) must be 0 or more")
+        _check_weight_decay(self, self.weight_decay)
 
     def __call__(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         """Return the optimiser."""
