@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from fewstep import AdaptedParameters, InputError, MetaLearner, fomaml, maml
+from fewstep import AdaptedParameters, InputError, MetaLearner, anil, fomaml, maml
 from tests.core.reference import MODELS, WAYS, Case, plain_meta_gradient, relative_error
 
 RECIPES = {"maml": maml, "fomaml": fomaml}
@@ -209,6 +209,22 @@ def test_unadapted_parameters_still_get_meta_gradients(chosen, names, recipe):
     expected, *_ = plain_meta_gradient(module, algorithm, case.loss, batch, sorted(names))
     assert relative_error(gradient, expected) < 1e-9
     assert all(g.abs().max() > 0 for g in gradient.values())
+
+
+def test_anil_is_maml_whose_body_is_excluded():
+    case = MODELS["mlp"]
+    module, batch = case.build(), case.batch()
+    recipes = {
+        "anil": anil(3, 0.3, head="2.*"),
+        "without body": maml(3, 0.3, adapted=AdaptedParameters(exclude=("0.*",))),
+        "maml": maml(3, 0.3),
+    }
+    found = {
+        name: MetaLearner(module, algorithm, case.loss).meta_gradient(batch)[0]
+        for name, algorithm in recipes.items()
+    }
+    assert relative_error(found["anil"], found["without body"]) == 0
+    assert relative_error(found["anil"], found["maml"]) > 1e-2
 
 
 def test_a_name_matches_itself_whatever_it_holds():

@@ -16,7 +16,6 @@ from fewstep import (
     ConstantRate,
     CosineAnnealing,
     DerivativeAnnealing,
-    ElementRates,
     FixedOrder,
     Guards,
     HypergradientAdam,
@@ -33,6 +32,7 @@ from fewstep import (
     alpha_maml,
     auto,
     maml_plus_plus,
+    meta_sgd,
 )
 from tests.core.reference import MODELS, Case
 
@@ -361,16 +361,16 @@ def test_auto_finds_rates_from_far_off():
 def test_meta_sgd_starts_as_maml_and_learns_every_element():
     batch = CASE.batch()
     maml = learner_of(Algorithm(2, ConstantRate(0.3)))
-    meta_sgd = learner_of(Algorithm(2, ElementRates(0.3)))
+    learner = learner_of(meta_sgd(2, 0.3))
     expected = maml.meta_gradient(batch)[0]
-    gradient = meta_sgd.meta_gradient(batch)[0]
+    gradient = learner.meta_gradient(batch)[0]
     for name, g in expected.items():
         torch.testing.assert_close(gradient[name], g)
         assert gradient[f"inner_lr.{name}"].shape == g.shape
-    rates = meta_sgd.parameters["inner_lr.3.bias"]
+    rates = learner.parameters["inner_lr.3.bias"]
     for i in range(3):
         torch.testing.assert_close(
-            gradient["inner_lr.3.bias"][i], difference(meta_sgd, rates[i], batch) / 1.0,
+            gradient["inner_lr.3.bias"][i], difference(learner, rates[i], batch) / 1.0,
             rtol=1e-6, atol=1e-9,
         )  # fmt: skip
 

@@ -20,7 +20,7 @@ from fewstep.core.hypergradient import (
 from fewstep.core.norm import NormStatistics, PerStepAffine
 from fewstep.core.outer import Adam, Constant, CosineAnnealing
 from fewstep.core.query_weights import FinalStep, MultiStepLoss
-from fewstep.core.rates import ConstantRate, LayerStepRates, LearnedRate
+from fewstep.core.rates import ConstantRate, ElementRates, LayerStepRates, LearnedRate
 
 
 def maml(
@@ -72,6 +72,42 @@ def fomaml(
     FixedOrder(order=1)
     """
     return replace(maml(num_steps, inner_lr, outer_lr, adapted), derivative_order=FixedOrder(1))
+
+
+def anil(
+    num_steps: int = 5, inner_lr: float = 0.1, outer_lr: float = 1e-3, *, head: str = "head.*"
+) -> Algorithm:
+    """ANIL: `maml` whose inner loop changes the head only.
+
+    head[k+1] = head[k] - alpha * grad_head L_support(body, head[k]);  phi as in `maml`
+
+    Args:
+        num_steps: K, inner steps.
+        inner_lr: alpha.
+        outer_lr: Adam's rate.
+        head: Pattern of the head's parameters, "2.*" for the third layer of a Sequential.
+
+    Reference: Raghu, Raghu, Bengio and Vinyals, Rapid learning or feature reuse?, ICLR 2020,
+        arXiv:1909.09157.
+    """
+    return maml(num_steps, inner_lr, outer_lr, AdaptedParameters((head,)))
+
+
+def meta_sgd(num_steps: int = 1, inner_lr: float = 0.1, outer_lr: float = 1e-3) -> Algorithm:
+    """Meta-SGD: `maml` that learns an inner rate for each element of each parameter.
+
+    theta[k+1] = theta[k] - alpha * grad L_support(theta[k]), alpha of the shape of theta
+
+    Args:
+        num_steps: K, inner steps; the paper takes one.
+        inner_lr: Initial value of every rate.
+        outer_lr: Adam's rate, of theta and alpha.
+
+    Deviation: see `ElementRates`.
+
+    Reference: Li et al., Meta-SGD, 2017, arXiv:1707.09835.
+    """
+    return replace(maml(num_steps, inner_lr, outer_lr), inner_rate=ElementRates(inner_lr))
 
 
 def maml_plus_plus(
