@@ -1,7 +1,9 @@
 """Mistakes are refused in one line that quotes what was given; nothing is left half done."""
 
+import math
 import re
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +16,10 @@ from fewstep import (
     Adam,
     AdaptedParameters,
     Algorithm,
+    ClipByNorm,
+    FinalStep,
     FixedOrder,
+    HypergradientRates,
     InputError,
     MetaLearner,
     StepRates,
@@ -36,6 +41,14 @@ LOSSES = nn.CrossEntropyLoss(reduction="none")
 
 def learner(algorithm: Algorithm | None = None, module=None, loss=CASE.loss, **options):
     return MetaLearner(module or CASE.build(), algorithm or maml(2), loss, **options)
+
+
+def with_part(**part) -> Algorithm:
+    return replace(maml(2), **part)
+
+
+def gives(*v: float):
+    return lambda num_steps, epoch: v
 
 
 def only(pattern: str, recipe=maml) -> Algorithm:
@@ -158,7 +171,39 @@ MISTAKES = [
     ("inner_lr=nan ", lambda: maml(inner_lr=float("nan"))),
     ("inner_lr=-0.1 ", lambda: maml(inner_lr=-0.1)),
     ("inner_lrs=-0.1 ", lambda: StepRates((0.1, -0.1))),
-    ("inner_rate=0.1 is a number", lambda: Algorithm(1, 0.1)),
+    ("inner_lr='0.1' ", lambda: maml(inner_lr="0.1")),
+    ("inner_lr=tensor(", lambda: maml(inner_lr=torch.tensor(0.1))),
+    ("inner_lrs=0.1 must be a tuple", lambda: StepRates(0.1)),
+    ("inner_rate=0.1 of type float does not fit; give a part", lambda: Algorithm(1, 0.1)),
+    ("such as ConstantRate(0.1)", lambda: Algorithm(1, torch.eye(9))),
+    ("of type float32 does not fit", lambda: Algorithm(1, np.float32(0.1))),
+    ("query_weights=<class ", lambda: with_part(query_weights=FinalStep)),
+    ("derivative_order=2 of type int", lambda: with_part(derivative_order=2)),
+    ("adapted='head.*' of type str", lambda: with_part(adapted="head.*")),
+    ("norm_affine='shared' of type str", lambda: with_part(norm_affine="shared")),
+    ("such as NormStatistics('batch')", lambda: with_part(norm_statistics="running")),
+    ("inner_clipping=1.0 of type float", lambda: with_part(inner_clipping=1.0)),
+    ("clipping=10.0 of type float", lambda: with_part(clipping=10.0)),
+    ("rate_update=0.1 of type float", lambda: with_part(rate_update=0.1)),
+    ("outer=<class 'torch.optim.adam.Adam'> ", lambda: with_part(outer=torch.optim.Adam)),
+    ("a callable with an attribute owns_rate", lambda: with_part(outer=lambda p: None)),
+    ("outer=0.1 of type float", lambda: with_part(outer=0.1)),
+    ("outer_schedule=0.5 of type float", lambda: with_part(outer_schedule=0.5)),
+    ("query weights (1.0,) at epoch 0.0; give 3", lambda: with_part(query_weights=gives(1.0))),
+    ("query weights (0, 1, 5, 7) at", lambda: with_part(query_weights=gives(0, 1, 5, 7))),
+    ("query weights (0, 0, 0) at", lambda: with_part(query_weights=gives(0, 0, 0))),
+    ("query weights (0, nan, 1) at", lambda: with_part(query_weights=gives(0, math.nan, 1))),
+    ("derivative order 3 at epoch 0.0", lambda: with_part(derivative_order=lambda epoch: 3)),
+    ("derivative order '2' at", lambda: with_part(derivative_order=lambda epoch: "2")),
+    ("derivative order None at", lambda: with_part(derivative_order=lambda epoch: None)),
+    ("the factor nan on the outer rate", lambda: with_part(outer_schedule=lambda e: math.nan)),
+    ("the factor -1 on the outer rate", lambda: with_part(outer_schedule=lambda e: -1)),
+    ("num_steps=2.0 must be a whole number", lambda: maml(num_steps=2.0)),
+    ("num_steps=1.5 ", lambda: learner().evaluate(CASE.batch(), 3, num_steps=1.5)),
+    ("outer_lr='0.1' ", lambda: SGD("0.1")),
+    ("hyper_lr='0.1' ", lambda: HypergradientRates("0.1")),
+    ("ClipByNorm(limit='1') must have", lambda: ClipByNorm("1")),
+    ("ClipByNorm(limit=inf) must have", lambda: ClipByNorm(math.inf)),
     ("inner_lr=inf ", lambda: fomaml(inner_lr=float("inf"))),
     ("inner_lrs=inf ", lambda: StepRates((0.1, float("inf")))),
     ("inner_lrs is empty", lambda: StepRates(())),

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from numbers import Integral
+from typing import Any, Literal, get_args
 
 from fewstep.core.adapted import AdaptedParameters
 from fewstep.core.clipping import Clipping, NoClipping
 from fewstep.core.derivative_order import DerivativeOrder, FixedOrder
 from fewstep.core.errors import InputError, check_name
-from fewstep.core.hypergradient import (
-    HypergradientRates,
-)
+from fewstep.core.hypergradient import HypergradientRates
 from fewstep.core.norm import NormAffine, NormStatistics, SharedAffine
 from fewstep.core.outer import Adam, Constant, OuterOptimiser, OuterSchedule
 from fewstep.core.query_weights import FinalStep, QueryWeights
 from fewstep.core.rates import InnerRate, LearnedRate
 
 ExtraSteps = Literal["refuse", "repeat"]
+
+# What a slot takes, and what to give in place of something else.
+_SLOTS: dict[str, tuple[Any, str]] = {
+    "inner_rate": (InnerRate, "ConstantRate(0.1)"),
+    "query_weights": (QueryWeights, "FinalStep()"),
+    "derivative_order": (DerivativeOrder, "FixedOrder(2)"),
+    "adapted": (AdaptedParameters, "AdaptedParameters(('head.*',))"),
+    "norm_affine": (NormAffine, "SharedAffine()"),
+    "norm_statistics": (NormStatistics, "NormStatistics('batch')"),
+    "inner_clipping": (Clipping, "ClipByNorm(10.0)"),
+    "rate_update": (HypergradientRates | None, "HypergradientRates(0.001)"),
+    "outer": (OuterOptimiser, "Adam(0.001), or a callable with an attribute owns_rate"),
+    "outer_schedule": (OuterSchedule, "Constant()"),
+    "clipping": (Clipping, "ClipByNorm(10.0)"),
+}
 
 
 @dataclass(frozen=True)
@@ -52,8 +67,8 @@ class Algorithm:
 
     Raises:
         InputError: `num_steps` is negative, `iterations_per_epoch` is not positive,
-            `extra_steps` or `task_reduction` is unknown, or two parts do not go
-            together.
+            `extra_steps` or `task_reduction` is unknown, a part does not fit its slot or gives
+            what it must not at the start, or two parts do not go together.
     """
 
     num_steps: int
@@ -73,12 +88,15 @@ class Algorithm:
     extra_steps: ExtraSteps = "refuse"
 
     def __post_init__(self) -> None:
-        if isinstance(self.inner_rate, int | float):
-            raise InputError(
-                f"inner_rate={self.inner_rate} is a number; give ConstantRate({self.inner_rate})"
-            )
-        if self.num_steps < 0:
-            raise InputError(f"num_steps={self.num_steps} must be 0 or more inner steps")
+        for slot, (kind, remedy) in _SLOTS.items():
+            part = getattr(self, slot)
+            if isinstance(part, type) or not isinstance(part, kind):  # a class has its methods
+                given = " ".join(repr(part).split())
+                raise InputError(
+                    f"{slot}={given} of type {type(part).__name__} does not fit; give a part such "
+                    f"as {remedy}"
+                )
+        _check_steps("num_steps", self.num_steps)
         if not self.iterations_per_epoch > 0:
             raise InputError(f"iterations_per_epoch={self.iterations_per_epoch} must be positive")
         if self.outer.owns_rate and self.outer_schedule != Constant():
@@ -105,6 +123,53 @@ class Algorithm:
             )
         check_name("task_reduction", self.task_reduction, ("mean", "sum"))
         check_name("extra_steps", self.extra_steps, get_args(ExtraSteps))
+        self.weights_at(0.0)
+        self.order_at(0.0)
+        self.outer_factor_at(0.0)
+
+    def weights_at(self, epoch: float) -> tuple[float, ...]:
+        """Return v[0 .. num_steps] at an epoch.
+
+        Raises:
+            InputError: they are fewer or more, not finite, or all 0.
+        """
+        v = self.query_weights(self.num_steps, epoch)
+        are_numbers = all(math.isfinite(weight) for weight in v)
+        if len(v) != self.num_steps + 1 or not are_numbers or not any(v):
+            raise InputError(
+                f"{type(self.query_weights).__name__} gave the query weights {v} at epoch {epoch}; "
+                f"give {self.num_steps + 1} finite numbers, for 0 to {self.num_steps} inner steps, "
+                "not all of them 0"
+            )
+        return v
+
+    def order_at(self, epoch: float) -> Literal[1, 2]:
+        """Return the derivative order at an epoch.
+
+        Raises:
+            InputError: it is neither 1 nor 2.
+        """
+        order = self.derivative_order(epoch)
+        if order not in (1, 2):
+            raise InputError(
+                f"{type(self.derivative_order).__name__} gave the derivative order {order!r} at "
+                f"epoch {epoch}; give 1 or 2"
+            )
+        return order
+
+    def outer_factor_at(self, epoch: float) -> float:
+        """Return the factor on the outer rate at an epoch.
+
+        Raises:
+            InputError: it is negative or not finite.
+        """
+        factor = self.outer_schedule(epoch)
+        if not (math.isfinite(factor) and factor >= 0):
+            raise InputError(
+                f"{type(self.outer_schedule).__name__} gave the factor {factor} on the outer rate "
+                f"at epoch {epoch}; give a finite number, 0 or more"
+            )
+        return factor
 
     def check_steps(self, num_steps: int, name: str = "num_steps") -> None:
         """Check that the parts can take so many steps, called `name` where they were given.
@@ -112,8 +177,7 @@ class Algorithm:
         Raises:
             InputError: they cannot.
         """
-        if num_steps < 0:
-            raise InputError(f"{name}={num_steps} must be 0 or more inner steps")
+        _check_steps(name, num_steps)
         parts = (self.inner_rate, self.norm_affine, self.norm_statistics)
         per_step = [type(part).__name__ for part in parts if part.per_step]
         if num_steps > self.num_steps == 0 and self.inner_rate.per_step:
@@ -127,3 +191,8 @@ class Algorithm:
                 f"{' and '.join(per_step)} learned; take fewer, or give "
                 "extra_steps='repeat' to repeat the last step's values"
             )
+
+
+def _check_steps(name: str, num_steps: object) -> None:
+    if not (isinstance(num_steps, Integral) and int(num_steps) >= 0):
+        raise InputError(f"{name}={num_steps} must be a whole number, 0 or more inner steps")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from numbers import Real
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from fewstep.core.errors import InputError
 
 
+@runtime_checkable
 class Clipping(Protocol):
     """Slots between a gradient and its step: each task's inner one, and the outer one."""
 
@@ -40,7 +42,7 @@ class ClipByValue:
     """Every element of the gradient brought within -limit and limit.
 
     Raises:
-        InputError: `limit` is not positive.
+        InputError: `limit` is not a positive finite number.
 
     Reference: MAML++'s code clips its meta-gradient at 10 on mini-ImageNet.
     """
@@ -64,7 +66,7 @@ class ClipByNorm:
     In the inner loop the derivative goes through the norm, too.
 
     Raises:
-        InputError: `limit` is not positive.
+        InputError: `limit` is not a positive finite number.
     """
 
     limit: float = 10.0
@@ -94,6 +96,6 @@ def _largest(row: Tensor) -> Tensor:
     return found
 
 
-def _check_limit(part: object, limit: float) -> None:
-    if not limit > 0:
-        raise InputError(f"{part} must have a positive limit")
+def _check_limit(part: object, limit: object) -> None:
+    if not (isinstance(limit, Real) and 0 < float(limit) < math.inf):
+        raise InputError(f"{part} must have a positive, finite limit, such as 10.0")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from fewstep.core.errors import InputError
 
 
+@runtime_checkable
 class DerivativeOrder(Protocol):
     """Slot of the derivative order."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, get_args, overload
 
 import torch
@@ -158,9 +159,9 @@ class HypergradientAdam(_ByHypergradient):
         return Hypergradient(parameters, self.outer_lr, self.hyper_lr, self.guards, _adam)
 
 
-def _check_hyper_lr(hyper_lr: float) -> None:
-    if not (math.isfinite(hyper_lr) and hyper_lr >= 0):
-        raise InputError(f"hyper_lr={hyper_lr} must be 0 or a positive number, such as 1e-4")
+def _check_hyper_lr(hyper_lr: object) -> None:
+    if not (isinstance(hyper_lr, Real) and 0 <= float(hyper_lr) < math.inf):
+        raise InputError(f"hyper_lr={hyper_lr!r} must be 0 or a positive number, such as 1e-4")
 
 
 Direction = Callable[[Tensor, dict[str, Tensor]], Tensor]

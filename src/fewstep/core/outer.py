@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from numbers import Real
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from fewstep.core.errors import InputError
 
 
+@runtime_checkable
 class OuterOptimiser(Protocol):
     """Slot of the outer update: phi <- phi - update(d meta-loss / d phi)."""
 
@@ -25,6 +27,7 @@ class OuterOptimiser(Protocol):
         ...
 
 
+@runtime_checkable
 class OuterSchedule(Protocol):
     """Slot of the outer rate's course over training."""
 
@@ -75,10 +78,10 @@ class CosineAnnealing:
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * share)) / 2
 
 
-def check_outer_lr(outer_lr: float) -> None:
+def check_outer_lr(outer_lr: object) -> None:
     """Raise InputError unless the rate is positive and finite."""
-    if not (math.isfinite(outer_lr) and outer_lr > 0):
-        raise InputError(f"outer_lr={outer_lr} must be a positive number, such as 0.001")
+    if not (isinstance(outer_lr, Real) and 0 < float(outer_lr) < math.inf):
+        raise InputError(f"outer_lr={outer_lr!r} must be a positive number, such as 0.001")
 
 
 def _check_weight_decay(part: object, weight_decay: float) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from numbers import Real
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from fewstep.core.errors import InputError, check_name, check_some
 
 
+@runtime_checkable
 class InnerRate(Protocol):
     """Slot alpha. Rates that are learned are values of a table, by name."""
 
@@ -35,9 +37,10 @@ class InnerRate(Protocol):
         ...
 
 
-def _check_rate(name: str, rate: float) -> None:
-    if not (math.isfinite(rate) and rate >= 0):  # learned ones may change their sign later
-        raise InputError(f"{name}={rate} must be a finite number, 0 or more, such as 0.1")
+def _check_rate(name: str, rate: object) -> None:
+    # Learned ones may change their sign later.
+    if not (isinstance(rate, Real) and 0 <= float(rate) < math.inf):
+        raise InputError(f"{name}={rate!r} must be a finite number, 0 or more, such as 0.1")
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class StepRates:
         inner_lrs: alpha[0], alpha[1], ...; steps after the last take the last.
 
     Raises:
-        InputError: there is none, or one is negative or not finite.
+        InputError: they are no tuple, there is none, or one is negative or not finite.
     """
 
     inner_lrs: tuple[float, ...]
@@ -86,6 +89,9 @@ class StepRates:
     per_step = False
 
     def __post_init__(self) -> None:
+        given: object = self.inner_lrs
+        if not isinstance(given, tuple | list):
+            raise InputError(f"inner_lrs={given!r} must be a tuple of rates, such as (0.1, 0.05)")
         check_some("inner_lrs", self.inner_lrs)
         for rate in self.inner_lrs:
             _check_rate("inner_lrs", rate)
