@@ -336,7 +336,7 @@ def test_returns_do_not_depend_on_the_other_tasks():
 
 def test_a_test_changes_nothing_and_takes_rates_of_its_own():
     of, tasks = learner(), navigation()
-    before = {n: t.clone() for n, t in of.state_tensors().items()}
+    before = of.state_tensors()
     of.evaluate(tasks, 3, num_steps=4)
     still = of.evaluate(tasks, 3, inner_rate=StepRates((0.0,)))
     assert before.keys() == of.state_tensors().keys()
@@ -360,6 +360,17 @@ def test_training_goes_on_from_a_saved_state_to_the_bit():
         second.step(tasks, 4 * i, 4)
     for name, tensor in straight.state_tensors().items():
         assert torch.equal(tensor, second.state_tensors()[name])
+
+
+def test_a_state_stays_as_it_was_while_training_goes_on():
+    of, tasks = learner(2, LearnedRate(0.1)), navigation()
+    state = of.state_tensors()
+    before = {n: p.detach().clone() for n, p in of.parameters.items()}
+    of.step(tasks, 0, 4)
+    of.load_state_tensors(state)
+    assert of.iteration == 0
+    assert all(torch.equal(of.parameters[n], b) for n, b in before.items())
+    assert not any(t.requires_grad for t in state.values())
 
 
 def test_an_iteration_moves_phi_down_the_outer_loss_within_the_bound():

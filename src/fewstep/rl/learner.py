@@ -224,7 +224,8 @@ class PolicyLearner:
 
     def state_tensors(self) -> Tensors:
         """Return all that training changes, by name."""
-        return self._meta.tensors() | {"iteration": torch.tensor(self.iteration)}
+        state = self._meta.tensors() | {"iteration": torch.tensor(self.iteration)}
+        return {name: t.detach().clone() for name, t in state.items()}
 
     def load_state_tensors(self, state: Tensors) -> None:
         """Take over what `state_tensors` gave.
