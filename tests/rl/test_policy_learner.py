@@ -147,6 +147,22 @@ def test_any_policy_may_be_trained(policy, vectorize):
     assert not any(torch.equal(a, b) for a, b in zip(before, of.policy.parameters(), strict=True))
 
 
+def test_the_policy_that_is_judged_is_the_one_that_acted():
+    """Dropout, which would make another policy of each call, is off; then it is as without."""
+
+    def update_of(*between):
+        torch.manual_seed(0)
+        of = PolicyLearner(nn.Sequential(nn.Linear(2, 8), *between, nn.Linear(8, 4)))
+        update = of.step(navigation(), 0, 4).update
+        assert of.policy.training
+        return update
+
+    found = update_of(nn.Dropout(0.5))
+    assert found == update_of()
+    assert found.loss_before == pytest.approx(0, abs=1e-12)
+    assert found.shrinks is not None
+
+
 def test_looping_over_the_tasks_changes_no_result():
     of, plain = learner(), learner(vectorize=False)
     plain.policy.load_state_dict(of.policy.state_dict())

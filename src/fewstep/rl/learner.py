@@ -52,7 +52,8 @@ class PolicyLearner:
     over tasks; the divergence is KL(pi_old || pi_theta[K]).
 
     It is MAML's inner loop, and what it needs: new episodes after each step. phi are the policy's
-    parameters, updated in place, and learned inner rates.
+    parameters, updated in place, and learned inner rates. The policy is in evaluation mode in
+    training, too: with dropout, those that act and those that are judged would be others.
 
     Args:
         policy: Maps observations to what says how to act, as `GaussianPolicy` and
@@ -145,7 +146,7 @@ class PolicyLearner:
             InputError: `count` is below 1.
         """
         num_steps = self._loop.algorithm.num_steps
-        with self._loop.mode(is_training=True, use="batch"):
+        with self._loop.mode(is_training=False, use="batch"):
             gathered = list(self._gather(self._loop, tasks, slice(start, start + count), num_steps))
             of_steps = [self._experience(rollouts) for rollouts in gathered]
             update = self.outer.step(
