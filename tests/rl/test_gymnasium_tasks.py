@@ -142,6 +142,37 @@ def test_actions_without_bounds_are_taken_as_they_are():
     assert found.observations.tolist() == [[[7.0, -3.0]]]
 
 
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ([0.5, 0.5, 0.5, 0.5], [3.5, 0.5, 0.5, 0.5]),
+        ([-1.0, -3.0, 3.0, -9.0], [2.0, -2.0, 1.0, -9.0]),
+        ([1.5, 7.0, -7.0, 9.0], [4.0, 7.0, -7.0, 9.0]),
+    ],
+)
+def test_each_number_of_an_action_has_its_own_bounds(given, taken):
+    """On both sides, below, above, on none."""
+
+    class Half(Point):
+        observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (4,), np.float64)
+        action_space = gymnasium.spaces.Box(
+            np.array([2, -2, -np.inf, -np.inf]), np.array([4, np.inf, 1, np.inf]), dtype=np.float64
+        )
+
+        def reset(self, *, seed=None, options=None):
+            return np.zeros(4), {}
+
+        def step(self, action):
+            assert self.action_space.contains(action)
+            return action, 0.0, False, False, {}
+
+    tasks = GymnasiumTasks(lambda _: Half(np.ones(2)), horizon=1, dtype=torch.float64)
+    environments = tasks.environments(0, 1, episodes=1)
+    environments.reset()
+    found = environments.step(torch.tensor([[given]], dtype=torch.float64))
+    assert found.observations.tolist() == [[taken]]
+
+
 class Switch(Point):
     """The reward is which of three actions, numbered from 5, was taken."""
 

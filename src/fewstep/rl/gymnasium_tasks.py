@@ -22,10 +22,10 @@ Numbers = np.ndarray[Any, Any]
 class GymnasiumTasks:
     """Tasks of environments that a function makes; each episode has an environment of its own.
 
-    Where actions are bounded, [-1, 1] of a policy is the whole of their range, and what is beyond
-    is cut off. Of a `Discrete` space, an action is the largest entry of a policy's, as
-    `CategoricalPolicy` gives it. Noise and seeds of resets are pure functions of (seed, task, step,
-    episode).
+    Where a number of an action is bounded on both sides, [-1, 1] of a policy is the whole of its
+    range; what is beyond a bound is cut off. Of a `Discrete` space, an action is the largest entry
+    of a policy's, as `CategoricalPolicy` gives it. Noise and seeds of resets are pure functions of
+    (seed, task, step, episode).
 
     Args:
         make: Returns an environment of task i, a new one at each call. Observations are of a
@@ -149,7 +149,12 @@ def _action_of(space: gymnasium.Space[Any]) -> Callable[[Numbers], Any]:
     if isinstance(space, Discrete):
         return lambda given: space.start + given.argmax()
     assert isinstance(space, Box)
-    if not space.is_bounded():
-        return lambda given: given.astype(space.dtype)
-    low, span = space.low.astype(float), space.high.astype(float) - space.low
-    return lambda given: (low + (np.clip(given, -1, 1) + 1) / 2 * span).astype(space.dtype)
+    low, high = space.low.astype(float), space.high.astype(float)
+    is_range = space.bounded_below & space.bounded_above
+    start, end = (np.where(is_range, bound, 0) for bound in (low, high))
+
+    def taken(given: Numbers) -> Numbers:
+        numbers = np.where(is_range, start + (given + 1) / 2 * (end - start), given)
+        return np.clip(numbers, low, high).astype(space.dtype)
+
+    return taken
