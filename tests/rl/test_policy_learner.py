@@ -441,6 +441,7 @@ def test_training_teaches_to_walk_to_goals():
         ({"discount": 1.5}, "discount=1.5 must be between 0 and 1"),
         ({"trace": -0.1}, "trace=-0.1"),
         ({"num_steps": -1}, "num_steps=-1"),
+        ({"inner_rate": 0.0}, r"inner_rate=0.0 is a number; give ConstantRate\(0.0\)"),
         ({"support_loss": "rato"}, "unknown support_loss 'rato'; did you mean 'ratio'"),
     ],
 )
@@ -462,5 +463,44 @@ def test_no_episodes_no_interval_and_buffers_are_refused():
         learner().evaluate(navigation(), 2, chunk_size=0)
     with pytest.raises(InputError, match=r"LearnedRate\(inner_lr=0\.1\) is learned; give"):
         learner().evaluate(navigation(), 2, inner_rate=LearnedRate(0.1))
+    with pytest.raises(InputError, match=r"inner_rate=0\.1 is a number; give ConstantRate"):
+        learner().evaluate(navigation(), 2, inner_rate=0.1)
     with pytest.raises(InputError, match="Sequential has buffers"):
         PolicyLearner(nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4)))
+
+
+def test_a_state_without_its_iteration_is_refused_and_nothing_taken_over():
+    of, other = learner(), learner()
+    before = of.state_tensors()
+    with pytest.raises(InputError, match=r"has no `iteration`; give what state_tensors\(\)"):
+        of.load_state_tensors(other.policy.state_dict())
+    assert all(torch.equal(t, before[n]) for n, t in of.state_tensors().items())
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_observations_of_another_dtype_are_refused(vectorize):
+    tasks = NavigationTasks("train", horizon=6)
+    of = learner(vectorize=vectorize)
+    told = (
+        r"the environments give torch\.float32 and the policy is of torch\.float64 \(.*\); give "
+        r"environments with dtype=torch\.float64, or policy\.to\(torch\.float32\)"
+    )
+    for call in (of.step, lambda *_: of.evaluate(tasks, 2)):
+        with pytest.raises(InputError, match=told):
+            call(tasks, 0, 4)
+
+
+class Converting(nn.Module):
+    """A policy that takes observations of any dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.policy = GaussianPolicy(2, 2, hidden=(8,))
+
+    def forward(self, x):
+        return self.policy(x.double())
+
+
+def test_a_policy_may_convert_its_observations():
+    of = PolicyLearner(Converting(), 1, episodes=3)
+    assert of.step(NavigationTasks("train", horizon=6), 0, 4).update.shrinks is not None

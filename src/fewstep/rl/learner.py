@@ -9,7 +9,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fewstep.core.adapted import AdaptedParameters
 from fewstep.core.algorithm import Algorithm
@@ -117,7 +117,7 @@ class PolicyLearner:
         self.distribution = said if distribution is None else distribution
         algorithm = Algorithm(
             num_steps,
-            inner_rate or ConstantRate(0.1),
+            ConstantRate(0.1) if inner_rate is None else inner_rate,
             derivative_order=FixedOrder(derivative_order),
             adapted=adapted or AdaptedParameters(),
         )
@@ -143,7 +143,8 @@ class PolicyLearner:
 
         Raises:
             FloatingPointError: the loss or its gradient is not finite; phi is left as it was.
-            InputError: `count` is below 1.
+            InputError: `count` is below 1, or the policy does not take the dtype of the
+                observations.
         """
         num_steps = self._loop.algorithm.num_steps
         with self._loop.mode(is_training=False, use="batch"):
@@ -179,8 +180,8 @@ class PolicyLearner:
 
         Raises:
             InputError: `num_tasks` is below 2, which gives no interval, `episodes` or `chunk_size`
-                is below 1, `inner_rate` is a learned one, or `num_steps` is more than the rates
-                have rows for.
+                is below 1, `inner_rate` is a learned one or a number, `num_steps` is more than the
+                rates have rows for, or the policy does not take the dtype of the observations.
         """
         if num_tasks < 2:
             raise InputError(f"num_tasks={num_tasks} must be at least 2 to give an interval")
@@ -215,9 +216,9 @@ class PolicyLearner:
         """
         loop = self._loop
         if inner_rate is not None:
+            loop = replace(loop, algorithm=replace(loop.algorithm, inner_rate=inner_rate))
             if inner_rate.is_learned:
                 raise InputError(f"{inner_rate} is learned; give a ConstantRate or StepRates")
-            loop = replace(loop, algorithm=replace(loop.algorithm, inner_rate=inner_rate))
         steps = loop.algorithm.num_steps if num_steps is None else num_steps
         loop.algorithm.check_steps(steps)
         with loop.mode(is_training=False, use="batch"):
@@ -232,8 +233,13 @@ class PolicyLearner:
         """Take over what `state_tensors` gave.
 
         Raises:
-            InputError: it is another policy's.
+            InputError: it is another policy's, or of a policy alone.
         """
+        if "iteration" not in state:
+            raise InputError(
+                "the saved state has no `iteration`; give what state_tensors() returned, or load "
+                "parameters alone by policy.load_state_dict(...)"
+            )
         self._meta.load({name: t for name, t in state.items() if name != "iteration"})
         self.iteration = int(state["iteration"])
 
@@ -255,7 +261,7 @@ class PolicyLearner:
             for step in range(num_steps + 1):
                 noise = tasks.noise(start, count, episodes, step)
                 with torch.no_grad():
-                    acting = partial(loop.network.outputs, point.theta)
+                    acting = partial(_act, loop, point)
                     rollouts = roll_out(acting, self.distribution, environments, noise)
                     yield rollouts
                     if step < num_steps:
@@ -289,6 +295,21 @@ class PolicyLearner:
 
     def _experience(self, rollouts: Rollouts) -> Experience:
         return Experience.of(rollouts, discount=self.discount, trace=self.trace)
+
+
+def _act(loop: InnerLoop, point: Point, observations: Tensor) -> Tensor:
+    """Return what each task's policy gives for observations of it."""
+    try:
+        return loop.network.outputs(point.theta, observations)
+    except RuntimeError as error:  # of a policy that does not convert them itself
+        of_policy = next(iter(point.theta.values())).dtype
+        if observations.dtype == of_policy:
+            raise
+        raise InputError(
+            f"the environments give {observations.dtype} and the policy is of {of_policy} "
+            f"({str(error).splitlines()[0]}); give environments with dtype={of_policy}, or "
+            f"policy.to({observations.dtype})"
+        ) from error
 
 
 def _descend(loop: InnerLoop, point: Point, experience: Experience, *, order: int) -> Point:
