@@ -40,16 +40,19 @@ def test_layers_without_units_are_refused(policy):
         policy(2, 2, hidden=(0,))
 
 
-def test_a_context_is_beside_every_observation():
-    policy = GaussianPolicy(3, 2, hidden=(5,), context=4)
+@pytest.mark.parametrize(
+    ("policy", "network"), [(GaussianPolicy, "mean"), (CategoricalPolicy, "logits")]
+)
+def test_a_context_is_beside_every_observation(policy, network):
+    with_it = policy(3, 2, hidden=(5,), context=4)
     x = torch.randn(6, 3)
-    assert not policy.context.vector.any()
+    assert not with_it.context.vector.any()
     with torch.no_grad():
-        policy.context.vector.copy_(torch.arange(4.0))
-    mean, _ = Gaussian().mean_and_log_std(policy(x))
+        with_it.context.vector.copy_(torch.arange(4.0))
     beside = torch.tensor([0.0, 1, 2, 3]).expand(6, 4)
-    torch.testing.assert_close(mean, policy.mean(torch.cat([x, beside], 1)))
-    assert policy(torch.randn(7, 6, 3)).shape == (7, 6, 4)
-    assert "context.vector" not in GaussianPolicy(3, 2).state_dict()
+    expected = getattr(with_it, network)(torch.cat([x, beside], 1))
+    torch.testing.assert_close(with_it(x)[:, :2], expected)
+    assert with_it(torch.randn(7, 6, 3)).shape[:2] == (7, 6)
+    assert "context.vector" not in policy(3, 2).state_dict()
     with pytest.raises(InputError, match="size=-1"):
-        GaussianPolicy(3, 2, context=-1)
+        policy(3, 2, context=-1)

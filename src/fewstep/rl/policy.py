@@ -47,7 +47,7 @@ class GaussianPolicy(nn.Module):
         context: int = 0,
     ) -> None:
         super().__init__()
-        self.context = Context(context) if context else nn.Identity()
+        self.context = _beside(context)
         self.mean = _network([observation_size + context, *hidden, action_size])
         self.log_std = nn.Parameter(torch.zeros(action_size))
 
@@ -66,9 +66,10 @@ class CategoricalPolicy(nn.Module):
         observation_size: Numbers of an observation.
         actions: How many there are.
         hidden: Units of the hidden layers, with ReLU.
+        context: As in `GaussianPolicy`.
 
     Raises:
-        InputError: a size is below 1.
+        InputError: a size is below 1, or `context` below 0.
 
     Shapes: (examples, observation_size) to (examples, actions).
     """
@@ -76,15 +77,25 @@ class CategoricalPolicy(nn.Module):
     distribution = Categorical()
 
     def __init__(
-        self, observation_size: int, actions: int, hidden: Sequence[int] = (100, 100)
+        self,
+        observation_size: int,
+        actions: int,
+        hidden: Sequence[int] = (100, 100),
+        context: int = 0,
     ) -> None:
         super().__init__()
-        self.logits = _network([observation_size, *hidden, actions])
+        self.context = _beside(context)
+        self.logits = _network([observation_size + context, *hidden, actions])
 
     def forward(self, observations: Tensor) -> Tensor:
         """Return logits."""
-        logits: Tensor = self.logits(observations)
+        logits: Tensor = self.logits(self.context(observations))
         return logits
+
+
+def _beside(context: int) -> nn.Module:
+    """Return what puts a learned vector of so many numbers beside each observation."""
+    return Context(context) if context else nn.Identity()
 
 
 def _network(sizes: Sequence[int]) -> nn.Sequential:
