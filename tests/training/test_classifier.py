@@ -99,6 +99,13 @@ def test_what_it_refuses(fitted, drawings, tmp_path):
         ),
         "is a single image": lambda: fitted.fit(Path("c0.png"), NAMES),
         "there is no image": lambda: fitted.predict([]),
+        "there is no image; give": lambda: fitted.score(x[:0], []),
+        r"pixels from 0 to 255 are not all on \[0, 1\]; .* by 255": lambda: new.fit(
+            drawings[0], NAMES
+        ),
+        r"pixels from 0\.0 to 255\.0 are not": lambda: fitted.predict(255 * x),
+        r"pixels from 0\.0 to inf are not": lambda: fitted.predict(x / (1 - x)),
+        r"pixels from nan to nan are not": lambda: fitted.predict(np.nan * x),
         r"text.png is not a readable image": lambda: fitted.predict([tmp_path / "text.png"]),
         "unknown views 'sideways'": lambda: FewShotClassifier(RUN, views="sideways"),
         "unknown statistics 'bach'": lambda: FewShotClassifier(RUN, statistics="bach"),

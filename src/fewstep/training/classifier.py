@@ -90,7 +90,8 @@ class FewShotClassifier:
 
         Raises:
             InputError: the classes are not as many as the run's ways, the labels not as many as the
-                images, an image cannot be read, or the steps are more than the run has learned.
+                images, there is no image, one cannot be read or has pixels beyond [0, 1], or the
+                steps are more than the run has learned.
         """
         x = self._read(images)
         classes, numbers = np.unique(np.asarray(list(labels)), return_inverse=True)
@@ -113,7 +114,7 @@ class FewShotClassifier:
         """Return the probability of each class, (images, classes), in the order of `classes_`.
 
         Raises:
-            InputError: `fit` was not called, or an image cannot be read.
+            InputError: `fit` was not called, or the images are refused as in `fit`.
         """
         if not self._modules:
             raise InputError("the classifier has no classes yet; call fit(images, labels) first")
@@ -139,15 +140,20 @@ class FewShotClassifier:
         device = next(self._learner.module.parameters()).device
         if isinstance(images, (str, Path, Image.Image)):
             raise InputError(f"{images} is a single image; give a list, [{images!r}]")
+        if len(images) == 0:
+            raise InputError("there is no image; give one or more")
         if isinstance(images, Tensor):
             if images.shape[1:] != self._data.image_shape:
                 raise InputError(
                     f"images of shape {tuple(images.shape[1:])} do not fit the run, whose images "
                     f"are {self._data.image_shape}; give those, or image files"
                 )
+            if not ((images >= 0) & (images <= 1)).all():
+                raise InputError(
+                    f"pixels from {images.min().item()} to {images.max().item()} are not all on "
+                    "[0, 1]; divide those of 8 bits by 255, or take .clamp(0, 1)"
+                )
             return images.to(device, torch.float32)
-        if len(images) == 0:
-            raise InputError("there is no image; give one or more")
         pixels = np.stack([self._data.pixels(*_content(each)) for each in images])
         return torch.from_numpy(pixels).to(device, torch.float32).div_(255)
 
