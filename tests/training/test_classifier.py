@@ -83,6 +83,30 @@ def test_another_fit_takes_the_place_of_the_first(drawings):
     assert (first + again == WAYS - 1).mean() > 0.8
 
 
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (range(WAYS, 0, -1), [*range(1, WAYS + 1)]),
+        (np.arange(WAYS)[::-1] / 2, [c / 2 for c in range(WAYS)]),
+        (torch.arange(WAYS).flip(0), [*range(WAYS)]),
+        ([("owl", WAYS - c) for c in range(WAYS)], [("owl", c + 1) for c in range(WAYS)]),
+        ([1, "1", None, *range(2, WAYS - 1)], [1, "1", None, *range(2, WAYS - 1)]),
+        ([("owl",), "owl", *range(2, WAYS)], [("owl",), "owl", *range(2, WAYS)]),
+    ],
+    ids=["integers", "array", "tensor", "tuples", "mixed", "a tuple among others"],
+)
+def test_a_class_may_be_called_whatever(drawings, labels, classes):
+    """Sorted, or, where some cannot be compared, as they come."""
+    x = drawings[0] / 255
+    classifier = FewShotClassifier(RUN, device="cpu").fit(x, labels)
+    assert list(classifier.classes_) == classes
+    assert classifier.score(x, labels) == 1
+    found = classifier.predict(x)
+    assert [classes.index(label) for label in found] == [classes.index(label) for label in labels]
+    assert classifier.score(x, [*labels[1:], *labels[:1]]) == 0
+    assert classifier.score(x, [("no", "class")] * WAYS) == 0
+
+
 def test_what_it_refuses(fitted, drawings, tmp_path):
     x = drawings[0] / 255
     new = FewShotClassifier(RUN, device="cpu")
@@ -93,6 +117,11 @@ def test_what_it_refuses(fitted, drawings, tmp_path):
             x, [*range(19), 18]
         ),
         "20 images have 19 labels": lambda: new.fit(x, range(19)),
+        "4 images have 1 labels; give one for each": lambda: fitted.score(x[:4], NAMES[:1]),
+        "4 images have 3 labels": lambda: fitted.score(x[:4], NAMES[:3]),
+        "a label of type ndarray cannot name a class; give": lambda: new.fit(x, np.eye(WAYS)),
+        "a label of type Tensor cannot": lambda: new.fit(x, torch.eye(WAYS)),
+        "a label of type list cannot": lambda: fitted.score(x[:2], [["owl"], ["elk"]]),
         r"images of shape \(1, 27, 28\) do not fit": lambda: fitted.predict(x[:, :, 1:]),
         "'c0.png' is a single image|c0.png is a single image; give a list": lambda: fitted.predict(
             "c0.png"

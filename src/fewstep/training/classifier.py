@@ -72,6 +72,7 @@ class FewShotClassifier:
         self._views = views_of(views)
         self._statistics = statistics
         self._modules: list[nn.Module] = []
+        self._number_of: dict[Any, int] = {}
         self.ways = config.episodes.ways
         self.num_steps = config.algorithm.eval_steps if num_steps is None else num_steps
         self.classes_: NDArray[Any] = np.array([])
@@ -86,7 +87,8 @@ class FewShotClassifier:
             images: Image files or PIL images, brought to the run's size, with dark ink on light
                 paper where it is of characters; or a tensor as the run's own, on [0, 1],
                 (images, channels, height, width).
-            labels: The class of each, whatever it is called.
+            labels: The class of each, whatever it is called, by a string, a number or a tuple.
+                `classes_` has them sorted or, where some cannot be compared, as they come.
 
         Raises:
             InputError: the classes are not as many as the run's ways, the labels not as many as the
@@ -94,20 +96,20 @@ class FewShotClassifier:
                 steps are more than the run has learned.
         """
         x = self._read(images)
-        classes, numbers = np.unique(np.asarray(list(labels)), return_inverse=True)
-        if len(numbers) != len(x):
-            raise InputError(f"{len(x)} images have {len(numbers)} labels; give one for each")
+        of_images = _labels(labels, len(x))
+        classes = _in_order(of_images)
         if len(classes) != self.ways:
             raise InputError(
                 f"labels name {len(classes)} classes, and the run learned to tell {self.ways} "
                 f"apart; give {self.ways}"
             )
-        y = torch.from_numpy(numbers).to(x.device)
+        number_of = {name: c for c, name in enumerate(classes)}
+        y = torch.tensor([number_of[label] for label in of_images], device=x.device)
         self._modules = [
             self._learner.adapt(view(x), y, num_steps=self.num_steps, statistics=self._statistics)
             for view in self._views
         ]
-        self.classes_ = classes
+        self.classes_, self._number_of = _as_array(classes), number_of
         return self
 
     def predict_proba(self, images: Sequence[Picture] | Tensor) -> NDArray[np.float32]:
@@ -132,8 +134,10 @@ class FewShotClassifier:
         return found
 
     def score(self, images: Sequence[Picture] | Tensor, labels: Iterable[Any]) -> float:
-        """Return the share of images whose label is right; errors as in `predict_proba`."""
-        return float((self.predict(images) == np.asarray(list(labels))).mean())
+        """Return the share of images whose label is right; errors as in `fit`."""
+        found = self.predict_proba(images).argmax(1)
+        right = [self._number_of.get(label) for label in _labels(labels, len(found))]
+        return float(np.mean([a == b for a, b in zip(found, right, strict=True)]))
 
     def _read(self, images: Sequence[Picture] | Tensor) -> Tensor:
         """Return images as the run's are, (images, channels, height, width) on [0, 1]."""
@@ -156,6 +160,50 @@ class FewShotClassifier:
             return images.to(device, torch.float32)
         pixels = np.stack([self._data.pixels(*_content(each)) for each in images])
         return torch.from_numpy(pixels).to(device, torch.float32).div_(255)
+
+
+def _labels(labels: Iterable[Any], images: int) -> list[Any]:
+    """Return the label of each image."""
+    # A number may come as a tensor, of which no two are the same key.
+    found = [
+        label.item() if isinstance(label, Tensor | np.ndarray) and label.ndim == 0 else label
+        for label in labels
+    ]
+    if len(found) != images:
+        raise InputError(f"{images} images have {len(found)} labels; give one for each")
+    for label in found:
+        if isinstance(label, Tensor) or not _is_key(label):
+            raise InputError(
+                f"a label of type {type(label).__name__} cannot name a class; give a string, a "
+                "number or a tuple of them"
+            )
+    return found
+
+
+def _is_key(label: object) -> bool:
+    try:
+        hash(label)
+    except TypeError:
+        return False
+    return True
+
+
+def _in_order(labels: list[Any]) -> list[Any]:
+    """Return the classes, sorted or, where some cannot be compared, as they come."""
+    classes = list(dict.fromkeys(labels))
+    try:
+        return sorted(classes)
+    except TypeError:
+        return classes
+
+
+def _as_array(classes: list[Any]) -> NDArray[Any]:
+    """Return the classes as an array, of objects where numpy would make others of them."""
+    kind = type(classes[0])
+    is_of_numpy = issubclass(kind, str | int | float | np.generic)
+    if is_of_numpy and all(type(each) is kind for each in classes):
+        return np.array(classes)
+    return np.fromiter(classes, object, len(classes))
 
 
 def _content(image: Picture) -> tuple[bytes, str]:
