@@ -75,6 +75,29 @@ def test_images_may_be_files_or_pil_or_tensors(fitted, drawings, tmp_path):
         np.testing.assert_array_equal(fitted.predict_proba(given), expected)
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16"])
+def test_pil_images_are_read_in_any_mode(fitted, drawings, mode):
+    images = _paper(255 * (drawings[1] > 127).byte())  # black and white, which all modes have
+    given = [image.convert(mode) for image in images]
+    if mode == "I;16":
+        given = [Image.fromarray(np.asarray(image).astype(np.uint16) * 257) for image in images]
+    assert {image.mode for image in given} == {mode}
+    np.testing.assert_array_equal(fitted.predict_proba(given), fitted.predict_proba(images))
+
+
+def test_pil_images_are_upright_as_their_files_are(fitted, drawings, tmp_path):
+    """As photographs come from a phone: turned, with an orientation that says so."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    files = [tmp_path / f"{number}.png" for number in range(WAYS)]
+    for image, file in zip(_paper(drawings[1]), files, strict=True):
+        image.transpose(Image.Transpose.ROTATE_90).save(file, exif=exif)
+    expected = fitted.predict_proba(_paper(drawings[1]))
+    np.testing.assert_array_equal(fitted.predict_proba(files), expected)
+    opened = [Image.open(file) for file in files]
+    np.testing.assert_array_equal(fitted.predict_proba(opened), expected)
+
+
 def test_another_fit_takes_the_place_of_the_first(drawings):
     classifier = FewShotClassifier(RUN, device="cpu")
     first = classifier.fit(drawings[0] / 255, range(WAYS)).predict(drawings[1] / 255)
@@ -136,6 +159,17 @@ def test_what_it_refuses(fitted, drawings, tmp_path):
         r"pixels from 0\.0 to inf are not": lambda: fitted.predict(x / (1 - x)),
         r"pixels from nan to nan are not": lambda: fitted.predict(np.nan * x),
         r"text.png is not a readable image": lambda: fitted.predict([tmp_path / "text.png"]),
+        "the image is not .* pixels of 32 bits .*; save 8 or 16": lambda: fitted.predict(
+            [image.convert("I") for image in _paper(drawings[1])]
+        ),
+        "pixels of 32 bits": lambda: fitted.predict([Image.new("F", (28, 28))]),
+        r"mode HSV, cannot be read \(.*\); give image\.convert\('RGB'\)": lambda: fitted.predict(
+            [Image.new("HSV", (28, 28))]
+        ),
+        "an image of type ndarray is neither a file nor a PIL image; give": lambda: fitted.predict(
+            list(x.numpy())
+        ),
+        "an image of type Tensor is": lambda: new.fit(list(x), NAMES),
         "unknown views 'sideways'": lambda: FewShotClassifier(RUN, views="sideways"),
         "unknown statistics 'bach'": lambda: FewShotClassifier(RUN, statistics="bach"),
         "holds no run": lambda: FewShotClassifier(tmp_path),

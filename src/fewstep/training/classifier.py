@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from fewstep.core.algorithm import ExtraSteps
@@ -25,6 +26,8 @@ from fewstep.training.parse import load_config
 from fewstep.training.run_folder import RunFolder
 
 Picture = Path | str | Image.Image
+
+_OF_PNG = frozenset({"1", "L", "LA", "I;16", "P", "RGB", "RGBA"})  # modes of PIL
 
 
 class FewShotClassifier:
@@ -209,7 +212,25 @@ def _as_array(classes: list[Any]) -> NDArray[Any]:
 def _content(image: Picture) -> tuple[bytes, str]:
     """Return an image as a file's content, and what to call it."""
     if isinstance(image, Image.Image):
-        written = io.BytesIO()
-        image.save(written, "png")
-        return written.getvalue(), "the image"
+        return _written(image), "the image"
+    if not isinstance(image, str | PathLike):
+        raise InputError(
+            f"an image of type {type(image).__name__} is neither a file nor a PIL image; give "
+            "those, or all in one tensor, as torch.stack makes it"
+        )
     return contents(Path(image)), str(image)
+
+
+def _written(image: Image.Image) -> bytes:
+    """Return an image as a file's content, upright, as PNG would leave its orientation out."""
+    file = io.BytesIO()
+    try:
+        # TIFF takes what PNG cannot: other colours, and 32 bits, which the reader refuses.
+        kind = "png" if image.mode in _OF_PNG else "tiff"
+        ImageOps.exif_transpose(image).save(file, kind)
+    except OSError as error:
+        raise InputError(
+            f"the image, a PIL image of mode {image.mode}, cannot be read ({error}); give "
+            "image.convert('RGB')"
+        ) from error
+    return file.getvalue()
