@@ -22,6 +22,7 @@ from fewstep import (
     HypergradientRates,
     InputError,
     MetaLearner,
+    PerStepAffine,
     StepRates,
     TaskBatch,
     fomaml,
@@ -161,6 +162,33 @@ def called(module: nn.Module, **options) -> None:
     learner(module=module, **options).meta_gradient(CASE.batch())
 
 
+class Later:
+    """A part that gives something else from the second epoch on."""
+
+    def __init__(self, first, then) -> None:
+        self.first, self.then = first, then
+
+    def __call__(self, *args):
+        return self.first if args[-1] < 1 else self.then
+
+
+def later(**part):
+    """Return a training of two epochs."""
+
+    def train() -> None:
+        one = learner(replace(maml(2), iterations_per_epoch=1, **part))
+        for _ in range(2):
+            one.step(CASE.batch())
+
+    return train
+
+
+def norms_alone() -> None:
+    module = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3))
+    adapted = AdaptedParameters(("1.*", "2.*"))
+    learner(replace(maml(2), adapted=adapted, norm_affine=PerStepAffine()), module)
+
+
 def batch_of(*shapes: tuple[int, ...]) -> TaskBatch:
     return TaskBatch(*(torch.zeros(shape) for shape in shapes))
 
@@ -251,7 +279,12 @@ MISTAKES = [
         "buffer `seen` of Growing went from shape (1,)",
         lambda: learner(module=Growing()).step(CASE.batch()),
     ),
-    ("`weight` of Linear is float16", lambda: learner(module=nn.Linear(4, 3, dtype=torch.half))),
+    ("1e-8 is 0 in float16", lambda: learner(module=nn.Linear(4, 3, dtype=torch.half))),
+    ("algorithm=<function maml", lambda: MetaLearner(CASE.build(), maml, CASE.loss)),
+    ("gave the query weights (1.0,) at epoch 1", later(query_weights=Later((0, 0, 1), (1.0,)))),
+    ("gave the derivative order 3 at epoch 1", later(derivative_order=Later(2, 3))),
+    ("gave the factor nan on the outer rate at", later(outer_schedule=Later(1.0, float("nan")))),
+    ("pattern '1.*' names what PerStepAffine", norms_alone),
     ("Recomputed cannot be vectorised", lambda: called(Recomputed(4, 3))),
     ("changes its parameter `table.weight`", lambda: called(Renormalised())),
     ("its parameter `table.weight`", lambda: called(Renormalised(), vectorize=False)),

@@ -140,7 +140,8 @@ class InnerLoop:
             gradient = dict(zip(adapted, _all_used(adapted, gradients), strict=True))
             gradient = self.algorithm.inner_clipping(gradient)
             alpha = {n: self.algorithm.inner_rate(self.meta.rates, n, step) for n in adapted}
-            theta = theta | {n: theta[n] - alpha[n] * gradient[n] for n in adapted}
+            descent = {n: (alpha[n] * gradient[n]).type_as(theta[n]) for n in adapted}
+            theta = theta | {n: theta[n] - descent[n] for n in adapted}
             buffers = rows.put_buffers(buffers, step, support.buffers)
             support_loss = support.loss.detach()
 

@@ -86,6 +86,11 @@ class MetaLearner:
     ) -> None:
         if chunk_size < 1:
             raise InputError(f"chunk_size={chunk_size} must be at least 1 task")
+        if not isinstance(algorithm, Algorithm):
+            raise InputError(
+                f"algorithm={algorithm!r} is not an Algorithm; call a recipe, such as "
+                "fewstep.maml(), or make one"
+            )
         check_name("precision", precision, get_args(Precision))
         if compile and not replay:
             raise InputError("compile=True compiles what replay=True records; pass that too")

@@ -127,8 +127,8 @@ def _phases(algorithm: Algorithm, num_iterations: int) -> list[int]:
     first: dict[tuple[int, tuple[bool, ...]], int] = {}
     for iteration in range(max(1, num_iterations)):
         epoch = iteration / algorithm.iterations_per_epoch
-        weights = algorithm.query_weights(algorithm.num_steps, epoch)
-        kind = algorithm.derivative_order(epoch), tuple(weight != 0 for weight in weights)
+        weights = algorithm.weights_at(epoch)
+        kind = algorithm.order_at(epoch), tuple(weight != 0 for weight in weights)
         first.setdefault(kind, iteration)
     return list(first.values())
 

@@ -46,13 +46,13 @@ def meta_gradient(
         replay: Recordings of the same; None computes it anew.
     """
     algorithm = loop.algorithm
-    v = algorithm.query_weights(algorithm.num_steps, epoch)
+    v = algorithm.weights_at(epoch)
     counting = tuple(k for k, weight in enumerate(v) if weight != 0)
     like = next(iter(loop.meta.parameters.values()))
     precise = torch.promote_types(like.dtype, torch.float32)
     weights = torch.stack([like.new_full((), v[k], dtype=precise) for k in counting])
     share = {"mean": len(batch), "sum": 1}[algorithm.task_reduction]
-    order = algorithm.derivative_order(epoch)
+    order = algorithm.order_at(epoch)
     if order == 1 and len(counting) < 2:
         segment = None  # a step has no graph in order 1, a query set has
     differentiate = partial(

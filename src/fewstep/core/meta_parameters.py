@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.core.adapted import AdaptedParameters
 from fewstep.core.algorithm import Algorithm
 from fewstep.core.errors import InputError
 from fewstep.core.network import Tensors
@@ -77,6 +78,12 @@ class MetaParameters:
 
         outer_only = algorithm.norm_affine.outer_only(module)
         self.adapted = tuple(n for n in algorithm.adapted.choose(trained) if n not in outer_only)
+        for pattern in algorithm.adapted.include:
+            if set(AdaptedParameters((pattern,)).choose(trained)) <= set(outer_only):
+                raise InputError(
+                    f"pattern {pattern!r} names what {algorithm.norm_affine} keeps for the outer "
+                    "loop alone; leave it out, or pass PerStepAffine(adapted=True)"
+                )
         if not self.adapted:
             raise InputError(
                 f"{kind} has nothing to adapt but what {algorithm.norm_affine} keeps for the outer "

@@ -40,11 +40,6 @@ def check_module(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if nn.parameter.is_lazy(parameter):
             raise InputError(f"`{name}` of {kind} has no shape yet; call {kind} on inputs before")
-        if parameter.dtype == torch.float16 and parameter.requires_grad:
-            raise InputError(
-                f"`{name}` of {kind} is float16, which Adam's epsilon of 1e-8 is 0 in; keep "
-                "float32, and pass precision='bfloat16' for products that are rounded"
-            )
         if parameter.is_complex():
             raise InputError(
                 f"`{name}` of {kind} is complex; keep it as torch.view_as_real(...) and "

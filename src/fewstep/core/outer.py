@@ -104,7 +104,7 @@ class Adam:
 
     Raises:
         InputError: `outer_lr` is not a positive finite number, `betas` are not two in [0, 1), or
-            `weight_decay` is negative or not finite.
+            `weight_decay` is negative or not finite; when it is called: a parameter is float16.
 
     Reference: Kingma and Ba, Adam, ICLR 2015, arXiv:1412.6980; Loshchilov and Hutter, Decoupled
         weight decay regularization, ICLR 2019, arXiv:1711.05101.
@@ -123,6 +123,11 @@ class Adam:
 
     def __call__(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         """Return the optimiser."""
+        if any(parameter.dtype == torch.float16 for parameter in parameters):
+            raise InputError(
+                "Adam's 1e-8 is 0 in float16, where its first step makes parameters nan; keep "
+                "float32, and pass precision='bfloat16', or take SGD"
+            )
         return torch.optim.Adam(
             parameters,
             lr=self.outer_lr,

@@ -51,7 +51,7 @@ class OuterLoop:
                     meta.hypergradients[name].copy_(-gradient)
 
     def _follow_schedule(self, epoch: float) -> None:
-        factor = self._algorithm.outer_schedule(epoch)
+        factor = self._algorithm.outer_factor_at(epoch)
         for i, group in enumerate(self.optimiser.param_groups):
             if group["lr"] != self._lrs[i]:
                 raise InputError(

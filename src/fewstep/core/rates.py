@@ -163,7 +163,10 @@ class ElementRates:
 
     def table(self, adapted: Mapping[str, Tensor], num_steps: int) -> dict[str, Tensor]:
         """Return a rate for each element."""
-        return {n: torch.full_like(p.detach(), self.inner_lr) for n, p in adapted.items()}
+        return {
+            n: torch.full_like(p.detach(), self.inner_lr, dtype=_precise(p))
+            for n, p in adapted.items()
+        }
 
     def __call__(self, table: Mapping[str, Tensor], name: str, step: int) -> Tensor:
         """Return alpha of a parameter."""
