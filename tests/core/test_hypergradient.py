@@ -202,9 +202,7 @@ def test_beta_is_used_at_once_and_the_first_update_leaves_it():
 def test_the_direction_of_adam_is_pytorch_s():
     batches = [CASE.batch() for _ in range(4)]
     ours = learner_of(plain(outer=HypergradientAdam(0.01, 0.0)))
-    theirs = learner_of(plain())
-    theirs._outer.optimiser = torch.optim.Adam(theirs.parameters.values(), lr=0.01)
-    theirs._outer_lrs = [0.01]
+    theirs = learner_of(plain(outer=Adam(0.01)))
     for batch in batches:
         ours.step(batch)
         theirs.step(batch)
