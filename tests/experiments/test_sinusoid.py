@@ -1,6 +1,8 @@
 """The errors of sinusoids, of a few tiny runs."""
 
 import json
+import math
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -9,7 +11,16 @@ from rich.console import Console
 
 from fewstep.core.errors import InputError
 from fewstep.data.sinusoid import SinusoidEpisodes
-from fewstep.experiments.sinusoid import QUERIES, RECIPES, TUNED_RATES, VAL_TASKS, MamlSinusoid
+from fewstep.experiments.sinusoid import (
+    QUERIES,
+    RECIPES,
+    TUNED_RATES,
+    VAL_TASKS,
+    MamlSinusoid,
+    _cell,
+    _errors,
+    plot_errors,
+)
 from fewstep.training.load import load_learner
 from fewstep.training.trainer import Trainer
 
@@ -39,13 +50,13 @@ def test_the_table_and_the_figures(experiment, monkeypatch):
     for step, error in enumerate(errors):
         assert error["seeds"] == pytest.approx([curve[step] for curve in curves])
     table = (experiment.out / "table.md").read_text()
-    before, after = f"{errors[0]['mean']:.3f} ± ", f"{errors[5]['mean']:.3f} ± "
+    assert errors[5]["median"] == pytest.approx(statistics.median(
+        error for each in learners for error in _test(each, "test", 10, 3, 5).metric[:, 5].tolist()
+    ))  # fmt: skip
     from_ten = table.split("| from 10 points | 0 | 1 | 5 | 10 | s per run |")[1]
     line = next(line for line in from_ten.splitlines() if line.startswith("| MAML++ |"))
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
-    assert cells[1].startswith(before)
-    assert cells[3].startswith(after)
-    assert cells[4] == ""  # it has five steps
+    assert cells[1:5] == [_cell(errors[0]), _cell(errors[1]), _cell(errors[5]), ""]  # five steps
     assert "| pretrained, paper |  | 2.41 | 2.23 | 2.19 |  |" in table
     for name in ("errors.png", "fits.png"):
         with Image.open(experiment.out / name) as picture:
@@ -101,3 +112,13 @@ def test_the_settings_are_the_papers():
 def test_bad_input(experiment, changes, message):
     with pytest.raises(InputError, match=message):
         replace(experiment, **changes).run(Console(quiet=True))
+
+
+@pytest.mark.parametrize("lost", [math.nan, math.inf, 1e9])
+def test_a_task_that_diverges_leaves_the_median(lost, tmp_path):
+    found = _errors([[0.1, 0.2, lost], [0.3, 0.4, 0.5]])
+    assert _cell(found) == "median 0.35"
+    rows = {"MAML": {"points": {5: [_errors([[3.0, 2.0, 3.0]]), found]}}}
+    plot_errors(rows, tmp_path / "errors.png")
+    assert (tmp_path / "errors.png").exists()
+    assert _cell(_errors([[0.1, 0.2, 0.3]])) == "0.2 ± 0.11"
