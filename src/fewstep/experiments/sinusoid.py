@@ -212,7 +212,7 @@ def _errors(of_seeds: Sequence[Sequence[float]]) -> dict[str, Any]:
 
 
 def _cell(value: Mapping[str, Any]) -> str:
-    if not value["ci95"] < value["mean"]:  # nor where one of them is not finite
+    if not _says_something(value):
         return f"median {value['median']:.3g}"
     text = f"{value['mean']:.3g} ± {value['ci95']:.2g}"
     if "std_over_seeds" in value:
@@ -220,8 +220,15 @@ def _cell(value: Mapping[str, Any]) -> str:
     return text
 
 
+def _says_something(value: Mapping[str, Any]) -> bool:
+    """Whether a mean is above 0 by its interval: not where it is that of a task that diverges."""
+    return bool(value["ci95"] < value["mean"])
+
+
 def plot_errors(rows: Mapping[str, dict[str, Any]], path: Path) -> None:
     """Draw the errors by gradient steps, a panel for each number of support points.
+
+    Means that single tasks which diverge have made meaningless are left out.
 
     Args:
         rows: "points" of each method: by their number, the errors after 0, 1, ... steps.
@@ -233,8 +240,9 @@ def plot_errors(rows: Mapping[str, dict[str, Any]], path: Path) -> None:
     for axis, points in zip(axes, panels, strict=True):
         for number, (method, row) in enumerate(rows.items()):
             errors = row["points"][points]
+            shown = [k for k, error in enumerate(errors) if _says_something(error)]
             axis.errorbar(
-                range(len(errors)), [e["mean"] for e in errors], [e["ci95"] for e in errors],
+                shown, [errors[k]["mean"] for k in shown], [errors[k]["ci95"] for k in shown],
                 marker="o", markersize=3, capsize=2, label=method, color=f"C{number}",
             )  # fmt: skip
             if points == PAPER_POINTS and method in PAPER:
@@ -243,8 +251,6 @@ def plot_errors(rows: Mapping[str, dict[str, Any]], path: Path) -> None:
                     markersize=9, label=f"{method}, paper",
                 )  # fmt: skip
         axis.set(yscale="log", xlabel="gradient steps", title=f"from {points} points")
-        before = max(row["points"][points][0]["mean"] for row in rows.values())
-        axis.set_ylim(top=min(axis.get_ylim()[1], 3 * before))  # some diverge
         axis.grid(alpha=0.3)
     label_plainly(axes[0].yaxis)
     axes[0].set_ylabel("mean squared error, 95% interval")
