@@ -13,7 +13,7 @@ ALLOWED = {
     "core": {"core"},
     "models": {"core", "models"},
     "data": {"core", "data"},
-    "rl": {"core", "data", "rl"},
+    "rl": {"core", "models", "data", "rl"},
     "training": {"core", "models", "data", "training", "fewstep"},
     "report": {"core", "models", "data", "rl", "training", "report", "fewstep"},
     "experiments": {"core", "models", "data", "rl", "training", "report", "experiments", "fewstep"},
