@@ -30,7 +30,7 @@ def here(empty_folder, sinusoid_run):
         ("data shwo", "unknown command 'data shwo'; did you mean 'data show'?"),
         (f"{SINUSOID} --itrations=3", "unknown option '--itrations'; did you mean '--iterations'?"),
         (f"{SINUSOID} --device cuda:99", "device 'cuda:99' cannot be used"),
-        (f"{SINUSOID} --num-steps -1", "num_steps=-1 must be 0 or more"),
+        (f"{SINUSOID} --num-steps -1", "num_steps=-1 must be a whole number, 0 or more"),
         (f"{SINUSOID} --inner-lr nan", "inner_lr=nan must be a finite number"),
         (f"{SINUSOID} --outer-lr 0", "outer_lr=0.0 must be a positive number"),
         (f"{SINUSOID} --shots 0", "shots=0 must be at least 1"),
