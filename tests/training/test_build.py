@@ -77,7 +77,7 @@ def test_images_that_splits_share_are_moved_once():
     ("steps", "message"),
     [
         ({"num_steps": 3}, "eval_steps=5 is more than the 3 that LayerStepRates"),
-        ({"eval_steps": -1}, "eval_steps=-1 must be 0 or more"),
+        ({"eval_steps": -1}, "eval_steps=-1 must be a whole number, 0 or more"),
     ],
     ids=str,
 )
