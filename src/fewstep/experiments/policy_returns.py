@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +175,9 @@ def plot_returns(outcomes: Mapping[str, list[dict[str, Any]]], paper: Numbers, p
             range(len(means)), means, ci95, marker="o", markersize=4, capsize=3, label=method,
             color=color,
         )  # fmt: skip
-    for method, returns in paper.items():
-        right.plot(returns, "x--", color="0.5", label=f"{method}, paper")
+    colors = {method: f"C{number}" for number, method in enumerate(outcomes)}
+    for (method, returns), style in zip(paper.items(), cycle(("x--", "+:"))):
+        right.plot(returns, style, color=colors.get(method, "0.5"), label=f"{method}, paper")
     several = ", band from the lowest to the highest seed" * (
         len(next(iter(outcomes.values()))) > 1
     )
