@@ -105,6 +105,15 @@ def test_meta_gradient(name):
             assert relative_error(gradient, expected) < 1e-9
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_one_task_is_as_one_of_many(name):
+    case, algorithm = case_of(name), fewstep.maml(2, 0.1)
+    learner, batch = fewstep.MetaLearner(case.build(), algorithm, case.loss), case.batch()
+    wanted = learner.predict(batch, 2)[1, -1]
+    adapted = learner.adapt(batch.x_support[1], batch.y_support[1])
+    torch.testing.assert_close(adapted(batch.x_query[1]), wanted)
+
+
 @pytest.mark.parametrize("use", ["batch", "support", "running"])
 def test_statistics_of_batch_norm(use):
     algorithm = replace(
