@@ -189,6 +189,19 @@ def norms_alone() -> None:
     learner(replace(maml(2), adapted=adapted, norm_affine=PerStepAffine()), module)
 
 
+class Source:
+    """Gives what it likes, or query sets that grow from task to task."""
+
+    def __init__(self, given=None) -> None:
+        self.given = given
+
+    def batch(self, start, count):
+        if self.given is not None:
+            return self.given
+        x, y = CASE.batch(count).tensors()[:2]
+        return TaskBatch(x, y, x[:, : start + 1], y[:, : start + 1])
+
+
 def batch_of(*shapes: tuple[int, ...]) -> TaskBatch:
     return TaskBatch(*(torch.zeros(shape) for shape in shapes))
 
@@ -285,6 +298,13 @@ MISTAKES = [
     ("gave the derivative order 3 at epoch 1", later(derivative_order=Later(2, 3))),
     ("gave the factor nan on the outer rate at", later(outer_schedule=Later(1.0, float("nan")))),
     ("pattern '1.*' names what PerStepAffine", norms_alone),
+    ("count=3) gave 2 tasks", lambda: learner().evaluate(Source(CASE.batch(2)), 3)),
+    ("count=3) gave tuple", lambda: learner().predict(Source((1, 2)), 3)),
+    (
+        "gave 2 tasks",
+        lambda: learner().evaluate_ensemble([learner().state_tensors()], Source(CASE.batch(2)), 3),
+    ),
+    ("are of several sizes", lambda: learner(chunk_size=1).predict(Source(), 3)),
     ("Recomputed cannot be vectorised", lambda: called(Recomputed(4, 3))),
     ("changes its parameter `table.weight`", lambda: called(Renormalised())),
     ("its parameter `table.weight`", lambda: called(Renormalised(), vectorize=False)),

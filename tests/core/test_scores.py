@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from fewstep import InputError, MetaLearner, Scores, TaskBatch, maml, paired_difference
-from fewstep.core.network import accuracy
+from fewstep.core.accuracy import accuracy
 from tests.core.reference import MODELS
 
 pytestmark = pytest.mark.usefixtures("float64")

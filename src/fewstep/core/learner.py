@@ -24,7 +24,7 @@ from fewstep.core.precision import Precision
 from fewstep.core.ranks import ALONE, Ranks
 from fewstep.core.replay import Replay
 from fewstep.core.scores import Scores
-from fewstep.core.tasks import Episodes, TaskBatch, View, as_they_are
+from fewstep.core.tasks import Episodes, TaskBatch, View, as_they_are, tasks_of
 from fewstep.core.testing import Read, losses_and_metrics, outputs_of, test
 
 
@@ -304,7 +304,7 @@ class MetaLearner:
         losses, metrics = [], []
         try:
             for start in range(own.start, own.stop, self.chunk_size):
-                chunk = episodes.batch(start, min(self.chunk_size, own.stop - start))
+                chunk = tasks_of(episodes, start, min(self.chunk_size, own.stop - start))
                 outputs = self._mean_outputs(
                     states, [chunk.seen(v) for v in views], norm.use, after
                 )

@@ -107,3 +107,19 @@ class Episodes(Protocol):
     def batch(self, start: int, count: int) -> TaskBatch:
         """Return tasks start, ..., start + count - 1."""
         ...
+
+
+def tasks_of(episodes: Episodes, start: int, count: int) -> TaskBatch:
+    """Return tasks start, ..., start + count - 1 of a source.
+
+    Raises:
+        InputError: it gives something else, or as many as it likes.
+    """
+    batch: object = episodes.batch(start, count)
+    if not isinstance(batch, TaskBatch) or len(batch) != count:
+        given = f"{len(batch)} tasks" if isinstance(batch, TaskBatch) else type(batch).__name__
+        raise InputError(
+            f"episodes.batch(start={start}, count={count}) gave {given}; it must give a TaskBatch "
+            f"of {count}"
+        )
+    return batch

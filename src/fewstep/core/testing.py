@@ -8,12 +8,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fewstep.core.errors import InputError
 from fewstep.core.inner import InnerLoop
 from fewstep.core.network import Result
 from fewstep.core.norm import Use
 from fewstep.core.once import one_batch
 from fewstep.core.replay import Replay
-from fewstep.core.tasks import Episodes, TaskBatch
+from fewstep.core.tasks import Episodes, TaskBatch, tasks_of
 
 Read = Callable[[list[Result]], Tensor]
 
@@ -57,8 +58,13 @@ def test(
         key = (read, tuple(query_after), use, *loop.outside())
         call = adapt if replay is None else partial(replay, adapt, key=key)
         for start in range(numbers.start, numbers.stop, chunk_size):
-            chunk = episodes.batch(start, min(chunk_size, numbers.stop - start))
+            chunk = tasks_of(episodes, start, min(chunk_size, numbers.stop - start))
             found.append(call(*chunk.tensors()))
+    if len({t.shape[1:] for t in found}) > 1:
+        raise InputError(
+            "the query sets of the tasks are of several sizes, whose outputs one tensor cannot "
+            "hold; call predict for those of one size at a time"
+        )
     return torch.cat(found), chunk.y_query
 
 
