@@ -105,3 +105,10 @@ def test_maml_plus_plus_learns_sinusoids():
         loss = learner.step(batch).loss
         assert loss < 100, f"iteration {iteration}"
     assert learner.evaluate(experiment.problem.episodes["val"], 50).mean < 1
+
+
+@pytest.mark.parametrize("dataset", ["sinusoid", "omniglot", "mini-imagenet"])
+def test_meta_sgd_is_tested_after_the_steps_that_its_rates_are_for(dataset):
+    """Sinusoids have no finite loss after ten steps by rates that one step has learned."""
+    parts = preset(dataset, recipe="meta-sgd").algorithm
+    assert (parts.learned_rates, parts.eval_steps) == ("element", parts.num_steps)

@@ -50,7 +50,11 @@ def preset(dataset: str = "glyphs", network: str | None = None, recipe: str = "m
         case "fomaml":
             return replace(config, algorithm=replace(config.algorithm, first_order_epochs=math.inf))
         case "meta-sgd":
-            return replace(config, algorithm=replace(config.algorithm, learned_rates="element"))
+            num_steps = config.algorithm.num_steps  # rates of one step may diverge in the next
+            return replace(
+                config,
+                algorithm=replace(config.algorithm, learned_rates="element", eval_steps=num_steps),
+            )
         case "alpha-maml":
             return replace(config, algorithm=_alpha_maml(config))
         case "maml++":
