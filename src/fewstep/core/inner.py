@@ -128,16 +128,7 @@ class InnerLoop:
                     rows.pick_buffers(buffers, step),
                     batch,
                 )
-                # Tasks share no parameters, so the gradient of the sum is every task's own.
-                gradients: tuple[Tensor | None, ...] = (None,) * len(adapted)
-                if support.loss.requires_grad:  # else autograd would complain before _all_used can
-                    gradients = torch.autograd.grad(
-                        support.loss.sum(),
-                        [at[name] for name in adapted],
-                        create_graph=derivative_order == 2,
-                        allow_unused=True,
-                    )
-            gradient = dict(zip(adapted, _all_used(adapted, gradients), strict=True))
+                gradient = _gradient(support.loss, {n: at[n] for n in adapted}, derivative_order)
             gradient = self.algorithm.inner_clipping(gradient)
             alpha = {n: self.algorithm.inner_rate(self.meta.rates, n, step) for n in adapted}
             descent = {n: (alpha[n] * gradient[n]).type_as(theta[n]) for n in adapted}
@@ -151,6 +142,20 @@ def _leaves(theta: Tensors, adapted: tuple[str, ...]) -> Tensors:
     for name in adapted:
         detached[name].requires_grad_()
     return detached
+
+
+def _gradient(of_tasks: Tensor, at: Tensors, derivative_order: int) -> Tensors:
+    """Return the gradient of each task's loss, (tasks,), by its own parameters."""
+    found: tuple[Tensor | None, ...] = (None,) * len(at)
+    if of_tasks.requires_grad:  # else autograd would complain before _all_used can
+        # Tasks share no parameters, so the gradient of the sum is every task's own.
+        found = torch.autograd.grad(
+            of_tasks.sum(),
+            list(at.values()),
+            create_graph=derivative_order == 2,
+            allow_unused=True,
+        )
+    return dict(zip(at, _all_used(tuple(at), found), strict=True))
 
 
 def _all_used(names: tuple[str, ...], gradients: tuple[Tensor | None, ...]) -> list[Tensor]:

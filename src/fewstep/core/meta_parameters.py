@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -76,19 +77,7 @@ class MetaParameters:
         self._flags = {n: (p, p.requires_grad) for n, p in named.items()}
         self._frozen: Tensors = {n: p for n, p in named.items() if not p.requires_grad}
 
-        outer_only = algorithm.norm_affine.outer_only(module)
-        self.adapted = tuple(n for n in algorithm.adapted.choose(trained) if n not in outer_only)
-        for pattern in algorithm.adapted.include:
-            if set(AdaptedParameters((pattern,)).choose(trained)) <= set(outer_only):
-                raise InputError(
-                    f"pattern {pattern!r} names what {algorithm.norm_affine} keeps for the outer "
-                    "loop alone; leave it out, or pass PerStepAffine(adapted=True)"
-                )
-        if not self.adapted:
-            raise InputError(
-                f"{kind} has nothing to adapt but what {algorithm.norm_affine} keeps for the outer "
-                "loop; pass PerStepAffine(adapted=True)"
-            )
+        self.adapted = _adapted(module, algorithm, trained)
         initial = {n: self.phi[n] for n in self.adapted}
         table = algorithm.inner_rate.table(initial, algorithm.num_steps)
         self.rates = {n: t.detach().requires_grad_() for n, t in table.items()}
@@ -113,8 +102,8 @@ class MetaParameters:
         """Check that the module's parameters are those from the start, and trained as they were.
 
         Raises:
-            InputError: one was frozen, unfrozen, replaced, added or removed, or has a hook on its
-                gradient.
+            InputError: one was frozen, unfrozen, replaced, added or removed, has a hook on its
+                gradient, or was changed where there are copies of it for each step.
         """
         now = dict(self._module.named_parameters())
         for name in self._flags | now:
@@ -136,7 +125,6 @@ class MetaParameters:
                     f"`{name}` has a hook on its gradient, which would not be called; remove it, "
                     "and see .grad in learner.optimiser.register_step_pre_hook(...)"
                 )
-
         for name, parameter, version in self._copied:
             if parameter._version != version:
                 raise InputError(
@@ -190,6 +178,24 @@ class MetaParameters:
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
+
+
+def _adapted(module: nn.Module, algorithm: Algorithm, trained: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of what the inner loop changes: what was chosen and may be."""
+    outer_only = algorithm.norm_affine.outer_only(module)
+    adapted = tuple(n for n in algorithm.adapted.choose(trained) if n not in outer_only)
+    for pattern in algorithm.adapted.include:
+        if set(AdaptedParameters((pattern,)).choose(trained)) <= set(outer_only):
+            raise InputError(
+                f"pattern {pattern!r} names what {algorithm.norm_affine} keeps for the outer "
+                "loop alone; leave it out, or pass PerStepAffine(adapted=True)"
+            )
+    if not adapted:
+        raise InputError(
+            f"{type(module).__name__} has nothing to adapt but what {algorithm.norm_affine} keeps "
+            "for the outer loop; pass PerStepAffine(adapted=True)"
+        )
+    return adapted
 
 
 def _place(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:

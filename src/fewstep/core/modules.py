@@ -56,11 +56,12 @@ def nothing_left_behind(module: nn.Module) -> Iterator[None]:
     finally:
         for part, attributes in before:
             for name, value in list(vars(part).items()):
-                if value is attributes.get(name) or not isinstance(value, Tensor):
+                if not isinstance(value, Tensor) or not _functorch.is_batchedtensor(value):
                     continue
-                if _functorch.is_batchedtensor(value):
+                if name in attributes:
+                    vars(part)[name] = attributes[name]
+                else:
                     del vars(part)[name]
-                    vars(part).update({n: v for n, v in attributes.items() if n == name})
 
 
 def set_mode(module: nn.Module, *, is_training: bool) -> None:

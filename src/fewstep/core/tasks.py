@@ -113,7 +113,7 @@ def tasks_of(episodes: Episodes, start: int, count: int) -> TaskBatch:
     """Return tasks start, ..., start + count - 1 of a source.
 
     Raises:
-        InputError: it gives something else, or as many as it likes.
+        InputError: it gives something else, or another number of them.
     """
     batch: object = episodes.batch(start, count)
     if not isinstance(batch, TaskBatch) or len(batch) != count:

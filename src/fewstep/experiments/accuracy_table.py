@@ -15,7 +15,7 @@ from fewstep.core.ranks import Ranks
 from fewstep.experiments.seeds import over_seeds
 from fewstep.experiments.sweep import Test, complete_all
 from fewstep.experiments.write_up import write_up
-from fewstep.report.figure import draw_band, new_figure, save_figure
+from fewstep.report.figure import draw_band, legend_below, new_figure, save_figure
 from fewstep.training.build import resolve_device
 from fewstep.training.config import RunConfig
 from fewstep.training.display import say
@@ -60,13 +60,7 @@ def accuracy_table(
     if not ranks.is_first:
         console = Console(quiet=True)
     folders = {name: _folders(out, name, of_seeds) for name, of_seeds in rows.items()}
-    plan = {  # all rows of a seed before the next seed
-        path: replace(config, device=device)
-        for paths, configs in zip(
-            zip(*folders.values(), strict=True), zip(*rows.values(), strict=True), strict=True
-        )
-        for path, config in zip(paths, configs, strict=True)
-    }
+    plan = _by_seed(folders, rows, device)
     found = complete_all(plan, TESTS, console, workers=workers, ray=ray, ranks=ranks)
     ranks.part()
     if len(found) < len(plan):
@@ -74,13 +68,36 @@ def accuracy_table(
         return
     if not ranks.is_first:
         return
+    of_seeds = next(iter(rows.values()))
+    title += f", {len(of_seeds)} seed{'s' * (len(of_seeds) > 1)}"
+    title += f", {of_seeds[0].test_tasks} test tasks"
     numbers = {
         name: _row([found[path] for path in paths]) | {"paper": paper.get(name, "")}
         for name, paths in folders.items()
     }
-    of_seeds = next(iter(rows.values()))
-    title += f", {len(of_seeds)} seed{'s' * (len(of_seeds) > 1)}"
-    title += f", {of_seeds[0].test_tasks} test tasks"
+    _write(title, numbers, folders, out, device, console)
+
+
+def _by_seed(
+    folders: Mapping[str, list[Path]], rows: Mapping[str, Sequence[RunConfig]], device: str
+) -> dict[Path, RunConfig]:
+    """Return the runs in their order: all rows of a seed before the next seed."""
+    by_seed = zip(*folders.values(), strict=True), zip(*rows.values(), strict=True)
+    return {
+        path: replace(config, device=device)
+        for paths, configs in zip(*by_seed, strict=True)
+        for path, config in zip(paths, configs, strict=True)
+    }
+
+
+def _write(
+    title: str,
+    numbers: Mapping[str, dict[str, Any]],
+    folders: Mapping[str, list[Path]],
+    out: Path,
+    device: str,
+    console: Console,
+) -> None:
     runs = {name: [RunFolder(path) for path in paths] for name, paths in folders.items()}
     plot_validation(runs, out / "curves.png")
     written = "table.json", {"schedule": title, "rows": numbers}
@@ -164,5 +181,5 @@ def plot_validation(runs: Mapping[str, Sequence[RunFolder]], path: Path) -> None
     if any(len(folders) > 1 for folders in runs.values()):
         axes.set_title("mean over seeds, band from the lowest to the highest")
     axes.grid(alpha=0.3)
-    axes.legend()
+    legend_below(figure, axes, columns=max(1, 100 // (8 + max(map(len, runs)))))  # by characters
     save_figure(figure, path)
