@@ -9,6 +9,7 @@ from PIL import Image
 from rich.console import Console
 
 from fewstep.core.errors import InputError
+from fewstep.experiments.accuracy_table import best_of
 from fewstep.experiments.maml_plus_plus import MamlPlusPlusAblation
 from fewstep.training.trainer import Trainer
 
@@ -50,7 +51,7 @@ def test_the_table_and_the_figure(ablation, monkeypatch, capsys):
     for use, file in wordings.items():
         means = [json.loads((run / file).read_text())["mean"] for run in runs]
         assert row["statistics"][use]["seeds"] == pytest.approx(means)
-    best = max(table["rows"], key=lambda name: table["rows"][name]["single"]["mean"])
+    best = best_of(table["rows"])
     assert f"next: fewstep predict {ablation.out / best.lower()}-seed0 --support" in printed
     low, high = row["single"]["seeds"]
     assert row["single"]["std_over_seeds"] == pytest.approx(abs(high - low) / 2**0.5)
@@ -72,6 +73,11 @@ def test_the_table_and_the_figure(ablation, monkeypatch, capsys):
     ablation.run(Console(quiet=True))
     with pytest.raises(InputError, match="precision='float32', but precision='bfloat16'"):
         replace(ablation, precision="bfloat16").run(Console(quiet=True))
+
+
+def test_the_best_row_is_the_one_with_the_highest_accuracy():
+    means = {"a": 0.1, "b": 0.3, "c": 0.2}
+    assert best_of({name: {"single": {"mean": mean}} for name, mean in means.items()}) == "b"
 
 
 def test_one_seed_has_no_deviation(ablation):

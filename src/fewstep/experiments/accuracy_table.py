@@ -78,6 +78,11 @@ def accuracy_table(
     _write(title, numbers, folders, out, device, console)
 
 
+def best_of(rows: Mapping[str, dict[str, Any]]) -> str:
+    """Return the name of the row with the highest accuracy."""
+    return max(rows, key=lambda name: float(rows[name]["single"]["mean"]))
+
+
 def _by_seed(
     folders: Mapping[str, list[Path]], rows: Mapping[str, Sequence[RunConfig]], device: str
 ) -> dict[Path, RunConfig]:
@@ -103,8 +108,7 @@ def _write(
     written = "table.json", {"schedule": title, "rows": numbers}
     table = _markdown(title, numbers)
     write_up(out, device, console, written, table=table, pictures=["curves.png"])
-    best = max(numbers, key=lambda name: float(numbers[name]["single"]["mean"]))
-    run = quote(str(folders[best][0]))
+    run = quote(str(folders[best_of(numbers)][0]))
     say(console, f"next: fewstep predict {run} --support FOLDER --query FOLDER   (yours)")
 
 
