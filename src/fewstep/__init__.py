@@ -14,6 +14,7 @@ from fewstep.core.hypergradient import (
     HypergradientRates,
     HypergradientSGD,
 )
+from fewstep.core.inner_step import AdamStep, GradientStep, InnerStep, MomentumStep
 from fewstep.core.learner import MetaLearner
 from fewstep.core.metrics import Metrics
 from fewstep.core.norm import NormStatistics, PerStepAffine, SharedAffine
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "SGD",
     "Adam",
+    "AdamStep",
     "AdaptedParameters",
     "Algorithm",
     "ClipByNorm",
@@ -43,15 +45,18 @@ __all__ = [
     "Episodes",
     "FinalStep",
     "FixedOrder",
+    "GradientStep",
     "Guards",
     "HypergradientAdam",
     "HypergradientRates",
     "HypergradientSGD",
+    "InnerStep",
     "InputError",
     "LayerStepRates",
     "LearnedRate",
     "MetaLearner",
     "Metrics",
+    "MomentumStep",
     "MultiStepLoss",
     "NoClipping",
     "NormStatistics",

@@ -12,6 +12,7 @@ from fewstep.core.clipping import Clipping, NoClipping
 from fewstep.core.derivative_order import DerivativeOrder, FixedOrder
 from fewstep.core.errors import InputError, check_name
 from fewstep.core.hypergradient import HypergradientRates
+from fewstep.core.inner_step import GradientStep, InnerStep
 from fewstep.core.norm import NormAffine, NormStatistics, SharedAffine
 from fewstep.core.outer import Adam, Constant, OuterOptimiser, OuterSchedule
 from fewstep.core.query_weights import FinalStep, QueryWeights
@@ -28,6 +29,7 @@ _SLOTS: dict[str, tuple[Any, str]] = {
     "norm_affine": (NormAffine, "SharedAffine()"),
     "norm_statistics": (NormStatistics, "NormStatistics('batch')"),
     "inner_clipping": (Clipping, "ClipByNorm(10.0)"),
+    "inner_step": (InnerStep, "GradientStep()"),
     "rate_update": (HypergradientRates | None, "HypergradientRates(0.001)"),
     "outer": (OuterOptimiser, "Adam(0.001), or a callable with an attribute owns_rate"),
     "outer_schedule": (OuterSchedule, "Constant()"),
@@ -39,7 +41,8 @@ _SLOTS: dict[str, tuple[Any, str]] = {
 class Algorithm:
     """The slots that methods of the MAML family fill differently.
 
-    inner loop, k = 0 .. K-1:   theta[k+1] = theta[k] - alpha[k] * grad L_support(theta[k])
+    inner loop, k = 0 .. K-1:   theta[k+1] = u(theta[k], grad L_support(theta[k]), alpha[k]),
+                                by default theta[k] - alpha[k] * grad L_support(theta[k])
     meta-loss, mean over tasks: sum_k v[k] * L_query(theta[k])
     outer update:               phi <- outer(phi, d meta-loss / d phi)
 
@@ -53,6 +56,7 @@ class Algorithm:
         norm_affine: Whose scale and shift normalisation layers have.
         norm_statistics: What batch normalisation normalises by.
         inner_clipping: What happens to a task's support gradient before the step.
+        inner_step: u: gradient descent, momentum, Adam, or one that is learned.
         rate_update: Who updates the inner rates that are learned; None leaves them to the outer
             optimiser.
         task_reduction: The meta-loss is the mean over the tasks of a batch, or their sum, as the
@@ -79,6 +83,7 @@ class Algorithm:
     norm_affine: NormAffine = field(default_factory=SharedAffine)
     norm_statistics: NormStatistics = field(default_factory=NormStatistics)
     inner_clipping: Clipping = field(default_factory=NoClipping)
+    inner_step: InnerStep = field(default_factory=GradientStep)
     rate_update: HypergradientRates | None = None
     task_reduction: Literal["mean", "sum"] = "mean"
     outer: OuterOptimiser = field(default_factory=Adam)
@@ -116,11 +121,12 @@ class Algorithm:
                 f"{self.inner_rate}; use LearnedRate(...) or another that is learned"
             )
         is_exact = self.rate_update is None or self.rate_update.exact
-        if not is_exact and not isinstance(self.inner_rate, LearnedRate):
-            raise InputError(
-                f"HypergradientRates(exact=False) needs LearnedRate, not "
-                f"{type(self.inner_rate).__name__}; leave exact=False out"
-            )
+        for part, needed in ((self.inner_rate, LearnedRate), (self.inner_step, GradientStep)):
+            if not is_exact and not isinstance(part, needed):
+                raise InputError(
+                    f"HypergradientRates(exact=False) needs {needed.__name__}, not "
+                    f"{type(part).__name__}; leave exact=False out"
+                )
         check_name("task_reduction", self.task_reduction, ("mean", "sum"))
         check_name("extra_steps", self.extra_steps, get_args(ExtraSteps))
         self.weights_at(0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fewstep.core.algorithm import Algorithm
 from fewstep.core.errors import InputError
+from fewstep.core.inner_step import check_fits
 from fewstep.core.meta_parameters import MetaParameters
 from fewstep.core.network import Result, TaskNetwork, Tensors
 from fewstep.core.norm import Use
@@ -30,6 +31,7 @@ class Point:
         gradient: What that step followed, its gradient clipped, each (tasks, *shape); empty at the
             start.
         query: What the query sets gave here, where they were asked for.
+        state: What the inner step remembers, each (tasks, ...).
     """
 
     step: int
@@ -38,6 +40,23 @@ class Point:
     support_loss: Tensor | None
     gradient: Tensors
     query: Result | None
+    state: Tensors
+
+    @property
+    def carried(self) -> Tensors:
+        """Where the steps from here start, as far as it has a derivative."""
+        state = {f".{n}": t for n, t in self.state.items() if t.is_floating_point()}
+        return self.theta | state  # no parameter's name begins with a dot
+
+    def leaves(self, learned: Container[str]) -> Point:
+        """Return the same point, which knows nothing of how it came about."""
+        return replace(
+            self,
+            theta={n: t.detach().requires_grad_(n in learned) for n, t in self.theta.items()},
+            state={
+                n: t.detach().requires_grad_(t.is_floating_point()) for n, t in self.state.items()
+            },
+        )
 
 
 @dataclass(frozen=True)
@@ -76,7 +95,7 @@ class InnerLoop:
 
     def start(self, tasks: int) -> Point:
         """Return theta[0] and its buffers, the same for every task."""
-        return Point(0, self.meta.theta(tasks), self.meta.buffers_of(tasks), None, {}, None)
+        return Point(0, self.meta.theta(tasks), self.meta.buffers_of(tasks), None, {}, None, {})
 
     def trajectory(
         self,
@@ -89,7 +108,7 @@ class InnerLoop:
     ) -> Iterator[Point]:
         """Yield theta[0], or another start, to theta[num_steps] of a batch of tasks.
 
-        theta[k+1] = theta[k] - alpha[k] * grad L_support(theta[k])
+        theta[k+1] = u(theta[k], grad L_support(theta[k]), alpha[k])
 
         Args:
             batch: The tasks.
@@ -100,11 +119,15 @@ class InnerLoop:
             start: Where to start.
 
         Raises:
-            InputError: an adapted parameter does not take part in any support loss.
+            InputError: an adapted parameter does not take part in any support loss, or a part gave
+                what has another shape.
         """
         network, rows, adapted = self.network, self.meta.rows, self.meta.adapted
+        descend = self.algorithm.inner_step
         point = self.start(len(batch)) if start is None else start
-        theta, buffers = point.theta, point.buffers
+        theta, buffers, state = point.theta, point.buffers, point.state
+        if point.step == 0:
+            state = descend.start({n: theta[n] for n in adapted})
         support_loss: Tensor | None = None
         gradient: Tensors = {}
         for step in range(point.step, num_steps + 1):
@@ -117,7 +140,7 @@ class InnerLoop:
                     is_last=step == self.algorithm.num_steps,
                 )
                 buffers = rows.put_buffers(buffers, step, query.buffers)
-            yield Point(step, theta, buffers, support_loss, gradient, query)
+            yield Point(step, theta, buffers, support_loss, gradient, query, state)
             if step == num_steps:
                 return
             with torch.enable_grad():
@@ -129,10 +152,13 @@ class InnerLoop:
                     batch,
                 )
                 gradient = _gradient(support.loss, {n: at[n] for n in adapted}, derivative_order)
+            here = {n: theta[n] for n in adapted}
             gradient = self.algorithm.inner_clipping(gradient)
+            check_fits("inner_clipping", gradient, here)
             alpha = {n: self.algorithm.inner_rate(self.meta.rates, n, step) for n in adapted}
-            descent = {n: (alpha[n] * gradient[n]).type_as(theta[n]) for n in adapted}
-            theta = theta | {n: theta[n] - descent[n] for n in adapted}
+            after, state = descend(here, gradient, alpha, state, self.meta.step_table, step)
+            check_fits("inner_step, by its rates,", after, here)
+            theta = theta | after
             buffers = rows.put_buffers(buffers, step, support.buffers)
             support_loss = support.loss.detach()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -100,49 +99,45 @@ def _differentiate(
 
     For a segment from step k to step k',
     lambda[k] = d (sum_{k < i <= k'} v[i] L_query(theta[i]) + lambda[k'] . theta[k']) / d theta[k]
-    with lambda[K] = 0, and v[0]'s term in the first segment. lambda[0], summed over the tasks, is
-    the gradient by phi. One segment of all the steps is plain backpropagation; of several, one has
-    a graph at a time.
+    with lambda[K] = 0, and v[0]'s term in the first segment; what an inner step remembers is part
+    of theta here. lambda[0], summed over the tasks, is the gradient by phi. One segment of all the
+    steps is plain backpropagation; of several, one has a graph at a time.
     """
     tasks = TaskBatch(*tensors)
     v = dict(zip(counting, weights, strict=True))
     meta, num_steps = loop.meta, loop.algorithm.num_steps
     seen = _Seen()
     adjoint: Tensors = {}
-    rates = {n: torch.zeros_like(rate) for n, rate in meta.rates.items()}
+    of_parts = {n: torch.zeros_like(t) for n, t in meta.of_parts.items()}
     q = {n: torch.zeros_like(meta.phi[n]) for n in meta.harvested}
     for start, stop, here in segments_backwards(loop, tasks, counting, segment):
-        inputs = {n: t.detach().requires_grad_(n in meta.phi) for n, t in start.theta.items()}
+        leaves = start.leaves(meta.phi)
         for point in loop.trajectory(
-            tasks,
-            stop,
-            derivative_order=order,
-            query_after=here,
-            start=replace(start, theta=inputs),
+            tasks, stop, derivative_order=order, query_after=here, start=leaves
         ):
             seen.note(point, meta.harvested)
         if stop == num_steps:
             buffers = point.buffers
 
-        terms = [v[k] * seen.queries[k].loss.sum() / share for k in here]
-        terms += [(each * point.theta[name]).sum() for name, each in adjoint.items()]
+        terms, reached = [v[k] * seen.queries[k].loss.sum() / share for k in here], point.carried
+        terms += [(each * reached[name]).sum() for name, each in adjoint.items()]
         if terms:  # else nothing counts from here on
             ends = {n: point.theta[n] for n in meta.harvested if stop == num_steps}
-            adjoint, by_rate, by_end = _grad(
+            adjoint, by_parts, by_end = _grad(
                 torch.stack(terms).sum(),
-                {n: inputs[n] for n in meta.phi},
-                meta.rates,
+                {n: t for n, t in leaves.carried.items() if t.requires_grad},
+                meta.of_parts,
                 ends,
                 unseen=loop.network.own_parameters(),
             )
-            rates = {n: total + by_rate[n] for n, total in rates.items()}
+            of_parts = {n: total + by_parts[n] for n, total in of_parts.items()}
             q |= by_end
 
     if seen.descent:  # q in place of every lambda
-        rates["all"] = -torch.stack([(q[n] * s).sum() for n, s in seen.descent.items()]).sum()
-    gradients = {n: each.sum(0) for n, each in adjoint.items()}
-    gradients |= {RATE + n: rate for n, rate in rates.items()}
-    return gradients, _OfTasks(seen.metrics(v), buffers)
+        by_rate = -torch.stack([(q[n] * s).sum() for n, s in seen.descent.items()]).sum()
+        of_parts[RATE + "all"] = by_rate
+    gradients = {n: adjoint[n].sum(0) for n in meta.phi}
+    return gradients | of_parts, _OfTasks(seen.metrics(v), buffers)
 
 
 class _Seen:

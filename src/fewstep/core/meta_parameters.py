@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from fewstep.core.errors import InputError
 from fewstep.core.network import Tensors
 from fewstep.core.norm import StepRows
 
-RATE = "inner_lr."
+RATE, STEP = "inner_lr.", "inner_step."
 
 
 class MetaParameters:
@@ -30,7 +30,9 @@ class MetaParameters:
     Attributes:
         phi: The module's trained parameters, by their names.
         rates: The table of learned inner rates.
-        parameters: All that has a meta-gradient: phi, and the rates as "inner_lr.*".
+        step_table: What the inner step learns.
+        of_parts: Both, as "inner_lr.*" and "inner_step.*".
+        parameters: All that has a meta-gradient: phi, and those of parts.
         by_outer: Those of them that the outer optimiser updates.
         rows: Which of all these have a row for each step.
         adapted: Names of the parameters that the inner loop changes.
@@ -49,10 +51,12 @@ class MetaParameters:
             raise InputError(
                 f"{kind} has no parameter that requires a gradient; nothing could be learned"
             )
-        if any(name.startswith(RATE) for name in named):
-            raise InputError(
-                f"{kind} has a part named 'inner_lr', the name of learned rates; rename it"
-            )
+        for prefix in (RATE, STEP):
+            if any(name.startswith(prefix) for name in named):
+                raise InputError(
+                    f"{kind} has a part named '{prefix[:-1]}', the name of what an algorithm's "
+                    "part learns; rename it"
+                )
         parameter_rows = algorithm.norm_affine.rows(module, algorithm.num_steps)
         buffer_rows = algorithm.norm_statistics.rows(module, algorithm.num_steps)
         self.rows = StepRows(frozenset(parameter_rows), frozenset(buffer_rows))
@@ -80,11 +84,14 @@ class MetaParameters:
         self.adapted = _adapted(module, algorithm, trained)
         initial = {n: self.phi[n] for n in self.adapted}
         table = algorithm.inner_rate.table(initial, algorithm.num_steps)
-        self.rates = {n: t.detach().requires_grad_() for n, t in table.items()}
-        self.parameters: Tensors = self.phi | {RATE + n: t for n, t in self.rates.items()}
+        self.rates = _leaves(table)
+        self.step_table = _leaves(algorithm.inner_step.table(initial, algorithm.num_steps))
+        of_steps = {STEP + n: t for n, t in self.step_table.items()}
+        self.of_parts = {RATE + n: t for n, t in self.rates.items()} | of_steps
+        self.parameters: Tensors = self.phi | self.of_parts
 
         update = algorithm.rate_update
-        self.by_outer: Tensors = self.parameters if update is None else self.phi
+        self.by_outer: Tensors = self.parameters if update is None else self.phi | of_steps
         self.harvested = () if update is None or update.exact else self.adapted
         self.hypergradients: Tensors = (
             {} if update is None else {n: torch.zeros_like(t) for n, t in table.items()}
@@ -196,6 +203,11 @@ def _adapted(module: nn.Module, algorithm: Algorithm, trained: Iterable[str]) ->
             "for the outer loop; pass PerStepAffine(adapted=True)"
         )
     return adapted
+
+
+def _leaves(table: Mapping[str, Tensor]) -> Tensors:
+    """Return copies to be learned of what a part starts from."""
+    return {name: t.detach().clone().requires_grad_() for name, t in table.items()}
 
 
 def _place(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
