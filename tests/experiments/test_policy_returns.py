@@ -95,7 +95,7 @@ def test_methods_differ_in_what_they_say():
         assert METHODS[method].num_steps == learner._loop.algorithm.num_steps
         adapted = learner._loop.algorithm.adapted.choose(start[method])
         assert (adapted == ("context.vector",)) == (method == "context")
-        of_ratios = learner._loop.network.loss.func is ratio_loss
+        of_ratios = learner._loop.network.judge.loss.func is ratio_loss
         assert of_ratios == (method == "MAML with ratios")
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.core.algorithm import Algorithm
 from fewstep.core.errors import InputError
@@ -84,11 +84,7 @@ class InnerLoop:
 
         Parts of the module and their hooks; buffers of the module, the loss and the metric.
         """
-        functions = (self.network.loss, self.network.metric)
-        buffers = chain(
-            self.meta.buffers.values(),
-            *(f.buffers() for f in functions if isinstance(f, nn.Module)),
-        )
+        buffers = chain(self.meta.buffers.values(), self.network.judge.buffers())
         parts = list(self.network.module.modules())
         hooks = ((*p._forward_pre_hooks.values(), *p._forward_hooks.values()) for p in parts)
         return [id(each) for each in chain(parts, *hooks, buffers)]

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from fewstep.core.adapted_copy import adapted_copy
 from fewstep.core.algorithm import Algorithm
+from fewstep.core.derivative_order import FixedOrder
 from fewstep.core.errors import InputError, check_name
 from fewstep.core.hypergradient import Hypergradient
 from fewstep.core.inner import InnerLoop
+from fewstep.core.judge import Judge, Loss
 from fewstep.core.meta_gradient import meta_gradient
 from fewstep.core.meta_parameters import MetaParameters
 from fewstep.core.metrics import Metrics
-from fewstep.core.network import Loss, TaskNetwork, Tensors
+from fewstep.core.network import TaskNetwork, Tensors
 from fewstep.core.norm import NormStatistics, Use
 from fewstep.core.outer_loop import OuterLoop
 from fewstep.core.precision import Precision
@@ -41,6 +43,9 @@ class MetaLearner:
         loss: (outputs, targets) of one task to a scalar, usually a mean over the examples.
         metric: (outputs, targets) of one task to a scalar to report; None takes the accuracy where
             targets are integers and the loss elsewhere.
+        support_loss: What the inner loop descends, another function of the same kind; None takes
+            the loss. The parameters of an `nn.Module` are learned by the outer loop, as
+            "support_loss.*", through the second derivative.
         chunk_size: Tasks that go through the module at once; bounds memory, changes no result.
         checkpoint_every: Inner steps whose graph is kept at once, in the second order; None keeps
             all. 1 makes memory nearly independent of their number and changes no result; 5 steps
@@ -50,8 +55,9 @@ class MetaLearner:
         ranks: The processes that share each batch, from `Ranks.of_torchrun()`. Each calls the same
             methods with the same tasks, and gets the same results.
         replay: Record the operations of a meta-gradient, and of a test of several chunks, once and
-            replay them: the same numbers, sooner, as no Python is between them. What the module
-            decides in Python is decided once. Recording takes a second or two, and again where the
+            replay them: the same numbers, sooner, as no Python is between them. What the module,
+            the losses and the parts decide or read in Python, such as a number in an attribute, is
+            decided and read once. Recording takes a second or two, and again where the
             shapes or the schedules change.
         compile: Hand the recording to `torch.compile`: several times faster for small networks, the
             same to rounding (checked), after compiling for some ten seconds and more with steps
@@ -76,6 +82,7 @@ class MetaLearner:
         loss: Loss,
         *,
         metric: Loss | None = None,
+        support_loss: Loss | None = None,
         chunk_size: int = 8,
         checkpoint_every: int | None = None,
         vectorize: bool = True,
@@ -102,8 +109,15 @@ class MetaLearner:
         self._replay = Replay(compiled=compile) if replay else None
         self._test_replay = Replay(from_second=True) if replay else None
         self.iteration = 0
-        self._network = TaskNetwork(module, loss, metric, vectorize=vectorize, precision=precision)
-        self._meta = MetaParameters(module, algorithm)
+        judge = Judge(loss, metric, support_loss)
+        if judge.learned and algorithm.derivative_order == FixedOrder(1):
+            raise InputError(
+                f"{type(support_loss).__name__} has parameters, which first-order methods cannot "
+                "learn; take derivative_order=FixedOrder(2), or freeze them by "
+                ".requires_grad_(False)"
+            )
+        self._network = TaskNetwork(module, judge, vectorize=vectorize, precision=precision)
+        self._meta = MetaParameters(module, algorithm, judge.learned)
         self.parameters = self._meta.parameters
         self._outer = OuterLoop(self._meta, algorithm)
         self._loop = InnerLoop(self._network, self._meta, algorithm)
@@ -226,7 +240,7 @@ class MetaLearner:
 
         Raises:
             InputError: `num_tasks` is below 2, which gives no interval, or `num_steps` is more
-                than the parts have rows for.
+                than the parts have rows for, or no query target of a task counts.
         """
         if num_tasks < 2:
             raise InputError(f"num_tasks={num_tasks} must be at least 2 to give an interval")
@@ -237,7 +251,7 @@ class MetaLearner:
         found, targets = self._test(episodes, own, after, norm.use, losses_and_metrics)
         loss, metric = self.ranks.join([found], num_tasks)[0].cpu().unbind(1)
         return Scores(
-            metric_name=self._network.metric_name(targets),
+            metric_name=self._network.judge.metric_name(targets),
             metric=metric,
             loss=loss,
             statistics=norm.describe(self.module),
@@ -308,14 +322,14 @@ class MetaLearner:
                 outputs = self._mean_outputs(
                     states, [chunk.seen(v) for v in views], norm.use, after
                 )
-                loss, metric = self._network.score(outputs, chunk.y_query)
+                loss, metric = self._network.judge.score(outputs, chunk.y_query)
                 losses.append(loss)
                 metrics.append(metric)
         finally:
             self.load_state_tensors(before)
         loss, metric = self.ranks.join([torch.cat(losses), torch.cat(metrics)], num_tasks)
         return Scores(
-            metric_name=self._network.metric_name(chunk.y_query),
+            metric_name=self._network.judge.metric_name(chunk.y_query),
             metric=metric.cpu(),
             loss=loss.cpu(),
             statistics=norm.describe(self.module),

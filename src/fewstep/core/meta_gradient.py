@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from fewstep.core.errors import InputError
 from fewstep.core.inner import InnerLoop, Point
 from fewstep.core.meta_parameters import RATE
 from fewstep.core.metrics import Metrics
@@ -74,7 +73,7 @@ def meta_gradient(
     (by_task, metric, support, query), buffers = _join(
         of_tasks, loop.meta.buffers, len(batch), ranks
     )
-    name, norm = loop.network.metric_name(batch.y_query), get_total_norm(total.values())
+    name, norm = loop.network.judge.metric_name(batch.y_query), get_total_norm(total.values())
     return total, Metrics(name, by_task, metric, support, query, norm), buffers
 
 
@@ -123,12 +122,13 @@ def _differentiate(
         terms += [(each * reached[name]).sum() for name, each in adjoint.items()]
         if terms:  # else nothing counts from here on
             ends = {n: point.theta[n] for n in meta.harvested if stop == num_steps}
+            total = torch.stack(terms).sum()
+            loop.network.check_reads(total)
             adjoint, by_parts, by_end = _grad(
-                torch.stack(terms).sum(),
+                total,
                 {n: t for n, t in leaves.carried.items() if t.requires_grad},
                 meta.of_parts,
                 ends,
-                unseen=loop.network.own_parameters(),
             )
             of_parts = {n: total + by_parts[n] for n, total in of_parts.items()}
             q |= by_end
@@ -170,27 +170,14 @@ class _Seen:
         )
 
 
-def _grad(loss: Tensor, *groups: Tensors, unseen: Tensors) -> list[Tensors]:
-    """Return d loss / d t for every tensor of every group; its graph is freed.
-
-    Raises:
-        InputError: the loss depends on one that is `unseen`.
-    """
-    *rest, last = (*groups, unseen)
-    inputs = [t for group in (*rest, last) for t in group.values()]
+def _grad(loss: Tensor, *groups: Tensors) -> list[Tensors]:
+    """Return d loss / d t for every tensor of every group; its graph is freed."""
+    inputs = [t for group in groups for t in group.values()]
     found = iter(torch.autograd.grad(loss, inputs, allow_unused=True))
-    gradients = [
+    return [
         {n: torch.zeros_like(t) if (g := next(found)) is None else g for n, t in group.items()}
-        for group in rest
+        for group in groups
     ]
-    for name, gradient in zip(last, found, strict=True):
-        if gradient is not None:
-            raise InputError(
-                f"the loss reads {name} past the call of the module, as a penalty on "
-                "module.parameters() does, where no task has its own and nothing would learn of "
-                "it; let the module return what the loss needs"
-            )
-    return gradients
 
 
 def _join(

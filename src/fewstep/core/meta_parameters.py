@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fewstep.core.adapted import AdaptedParameters
 from fewstep.core.algorithm import Algorithm
 from fewstep.core.errors import InputError
+from fewstep.core.judge import SUPPORT_LOSS
 from fewstep.core.network import Tensors
 from fewstep.core.norm import StepRows
 
@@ -26,9 +27,10 @@ class MetaParameters:
     Args:
         module: The module.
         algorithm: Says what has rows, what is adapted and which rates are learned.
+        beside: Parameters that are learned beside the module's, never adapted.
 
     Attributes:
-        phi: The module's trained parameters, by their names.
+        phi: The module's trained parameters, by their names, and those beside it.
         rates: The table of learned inner rates.
         step_table: What the inner step learns.
         of_parts: Both, as "inner_lr.*" and "inner_step.*".
@@ -43,7 +45,12 @@ class MetaParameters:
         InputError: nothing to train, or to adapt, a name is taken, or a buffer is expanded.
     """
 
-    def __init__(self, module: nn.Module, algorithm: Algorithm) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        algorithm: Algorithm,
+        beside: Mapping[str, nn.Parameter] | None = None,
+    ) -> None:
         named = dict(module.named_parameters())
         trained = {n: p for n, p in named.items() if p.requires_grad}
         kind = type(module).__name__
@@ -51,16 +58,23 @@ class MetaParameters:
             raise InputError(
                 f"{kind} has no parameter that requires a gradient; nothing could be learned"
             )
-        for prefix in (RATE, STEP):
+        for prefix in (RATE, STEP, *([SUPPORT_LOSS] if beside else [])):
             if any(name.startswith(prefix) for name in named):
                 raise InputError(
-                    f"{kind} has a part named '{prefix[:-1]}', the name of what an algorithm's "
-                    "part learns; rename it"
+                    f"{kind} has a part named '{prefix[:-1]}', the name of what is learned "
+                    "beside it; rename it"
                 )
         parameter_rows = algorithm.norm_affine.rows(module, algorithm.num_steps)
         buffer_rows = algorithm.norm_statistics.rows(module, algorithm.num_steps)
         self.rows = StepRows(frozenset(parameter_rows), frozenset(buffer_rows))
         self.phi = {n: _with_rows(p, parameter_rows.get(n)) for n, p in trained.items()}
+        self.phi |= beside or {}
+        for name, parameter in (beside or {}).items():
+            if shared := [n for n, p in named.items() if p is parameter]:
+                raise InputError(
+                    f"`{name}` is `{shared[0]}` of {kind}, too, where each task has its own; give "
+                    "the loss a copy"
+                )
         for name, buffer in module.named_buffers():
             if any(
                 size > 1 and step == 0

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fewstep.core.accuracy import accuracy
 from fewstep.core.errors import InputError
+from fewstep.core.judge import Judge
 from fewstep.core.layers import Layers
 from fewstep.core.modules import (
     DIFFERENTIABLE_TWICE,
     check_module,
     nothing_left_behind,
+    parameters_behind,
     set_mode,
     under_two_names,
 )
@@ -34,7 +35,7 @@ _OF_VMAP = ("vmap", "atching rule", "functorch")  # in messages of PyTorch
 _LOCK = threading.Lock()
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _OneTask = tuple[Tensor, Tensor, Tensor, Tensors]
-Loss = Callable[[Tensor, Tensor], Tensor]
+_Judgement = Callable[[Tensor, Tensor, Tensors], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Result:
 
     Args:
         loss: (tasks,).
-        metric: (tasks,).
+        metric: (tasks,); of support sets the loss.
         outputs: (tasks, examples, ...).
         buffers: After the call, each (tasks, *shape).
     """
@@ -55,7 +56,7 @@ class Result:
 
 
 class TaskNetwork:
-    """A module and its loss as a function of stacked parameters: one set for each task.
+    """A module and what judges it as a function of stacked parameters: one set for each task.
 
     The module is called through `torch.func.functional_call` and is not changed. One call serves
     all tasks through `torch.vmap`, or, with `vectorize=False`, a loop that needs no batching rule
@@ -63,9 +64,7 @@ class TaskNetwork:
 
     Args:
         module: Maps a batch of inputs to a batch of outputs.
-        loss: (outputs, targets) of one task to a scalar.
-        metric: (outputs, targets) of one task to a scalar that is reported, never differentiated;
-            None takes the accuracy where targets are integers and the loss elsewhere.
+        judge: Losses and metric.
         vectorize: Use `torch.vmap`; else loop over the tasks.
         precision: What products round their factors to.
 
@@ -77,23 +76,14 @@ class TaskNetwork:
     def __init__(
         self,
         module: nn.Module,
-        loss: Loss,
-        metric: Loss | None,
+        judge: Judge,
         *,
         vectorize: bool,
         precision: Precision,
     ) -> None:
         check_module(module)
-        for what, function in (("loss", loss), ("metric", metric)):
-            if isinstance(function, type) or not (function is None or callable(function)):
-                name = getattr(function, "__name__", function)
-                raise InputError(
-                    f"{what}={name} must be a function of outputs and targets, such as "
-                    "torch.nn.functional.mse_loss or an instance of torch.nn.MSELoss"
-                )
         self.module = module
-        self.loss = loss
-        self.metric = metric
+        self.judge = judge
         self.vectorize = vectorize
         self.precision = precision
         has_filters = any(p.ndim == 4 for p in module.parameters())
@@ -106,6 +96,7 @@ class TaskNetwork:
         self._to_restore = [*under_two_names(module), *unset]
         self._use: Use = "batch"
         self._is_training = True
+        self._has_read = False
 
     def support(self, parameters: Tensors, buffers: Tensors, batch: TaskBatch) -> Result:
         """Call on the support sets.
@@ -116,7 +107,8 @@ class TaskNetwork:
             batch: The tasks.
         """
         with self._normalise():
-            return self._call(parameters, buffers, batch.x_support, batch.y_support)
+            x, y = batch.x_support, batch.y_support
+            return self._call(parameters, buffers, x, y, self.judge.support)
 
     def query(
         self, parameters: Tensors, buffers: Tensors, batch: TaskBatch, *, is_last: bool
@@ -132,15 +124,16 @@ class TaskNetwork:
             batch: The tasks.
             is_last: No inner step follows, which would see the support sets under these parameters.
         """
+        judge, y = self.judge.query, batch.y_query
         if self._use != "support":
             with self._normalise():
-                result = self._call(parameters, buffers, batch.x_query, batch.y_query)
+                result = self._call(parameters, buffers, batch.x_query, y, judge)
             return result if self._is_training else replace(result, buffers=buffers)
         x = once(_both, batch.x_support, batch.x_query)
         shots = batch.x_support.shape[1]
         update = follow if self._is_training and is_last else None
         with NormaliseBy(Statistics(examples=shots, of=x.shape[1], update=update)):
-            result = self._call(parameters, buffers, x, batch.y_query, without=shots)
+            result = self._call(parameters, buffers, x, y, judge, without=shots)
         return result if update else replace(result, buffers=buffers)
 
     def _normalise(self) -> AbstractContextManager[object]:
@@ -149,11 +142,42 @@ class TaskNetwork:
             return NormaliseBy(Statistics(running=True, update=update))
         return nullcontext()
 
+    def check_reads(self, loss: Tensor) -> None:
+        """Check that the first meta-loss depends on no parameter that nothing would learn.
+
+        Raises:
+            InputError: it depends on one of the module as it stands, where each task has its own,
+                or of something else.
+        """
+        if self._has_read:
+            return
+        self._has_read = True
+        named = {id(p): f"`{n}`" for n, p in self.module.named_parameters()}
+        for function in self.judge.modules():
+            kind = type(function).__name__
+            named |= {id(p): f"`{n}` of {kind}" for n, p in function.named_parameters()}
+        read = {id(p): f"a parameter of shape {tuple(p.shape)}" for p in parameters_behind(loss)}
+        if read:
+            first, *_ = [*(name for p, name in named.items() if p in read), *read.values()]
+            raise InputError(
+                f"the meta-loss reads {first} past the call of the module, as a penalty on "
+                "module.parameters() does, where no task has its own and nothing would learn of "
+                "it; let the module return what the loss needs, a part of the algorithm give what "
+                "it learns in its table, or freeze what is not learned by .requires_grad_(False)"
+            )
+
     def _call(
-        self, parameters: Tensors, buffers: Tensors, x: Tensor, y: Tensor, *, without: int = 0
+        self,
+        parameters: Tensors,
+        buffers: Tensors,
+        x: Tensor,
+        y: Tensor,
+        judge: _Judgement,
+        *,
+        without: int = 0,
     ) -> Result:
         """Call the module for every task; leave out the first outputs, `without` of them."""
-        one_task = partial(self._one_task, without=without)
+        one_task = partial(self._one_task, judge, without=without)
         versions = [p._version for p in parameters.values()]
         with DIFFERENTIABLE_TWICE, self._layers(), forward_pass(self.precision, x.device):
             if self.vectorize:
@@ -183,32 +207,6 @@ class TaskNetwork:
             each = [{n: p[j] for n, p in parameters.items()} for j in range(len(x))]
             return torch.stack([self._forward(p, x[j]) for j, p in enumerate(each)])
 
-    def own_parameters(self) -> Tensors:
-        """Return what is trained of module and loss as they stand, which no task's call reads."""
-        own = {f"`{n}`": p for n, p in self.module.named_parameters()}
-        if isinstance(self.loss, nn.Module):
-            kind = type(self.loss).__name__
-            own |= {f"`{n}` of {kind}": p for n, p in self.loss.named_parameters()}
-        return {name: p for name, p in own.items() if p.requires_grad}
-
-    def score(self, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return loss and metric, each (tasks, steps), of outputs (tasks, steps, examples, ...)."""
-        pairs = [
-            [(self.loss(o, targets), self._measure(o, targets)) for o in of_task]
-            for of_task, targets in zip(outputs, y, strict=True)
-        ]
-        stacked = torch.stack([torch.stack([torch.stack(p) for p in row]) for row in pairs])
-        return stacked[..., 0], stacked[..., 1]
-
-    def metric_for(self, targets: Tensor) -> Loss:
-        """Return the metric that is reported for such targets."""
-        return self.metric or (self.loss if targets.is_floating_point() else accuracy)
-
-    def metric_name(self, targets: Tensor) -> str:
-        """Name the metric that is reported for such targets."""
-        metric = self.metric_for(targets)
-        return "loss" if metric is self.loss else getattr(metric, "__name__", "metric")
-
     @staticmethod
     def _loop(
         one_task: Callable[..., _OneTask], parameters: Tensors, buffers: Tensors, x: Tensor,
@@ -228,23 +226,27 @@ class TaskNetwork:
         return Result(torch.stack(losses), torch.stack(metrics), torch.stack(outputs), stacked)
 
     def _one_task(
-        self, parameters: Tensors, buffers: Tensors, x: Tensor, y: Tensor, *, without: int
+        self,
+        judge: _Judgement,
+        parameters: Tensors,
+        buffers: Tensors,
+        x: Tensor,
+        y: Tensor,
+        *,
+        without: int,
     ) -> _OneTask:
         # Modules change their buffers in place, or assign new ones, which come back in `tensors`.
         tensors = parameters | {name: b.clone() for name, b in buffers.items()}
         outputs = self._forward(tensors, x)
         if without:
             outputs = outputs[without:]
-        loss = _scalar("loss", self.loss(outputs, y))
-        return (
-            loss,
-            self._measure(outputs.detach(), y),
-            outputs.detach(),
-            {n: tensors[n].detach() for n in buffers},
-        )
+        loss, metric = judge(outputs, y, tensors)
+        return loss, metric, outputs.detach(), {n: tensors[n].detach() for n in buffers}
 
     def _forward(self, tensors: Tensors, x: Tensor) -> Tensor:
         """Return the module's outputs of one task, its parameters and buffers in `tensors`."""
+        if self.judge.learned:
+            tensors = {n: t for n, t in tensors.items() if n not in self.judge.learned}
         own = [(m, dict(m._parameters), dict(m._buffers)) for m in self._to_restore]
         try:
             outputs: object = functional_call(self.module, tensors, (x,))
@@ -260,9 +262,6 @@ class TaskNetwork:
         if outputs.dtype in (torch.bfloat16, torch.float16):  # losses are not rounded so far
             return outputs.float()
         return outputs
-
-    def _measure(self, outputs: Tensor, y: Tensor) -> Tensor:
-        return _scalar("metric", self.metric_for(y)(outputs, y)).to(outputs.dtype)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -316,19 +315,10 @@ class TaskNetwork:
             if not self.vectorize or not any(word in reason for word in _OF_VMAP):
                 raise
             raise InputError(
-                f"{type(self.module).__name__} cannot be vectorised over tasks ({reason}); "
-                "pass vectorize=False to loop over the tasks instead"
+                f"{type(self.module).__name__}, or its loss or metric, cannot be vectorised over "
+                f"tasks ({reason}); write it in other operations, a mask as a factor in place of "
+                "an index, or pass vectorize=False to loop over the tasks"
             ) from error
-
-
-def _scalar(what: str, found: object) -> Tensor:
-    if isinstance(found, Tensor) and found.ndim == 0 and not found.is_complex():
-        return found
-    kind = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-    raise InputError(
-        f"the {what} returned {kind} for one task; it must return a real scalar tensor, for "
-        "instance the mean over the examples"
-    )
 
 
 def _both(x_support: Tensor, x_query: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from fewstep.core.algorithm import Algorithm
 from fewstep.core.derivative_order import FixedOrder
 from fewstep.core.errors import InputError, check_name
 from fewstep.core.inner import InnerLoop, Point
+from fewstep.core.judge import Judge
 from fewstep.core.meta_parameters import MetaParameters
 from fewstep.core.network import TaskNetwork, Tensors
 from fewstep.core.rates import ConstantRate, InnerRate
@@ -123,7 +124,8 @@ class PolicyLearner:
         )
         self._meta = MetaParameters(policy, algorithm)
         loss = partial(SUPPORT_LOSSES[support_loss], self.distribution)
-        network = TaskNetwork(policy, loss, None, vectorize=vectorize, precision="float32")
+        judge = Judge(loss, None, None)
+        network = TaskNetwork(policy, judge, vectorize=vectorize, precision="float32")
         self._loop = InnerLoop(network, self._meta, algorithm)
         self.parameters = self._meta.parameters
         self.iteration = 0

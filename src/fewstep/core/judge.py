@@ -1,0 +1,117 @@
+"""What a module's outputs for one task are judged by: losses and metric."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fewstep.core.accuracy import accuracy
+from fewstep.core.errors import InputError
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+SUPPORT_LOSS = "support_loss."
+
+
+class Judge:
+    """The losses of support and query sets, and the metric.
+
+    Args:
+        loss: (outputs, targets) of one task to a scalar.
+        metric: The same, reported and never differentiated; None takes the accuracy where targets
+            are integers and the loss elsewhere.
+        support_loss: What the inner loop descends; None takes the loss. A module's parameters that
+            require a gradient are learned, as "support_loss.*".
+
+    Raises:
+        InputError: one is no function; when it is called: it returns no real scalar.
+    """
+
+    def __init__(self, loss: Loss, metric: Loss | None, support_loss: Loss | None) -> None:
+        self.loss, self.metric = loss, metric
+        self.support_loss = loss if support_loss is None else support_loss
+        for what in ("loss", "metric", "support_loss"):
+            function = getattr(self, what)
+            if isinstance(function, type) or not (function is None or callable(function)):
+                name = getattr(function, "__name__", function)
+                raise InputError(
+                    f"{what}={name} must be a function of outputs and targets, such as "
+                    "torch.nn.functional.mse_loss or an instance of torch.nn.MSELoss"
+                )
+        self.learned: dict[str, nn.Parameter] = {}
+        if support_loss is not None and isinstance(support_loss, nn.Module):
+            named = support_loss.named_parameters()
+            self.learned = {SUPPORT_LOSS + n: p for n, p in named if p.requires_grad}
+
+    def modules(self) -> list[nn.Module]:
+        """Return those of its functions that are modules."""
+        functions = (self.loss, self.metric, self.support_loss)
+        return [f for f in functions if isinstance(f, nn.Module)]
+
+    def buffers(self) -> list[Tensor]:
+        """Return what its functions read besides parameters."""
+        return list(chain.from_iterable(module.buffers() for module in self.modules()))
+
+    def support(
+        self, outputs: Tensor, y: Tensor, tensors: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss that the inner loop descends, twice: nobody reads a metric there.
+
+        Args:
+            outputs: Of one task.
+            y: Its targets.
+            tensors: What is learned of the loss, among others.
+        """
+        if self.learned and isinstance(self.support_loss, nn.Module):
+            own = {n.removeprefix(SUPPORT_LOSS): tensors[n] for n in self.learned}
+            found: object = functional_call(self.support_loss, own, (outputs, y))
+        else:
+            found = self.support_loss(outputs, y)
+        loss = _scalar("loss" if self.support_loss is self.loss else "support loss", found)
+        return loss, loss.detach()
+
+    def query(
+        self, outputs: Tensor, y: Tensor, tensors: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return loss and metric, as they are reported.
+
+        Args:
+            outputs: Of one task.
+            y: Its targets.
+            tensors: Not read: the query loss cannot be learned.
+        """
+        loss = _scalar("loss", self.loss(outputs, y))
+        return loss, self._measure(outputs.detach(), y)
+
+    def score(self, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return loss and metric, each (tasks, steps), of outputs (tasks, steps, examples, ...)."""
+        pairs = [
+            [(self.loss(o, targets), self._measure(o, targets)) for o in of_task]
+            for of_task, targets in zip(outputs, y, strict=True)
+        ]
+        stacked = torch.stack([torch.stack([torch.stack(p) for p in row]) for row in pairs])
+        return stacked[..., 0], stacked[..., 1]
+
+    def metric_name(self, targets: Tensor) -> str:
+        """Name the metric that is reported for such targets."""
+        metric = self._metric_for(targets)
+        return "loss" if metric is self.loss else getattr(metric, "__name__", "metric")
+
+    def _metric_for(self, targets: Tensor) -> Loss:
+        return self.metric or (self.loss if targets.is_floating_point() else accuracy)
+
+    def _measure(self, outputs: Tensor, y: Tensor) -> Tensor:
+        return _scalar("metric", self._metric_for(y)(outputs, y)).to(outputs.dtype)
+
+
+def _scalar(what: str, found: object) -> Tensor:
+    if isinstance(found, Tensor) and found.ndim == 0 and not found.is_complex():
+        return found
+    kind = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    raise InputError(
+        f"the {what} returned {kind} for one task; it must return a real scalar tensor, for "
+        "instance the mean over the examples"
+    )
