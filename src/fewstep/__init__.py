@@ -22,7 +22,16 @@ from fewstep.core.outer import SGD, Adam, Constant, CosineAnnealing
 from fewstep.core.query_weights import FinalStep, MultiStepLoss
 from fewstep.core.ranks import Ranks
 from fewstep.core.rates import ConstantRate, ElementRates, LayerStepRates, LearnedRate, StepRates
-from fewstep.core.recipes import alpha_maml, anil, auto, fomaml, maml, maml_plus_plus, meta_sgd
+from fewstep.core.recipes import (
+    alpha_maml,
+    anil,
+    auto,
+    cavia,
+    fomaml,
+    maml,
+    maml_plus_plus,
+    meta_sgd,
+)
 from fewstep.core.scores import Difference, Scores, paired_difference
 from fewstep.core.tasks import Episodes, TaskBatch
 
@@ -69,6 +78,7 @@ __all__ = [
     "alpha_maml",
     "anil",
     "auto",
+    "cavia",
     "fomaml",
     "maml",
     "maml_plus_plus",

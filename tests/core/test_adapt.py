@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from fewstep import AdaptedParameters, InputError, MetaLearner, anil, fomaml, maml
+from fewstep import AdaptedParameters, InputError, MetaLearner, anil, cavia, fomaml, maml
+from fewstep.models import Context
 from tests.core.reference import MODELS, WAYS, Case, plain_meta_gradient, relative_error
 
 RECIPES = {"maml": maml, "fomaml": fomaml}
@@ -225,6 +226,56 @@ def test_anil_is_maml_whose_body_is_excluded():
     }
     assert relative_error(found["anil"], found["without body"]) == 0
     assert relative_error(found["anil"], found["maml"]) > 1e-2
+
+
+class WithContext(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.context = Context(2)
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, WAYS))
+
+    def forward(self, x):
+        return self.body(self.context(x))
+
+
+@pytest.mark.parametrize("checkpoint_every", [None, 1])
+def test_cavia_adapts_a_context_from_zeros_and_trains_the_rest(checkpoint_every):
+    case = MODELS["mlp"]
+    module, batch = WithContext(), case.batch()
+    learner = MetaLearner(module, cavia(3, 0.7), case.loss, checkpoint_every=checkpoint_every)
+    gradient, metrics = learner.meta_gradient(batch)
+    expected, meta_loss, _ = plain_meta_gradient(
+        module, maml(3, 0.7), case.loss, batch, ["context.vector"]
+    )
+    assert expected.pop("context.vector").abs().max() > 0
+    assert relative_error(gradient, expected) < 1e-12
+    torch.testing.assert_close(metrics.loss, meta_loss)
+    norm = torch.cat([g.flatten() for g in gradient.values()]).norm()
+    torch.testing.assert_close(metrics.gradient_norm, norm)
+
+    before = learner.state_tensors()
+    for _ in range(3):
+        learner.step(batch)
+    assert module.context.vector.eq(0).all()
+    assert not torch.equal(module.body[0].weight, before["model.body.0.weight"])
+    assert learner.adapt(batch.x_support[0], batch.y_support[0]).context.vector.abs().max() > 0
+    with torch.no_grad():
+        module.context.vector.fill_(0.5)
+    learner.load_state_tensors(before)
+    assert module.context.vector.eq(0).all()
+
+
+def test_starts_that_are_fixed_are_of_what_is_adapted_and_leave_something_to_learn():
+    def learner(**patterns):
+        algorithm = maml(1, adapted=AdaptedParameters(**patterns))
+        return MetaLearner(WithContext(), algorithm, F.cross_entropy)
+
+    with pytest.raises(InputError, match=r"'body\.\*' matches no parameter; .* context\.vector$"):
+        learner(include=("context.*",), fixed_start=("body.*",))
+    with pytest.raises(InputError, match="leaves nothing to the outer optimiser; fix fewer"):
+        learner(fixed_start=("*",))
+    with pytest.raises(InputError, match=r"fixed_start='body' is a string; give a tuple"):
+        learner(fixed_start="body")
 
 
 def test_a_name_matches_itself_whatever_it_holds():

@@ -19,6 +19,8 @@ class AdaptedParameters:
         include: Patterns of names to adapt; `("head.*",)` adapts the head only (ANIL). A name
             matches itself, whatever it holds.
         exclude: Patterns of names to leave out of those.
+        fixed_start: Patterns of those that each task adapts from where they are now, and the outer
+            loop leaves there (CAVIA's context).
 
     Raises:
         InputError: a string in place of a tuple; a pattern matches no parameter, or none is left
@@ -27,10 +29,11 @@ class AdaptedParameters:
 
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
+    fixed_start: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        given: dict[str, object] = {"include": self.include, "exclude": self.exclude}
-        for name, patterns in given.items():
+        for name, given in vars(self).items():
+            patterns: object = given
             if isinstance(patterns, str):
                 raise InputError(
                     f"{name}={patterns!r} is a string; give a tuple of patterns, ({patterns!r},)"
@@ -39,21 +42,26 @@ class AdaptedParameters:
     def choose(self, names: Iterable[str]) -> tuple[str, ...]:
         """Return those of `names` to adapt, in their order."""
         names = list(names)
-        for pattern in (*self.include, *self.exclude):
-            if not any(_matches(name, pattern) for name in names):
-                raise InputError(
-                    f"pattern {pattern!r} matches no parameter; the names are {', '.join(names)}"
-                )
-        chosen = tuple(
-            name
-            for name in names
-            if any(_matches(name, p) for p in self.include)
-            and not any(_matches(name, p) for p in self.exclude)
-        )
+        left_out = _matching(self.exclude, names)
+        chosen = tuple(n for n in _matching(self.include, names) if n not in left_out)
         if not chosen:
             raise InputError(f"{self} leaves no parameter to adapt; exclude fewer")
         return chosen
 
+    def fixed(self, adapted: Iterable[str]) -> tuple[str, ...]:
+        """Return those of the adapted ones whose start stays as it is."""
+        return _matching(self.fixed_start, list(adapted))
 
-def _matches(name: str, pattern: str) -> bool:
-    return name == pattern or fnmatchcase(name, pattern)  # "a[0]" would be "a0" alone
+
+def _matching(patterns: Iterable[str], names: list[str]) -> tuple[str, ...]:
+    """Return the names that a pattern matches, in their order."""
+    found: set[str] = set()
+    for pattern in patterns:
+        # A name matches itself: as a pattern "a[0]" would be "a0" alone.
+        matched = [n for n in names if n == pattern or fnmatchcase(n, pattern)]
+        if not matched:
+            raise InputError(
+                f"pattern {pattern!r} matches no parameter; the names are {', '.join(names)}"
+            )
+        found.update(matched)
+    return tuple(name for name in names if name in found)

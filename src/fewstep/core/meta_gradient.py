@@ -136,7 +136,7 @@ def _differentiate(
     if seen.descent:  # q in place of every lambda
         by_rate = -torch.stack([(q[n] * s).sum() for n, s in seen.descent.items()]).sum()
         of_parts[RATE + "all"] = by_rate
-    gradients = {n: adjoint[n].sum(0) for n in meta.phi}
+    gradients = {n: adjoint[n].sum(0) for n in meta.learned}
     return gradients | of_parts, _OfTasks(seen.metrics(v), buffers)
 
 

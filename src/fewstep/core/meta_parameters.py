@@ -31,10 +31,11 @@ class MetaParameters:
 
     Attributes:
         phi: The module's trained parameters, by their names, and those beside it.
+        learned: Those of them that the outer loop changes: all but fixed starts.
         rates: The table of learned inner rates.
         step_table: What the inner step learns.
         of_parts: Both, as "inner_lr.*" and "inner_step.*".
-        parameters: All that has a meta-gradient: phi, and those of parts.
+        parameters: All that has a meta-gradient: what is learned of phi, and what parts learn.
         by_outer: Those of them that the outer optimiser updates.
         rows: Which of all these have a row for each step.
         adapted: Names of the parameters that the inner loop changes.
@@ -96,16 +97,22 @@ class MetaParameters:
         self._frozen: Tensors = {n: p for n, p in named.items() if not p.requires_grad}
 
         self.adapted = _adapted(module, algorithm, trained)
+        fixed = algorithm.adapted.fixed(self.adapted)
+        self.learned = {n: p for n, p in self.phi.items() if n not in fixed}
         initial = {n: self.phi[n] for n in self.adapted}
         table = algorithm.inner_rate.table(initial, algorithm.num_steps)
         self.rates = _leaves(table)
         self.step_table = _leaves(algorithm.inner_step.table(initial, algorithm.num_steps))
         of_steps = {STEP + n: t for n, t in self.step_table.items()}
         self.of_parts = {RATE + n: t for n, t in self.rates.items()} | of_steps
-        self.parameters: Tensors = self.phi | self.of_parts
+        self.parameters: Tensors = self.learned | self.of_parts
 
         update = algorithm.rate_update
-        self.by_outer: Tensors = self.parameters if update is None else self.phi | of_steps
+        self.by_outer = self.parameters if update is None else self.learned | of_steps
+        if not self.by_outer:
+            raise InputError(
+                f"{algorithm.adapted} leaves nothing to the outer optimiser; fix fewer starts"
+            )
         self.harvested = () if update is None or update.exact else self.adapted
         self.hypergradients: Tensors = (
             {} if update is None else {n: torch.zeros_like(t) for n, t in table.items()}
@@ -179,7 +186,7 @@ class MetaParameters:
     def tensors(self) -> Tensors:
         """Return everything, by name."""
         hypergradients = {f"inner_lr_hypergradient.{n}": h for n, h in self.hypergradients.items()}
-        return {**self._frozen, **self.parameters, **self.buffers, **hypergradients}
+        return {**self._frozen, **self.phi, **self.of_parts, **self.buffers, **hypergradients}
 
     def load(self, saved: Tensors) -> None:
         """Take over what `tensors` gave.

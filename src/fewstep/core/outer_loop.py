@@ -38,7 +38,7 @@ class OuterLoop:
         """
         meta, update = self._meta, self._algorithm.rate_update
         self._follow_schedule(epoch)
-        clipped = self._algorithm.clipping({n: gradients[n][None] for n in meta.phi})
+        clipped = self._algorithm.clipping({n: gradients[n][None] for n in meta.learned})
         for name, parameter in meta.by_outer.items():
             parameter.grad = clipped[name][0] if name in clipped else gradients[name]
         self.optimiser.step()

@@ -93,6 +93,34 @@ def anil(
     return maml(num_steps, inner_lr, outer_lr, AdaptedParameters((head,)))
 
 
+def cavia(
+    num_steps: int = 1,
+    inner_lr: float = 1.0,
+    outer_lr: float = 1e-3,
+    *,
+    context: str = "context.*",
+) -> Algorithm:
+    """CAVIA: `maml` whose inner loop changes a context alone, the same at the start of every task.
+
+    c[k+1] = c[k] - alpha * grad_c L_support(body, c[k]), c[0] = 0;  body <- Adam, as in `maml`
+
+    Args:
+        num_steps: K, inner steps.
+        inner_lr: alpha.
+        outer_lr: Adam's rate, of all but the context.
+        context: Pattern of its parameters: of a `fewstep.models.Context`, which holds zeros.
+
+    Deviation: none; MAML's authors, who compare with a context, learn its start, too, as
+        `anil(head="context.*")` does.
+
+    Reference: Zintgraf et al., Fast context adaptation via meta-learning, ICML 2019,
+        arXiv:1810.03642.
+    """
+    return maml(
+        num_steps, inner_lr, outer_lr, AdaptedParameters((context,), fixed_start=(context,))
+    )
+
+
 def meta_sgd(num_steps: int = 1, inner_lr: float = 0.1, outer_lr: float = 1e-3) -> Algorithm:
     """Meta-SGD: `maml` that learns an inner rate for each element of each parameter.
 

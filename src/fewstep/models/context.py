@@ -13,8 +13,9 @@ class Context(nn.Module):
 
     y = (x, c)
 
-    With `AdaptedParameters(("context.*",))`, or what its name in a module is, the inner loop
-    changes c alone, which tells the rest of the module what the task is.
+    With `fewstep.cavia(context="context.*")`, or what its name in a module is, the inner loop
+    changes c alone, from zeros in each task, which tells the rest of the module what the task is;
+    with `fewstep.anil(head="context.*")` the outer loop learns where c starts, too.
 
     Args:
         size: Numbers of the vector.
@@ -24,7 +25,8 @@ class Context(nn.Module):
 
     Shapes: (..., features) to (..., features + size).
 
-    Reference: Finn, Abbeel and Levine, ICML 2017, arXiv:1703.03400, which compares with it.
+    Reference: Finn, Abbeel and Levine, ICML 2017, arXiv:1703.03400, which compares with it;
+        Zintgraf et al., ICML 2019, arXiv:1810.03642.
     """
 
     def __init__(self, size: int) -> None:
