@@ -262,7 +262,10 @@ MISTAKES = [
     ("Linear has no", lambda: learner(module=nn.Linear(4, 3).requires_grad_(False))),
     ("'heads.*' matches no parameter; the names are 0.weight", lambda: learner(only("heads.*"))),
     ("'tail' matches no", lambda: learner(maml(adapted=AdaptedParameters(exclude=("tail",))))),
-    ("exclude=('*',), fixed_start=()) leaves", lambda: learner(maml(adapted=AdaptedParameters(exclude=("*",))))),
+    (
+        "exclude=('*',), fixed_start=()) leaves",
+        lambda: learner(maml(adapted=AdaptedParameters(exclude=("*",)))),
+    ),
     ("give a tuple of patterns, ('head.*',)", lambda: AdaptedParameters("head.*")),
     ("exclude='0.bias' is a string", lambda: AdaptedParameters(exclude="0.bias")),
     ("num_tasks=1 ", lambda: learner().evaluate(CASE.batch(), 1)),
