@@ -282,6 +282,33 @@ def test_a_hypergradient_updates_the_rate_and_the_outer_optimiser_the_step_s_tab
     torch.testing.assert_close(scale, 1 - 0.5 * gradient["inner_step.scale"])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_replayed_training_is_training(kind):
+    case = MODELS["mlp"]
+    module, batches = case.build(), [case.batch() for _ in range(4)]
+    algorithm = replace(fewstep.maml(2, RATE), inner_step=KINDS[kind], outer=fewstep.SGD(0.3))
+    ends = []
+    for replay in (False, True):
+        learner = MetaLearner(copy.deepcopy(module), algorithm, case.loss, replay=replay)
+        for batch in batches:
+            learner.step(batch)
+        ends.append(learner.state_tensors() | {"test": learner.evaluate(batch, 3).loss})
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(t, ends[1][n]) for n, t in ends[0].items())
+
+
+@pytest.mark.parametrize("kind", ["momentum", "adam", "proximal"])
+def test_a_module_of_bfloat16_stays_one(kind):
+    module = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).bfloat16()
+    x, y = torch.randn(2, 6, 4, dtype=torch.bfloat16), torch.randint(3, (2, 6))
+    algorithm = replace(
+        fewstep.maml(2), inner_step=KINDS[kind], inner_rate=fewstep.ElementRates(0.1)
+    )
+    learner = MetaLearner(module, algorithm, F.cross_entropy)
+    assert learner.step(TaskBatch(x, y, x, y)).loss.isfinite()
+    assert learner.adapt(x[0], y[0])[0].weight.dtype == torch.bfloat16
+
+
 class TaskRates:
     """A rate for each of five tasks, without the dimensions of the parameter."""
 

@@ -154,7 +154,7 @@ class InnerLoop:
             alpha = {n: self.algorithm.inner_rate(self.meta.rates, n, step) for n in adapted}
             after, state = descend(here, gradient, alpha, state, self.meta.step_table, step)
             check_fits("inner_step, by its rates,", after, here)
-            theta = theta | after
+            theta = theta | {n: t.type_as(theta[n]) for n, t in after.items()}
             buffers = rows.put_buffers(buffers, step, support.buffers)
             support_loss = support.loss.detach()
 

@@ -79,7 +79,7 @@ class GradientStep(InnerStep):
         step: int,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return theta[k+1], and no state."""
-        return {n: p - (alpha[n] * gradient[n]).type_as(p) for n, p in theta.items()}, {}
+        return {n: p - alpha[n] * gradient[n] for n, p in theta.items()}, {}
 
 
 @dataclass(frozen=True)
