@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fewstep import SGD, Adam, InputError, MetaLearner, maml
+from fewstep import SGD, Adam, ClipByNorm, InputError, LayerStepRates, MetaLearner, maml
 from tests.core.reference import MODELS
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -99,3 +99,57 @@ def test_a_state_that_does_not_fit_changes_nothing(changed, message):
     after = learners[1].state_tensors()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], t) for name, t in before.items())
+
+
+def test_an_update_by_the_meta_gradient_is_a_step():
+    batch, start = CASE.batch(), CASE.build().state_dict()
+    algorithm = replace(
+        maml(2, 0.1), inner_rate=LayerStepRates(0.1), clipping=ClipByNorm(0.01), outer=Adam(0.01)
+    )
+    ends = []
+    for by_hand in (False, True):
+        module = CASE.build()
+        module.load_state_dict(start)
+        learner = MetaLearner(module, algorithm, CASE.loss)
+        for _ in range(3):
+            if by_hand:
+                learner.update(learner.meta_gradient(batch)[0])
+            else:
+                learner.step(batch)
+        ends.append(learner.state_tensors())
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(t, ends[1][name]) for name, t in ends[0].items())
+    assert ends[1]["iteration"] == 3
+
+
+def test_an_update_by_the_worst_task_alone():
+    """phi - beta * grad of the largest loss: an outer objective of one's own."""
+    module, batch = CASE.build(), CASE.batch()
+    learner = MetaLearner(module, replace(maml(2, 0.1), outer=SGD(0.5)), CASE.loss)
+    _, metrics = learner.meta_gradient(batch)
+    worst = int(metrics.task_loss.argmax())
+    before = {n: p.detach().clone() for n, p in module.named_parameters()}
+    gradient, _ = learner.meta_gradient(batch.batch(worst, 1))
+    learner.update(gradient)
+    for n, p in module.named_parameters():
+        torch.testing.assert_close(p.detach(), before[n] - 0.5 * gradient[n])
+    assert learner.meta_gradient(batch)[1].task_loss[worst] < metrics.task_loss[worst]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda g: {}, InputError, r"update got nothing for `0.weight` where \(8, 4\) belongs"),
+        (lambda g: g | {"0.weight": g["0.weight"][0]}, InputError, r"update got \(4,\) for `0"),
+        (lambda g: g | {"x": g["0.weight"]}, InputError, r"update got \(8, 4\) for `x` where no"),
+        (lambda g: g | {"2.bias": g["2.bias"] / 0}, FloatingPointError, "given to update is not"),
+    ],
+)
+def test_an_update_by_something_else_is_refused(change, error, message):
+    module = CASE.build()
+    learner = MetaLearner(module, maml(1, 0.1), CASE.loss)
+    gradient, _ = learner.meta_gradient(CASE.batch())
+    before = learner.state_tensors()
+    with pytest.raises(error, match=message):
+        learner.update(change(gradient))
+    assert all(torch.equal(t, before[n]) for n, t in learner.state_tensors().items())

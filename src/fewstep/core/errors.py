@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor
 
 
 class InputError(ValueError):
@@ -28,3 +30,25 @@ def check_name(option: str, value: str, names: Iterable[str]) -> None:
         near = difflib.get_close_matches(value.lower(), in_small, n=1, cutoff=0.4)
         hint = f"did you mean {in_small[near[0]]!r}?" if near else f"valid are {', '.join(names)}"
         raise InputError(f"unknown {option} {value!r}; {hint}")
+
+
+def check_fits(
+    what: str, found: Mapping[str, Tensor], like: Mapping[str, Tensor], hint: str = ""
+) -> None:
+    """Check that there is a tensor in the shape of each parameter, and no other.
+
+    Args:
+        what: Who found them: "inner_clipping gave".
+        found: By name.
+        like: The parameters.
+        hint: What may help.
+
+    Raises:
+        InputError: there is not.
+    """
+    if found.keys() == like.keys() and all(found[n].shape == t.shape for n, t in like.items()):
+        return
+    for name in (*like, *found):
+        got, needed = (tuple(t[name].shape) if name in t else "nothing" for t in (found, like))
+        if got != needed:
+            raise InputError(f"{what} {got} for `{name}` where {needed} belongs{hint}")

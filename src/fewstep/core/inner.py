@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 from fewstep.core.algorithm import Algorithm
-from fewstep.core.errors import InputError
-from fewstep.core.inner_step import check_fits
+from fewstep.core.errors import InputError, check_fits
 from fewstep.core.meta_parameters import MetaParameters
 from fewstep.core.network import Result, TaskNetwork, Tensors
 from fewstep.core.norm import Use
 from fewstep.core.tasks import TaskBatch
+
+_OF_TASKS = (
+    ", tasks first; a rate or a factor for each task needs a dimension of 1 for each of the "
+    "parameter's"
+)
 
 
 @dataclass(frozen=True)
@@ -150,10 +154,10 @@ class InnerLoop:
                 gradient = _gradient(support.loss, {n: at[n] for n in adapted}, derivative_order)
             here = {n: theta[n] for n in adapted}
             gradient = self.algorithm.inner_clipping(gradient)
-            check_fits("inner_clipping", gradient, here)
+            check_fits("inner_clipping gave", gradient, here, _OF_TASKS)
             alpha = {n: self.algorithm.inner_rate(self.meta.rates, n, step) for n in adapted}
             after, state = descend(here, gradient, alpha, state, self.meta.step_table, step)
-            check_fits("inner_step, by its rates,", after, here)
+            check_fits("inner_step, by its rates, gave", after, here, _OF_TASKS)
             theta = theta | {n: t.type_as(theta[n]) for n, t in after.items()}
             buffers = rows.put_buffers(buffers, step, support.buffers)
             support_loss = support.loss.detach()

@@ -181,20 +181,3 @@ def _root(v: Tensor) -> Tensor:
 def _check_share(name: str, value: float) -> None:
     if not 0 <= value < 1:
         raise InputError(f"{name}={value} must be between 0 and 1, such as 0.9")
-
-
-def check_fits(slot: str, found: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
-    """Check that a part gave a tensor in the shape of each adapted parameter, and no other.
-
-    Raises:
-        InputError: it did not.
-    """
-    for name in (*like, *found):
-        if name not in like or name not in found or found[name].shape != like[name].shape:
-            gave, needed = (
-                str(tuple(t[name].shape)) if name in t else "nothing" for t in (found, like)
-            )
-            raise InputError(
-                f"{slot} gave {gave} for `{name}` where {needed} belongs, tasks first; a rate or a "
-                "factor for each task needs a dimension of 1 for each of the parameter's"
-            )

@@ -8,11 +8,12 @@ from typing import get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from fewstep.core.adapted_copy import adapted_copy
 from fewstep.core.algorithm import Algorithm
 from fewstep.core.derivative_order import FixedOrder
-from fewstep.core.errors import InputError, check_name
+from fewstep.core.errors import InputError, check_fits, check_name
 from fewstep.core.hypergradient import Hypergradient
 from fewstep.core.inner import InnerLoop
 from fewstep.core.judge import Judge, Loss
@@ -182,6 +183,27 @@ class MetaLearner:
                 buffer.copy_(buffers[name])
         self.iteration += 1
         return metrics
+
+    def update(self, gradients: Tensors) -> None:
+        """Do one iteration by a gradient of the caller's: sums of several, or weighted by task.
+
+        phi <- outer(phi, gradients)
+
+        Buffers, such as running statistics, stay as they are.
+
+        Args:
+            gradients: By parameter name, as `meta_gradient` returns them.
+
+        Raises:
+            FloatingPointError: one is not finite; phi is left as it was.
+            InputError: a parameter's is missing, of another shape, or of no parameter.
+        """
+        self._meta.check_unchanged()
+        check_fits("update got", gradients, self.parameters)
+        if not get_total_norm(gradients.values()).isfinite():
+            raise FloatingPointError("the norm of the gradients given to update is not finite")
+        self._outer.step({n: g.detach() for n, g in gradients.items()}, self.epoch)
+        self.iteration += 1
 
     def rates(self) -> Tensors:
         """Return the learning rates that follow hypergradients, and these; scalars by name."""
