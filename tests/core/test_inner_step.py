@@ -351,9 +351,90 @@ def test_a_clipping_gives_back_what_it_got(clipped, message):
         MetaLearner(nn.Linear(5, 2), algorithm, F.mse_loss).meta_gradient(TaskBatch(x, y, x, y))
 
 
+class Returning(InnerStep):
+    """Returns what it is told."""
+
+    def __init__(self, result, start=None, per_step=False):
+        self.result, self.first, self.rows = result, start or {}, per_step
+
+    @property
+    def per_step(self):
+        return self.rows
+
+    def start(self, theta):
+        return self.first
+
+    def __call__(self, theta, gradient, alpha, state, table, step):
+        return self.result(theta, state)
+
+
+def in_place(theta, state):
+    with torch.no_grad():
+        for p in theta.values():
+            p.sub_(0.1)
+    return theta, {}
+
+
+def count_in_place(theta, state):
+    state["t"] += 1
+    return {n: p - 0.1 for n, p in theta.items()}, state
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (Returning(in_place), "Returning, changed a tensor that it was given"),
+        (Returning(count_in_place, {"t": torch.tensor(0)}), "changed a tensor that it was given"),
+        (Returning(lambda theta, state: theta), "Returning, returned a dict; .* two dicts"),
+        (Returning(lambda theta, state: (theta, None)), "state of inner_step must be a dict of"),
+        (Returning(lambda theta, state: (theta, {"k": 0.5})), r"a number becomes .* torch\.tensor"),
+        (Returning(lambda t, s: (t, {"c": torch.ones(2) * 1j})), "must be a dict of real tensors"),
+        (Returning(lambda t, s: (t, s), {"c": None}), "must be a dict of real tensors"),
+        (Returning(lambda t, s: (None, s)), "by its rates, gave a NoneType where a dict of"),
+        (Returning(lambda t, s: (t | {"weight": 0.5}, s)), r"gave a float for `weight` where \("),
+    ],
+)
+def test_a_step_gives_new_tensors_and_a_state(step, message):
+    x, y = torch.randn(3, 4, 5), torch.randn(3, 4, 2)
+    learner = MetaLearner(nn.Linear(5, 2), replace(fewstep.maml(2), inner_step=step), F.mse_loss)
+    with pytest.raises(InputError, match=message):
+        learner.adapt(x[0], y[0])
+    if step.result is not in_place:  # which PyTorch refuses for tasks that share memory
+        with pytest.raises(InputError, match=message):
+            learner.meta_gradient(TaskBatch(x, y, x, y))
+
+
+def test_a_state_may_be_written_into_its_dict():
+    class Momentum(MomentumStep):
+        def __call__(self, theta, gradient, alpha, state, table, step):
+            for n, g in gradient.items():
+                state[n] = 0.9 * state[n] + g
+                theta[n] = theta[n] - alpha[n] * state[n]
+            return theta, state
+
+    case = MODELS["mlp"]
+    module, batch = case.build(), case.batch()
+    found = [
+        MetaLearner(
+            module, replace(fewstep.maml(4, 0.1), inner_step=part), case.loss, checkpoint_every=1
+        ).meta_gradient(batch)[0]
+        for part in (MomentumStep(0.9), Momentum())
+    ]
+    assert relative_error(*found) < 1e-14
+
+
+def test_more_steps_than_a_step_has_rows_for_are_refused():
+    step = Returning(lambda theta, state: (theta, state), per_step=True)
+    learner = MetaLearner(nn.Linear(5, 2), replace(fewstep.maml(2), inner_step=step), F.mse_loss)
+    with pytest.raises(InputError, match="num_steps=3 is more than the 2 that Returning learned"):
+        learner.adapt(torch.randn(4, 5), torch.randn(4, 2), num_steps=3)
+
+
 @pytest.mark.parametrize(
     ("message", "call"),
     [
+        (r"betas=0\.9 must be two numbers", lambda: AdamStep(0.9)),
+        (r"betas=\(0\.9,\) must be two numbers", lambda: AdamStep((0.9,))),
         (r"momentum=1\.0 must be between 0 and 1", lambda: MomentumStep(1.0)),
         (r"betas=-0\.1 must be between 0 and 1", lambda: AdamStep((-0.1, 0.9))),
         (r"AdamStep\(eps=0\.0\) must be positive", lambda: AdamStep(eps=0.0)),

@@ -1,5 +1,6 @@
 """Outer optimisers of one's own: groups of parameters, rates, states."""
 
+import copy
 from dataclasses import dataclass, replace
 
 import pytest
@@ -7,7 +8,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fewstep import SGD, Adam, ClipByNorm, InputError, LayerStepRates, MetaLearner, maml
+from fewstep import (
+    SGD,
+    Adam,
+    ClipByNorm,
+    InputError,
+    LayerStepRates,
+    MetaLearner,
+    alpha_maml,
+    maml,
+    maml_plus_plus,
+)
 from tests.core.reference import MODELS
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -153,3 +164,57 @@ def test_an_update_by_something_else_is_refused(change, error, message):
     with pytest.raises(error, match=message):
         learner.update(change(gradient))
     assert all(torch.equal(t, before[n]) for n, t in learner.state_tensors().items())
+
+
+def test_an_update_keeps_nothing_of_the_caller_s():
+    rates = []
+    for reused in (False, True):
+        torch.manual_seed(0)
+        learner = MetaLearner(linear(2), alpha_maml(1, 0.1, 0.1), F.cross_entropy)
+        kept = None
+        for _ in range(3):
+            gradient, _ = learner.meta_gradient(CASE.batch())
+            if reused and kept is not None:
+                for n, g in gradient.items():
+                    kept[n].copy_(g)
+                gradient = kept
+            kept = gradient
+            learner.update(gradient)
+        rates.append(learner.rates()["outer_lr"])
+    assert rates[0] == rates[1]
+
+
+def test_an_update_may_be_of_another_type():
+    learner = MetaLearner(linear(1), maml(1, 0.1), F.cross_entropy)
+    gradient, _ = learner.meta_gradient(CASE.batch())
+    learner.update({n: g.float() for n, g in gradient.items()})
+    assert next(learner.module.parameters()).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("clipped", "message"),
+    [
+        (lambda g: {}, r"clipping gave nothing for `0.weight` where \(1, 4, 4\) belongs"),
+        (lambda g: {n: t[0] for n, t in g.items()}, r"clipping gave \(4, 4\) for `0.weight` where"),
+        (lambda g: None, "clipping gave a NoneType where a dict of tensors belongs"),
+    ],
+)
+def test_an_outer_clipping_gives_back_what_it_got(clipped, message):
+    learner = MetaLearner(linear(1), replace(maml(1), clipping=clipped), F.cross_entropy)
+    with pytest.raises(InputError, match=message):
+        learner.step(CASE.batch())
+
+
+def test_a_copy_of_a_learner_with_rows_goes_on():
+    case = MODELS["batch norm"]
+    learner = MetaLearner(case.build(), maml_plus_plus(2), case.loss)
+    batch = case.batch()
+    with torch.no_grad():
+        learner.module[1].weight.mul_(1)  # the version of what has copies is not 0
+    learner = MetaLearner(learner.module, maml_plus_plus(2), case.loss)
+    learner.step(batch)
+    twin = copy.deepcopy(learner)
+    for each in (learner, twin):
+        each.step(batch)
+    ours, theirs = learner.state_tensors(), twin.state_tensors()
+    assert all(torch.equal(t, theirs[n]) for n, t in ours.items())

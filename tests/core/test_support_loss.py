@@ -1,5 +1,7 @@
 """Another loss inside than outside, fixed or learned, against plain loops."""
 
+import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,7 +11,14 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import fewstep
-from fewstep import FixedOrder, InputError, MetaLearner, MultiStepLoss, TaskBatch
+from fewstep import (
+    DerivativeAnnealing,
+    FixedOrder,
+    InputError,
+    MetaLearner,
+    MultiStepLoss,
+    TaskBatch,
+)
 from tests.core.reference import MODELS, relative_error
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -37,12 +46,11 @@ class Learned(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(2 * ways, 5), nn.Tanh(), nn.Linear(5, 1))
         self.scale = nn.Parameter(torch.tensor(0.5), requires_grad=False)
-        self.register_buffer("shift", torch.tensor(0.1))
 
     def forward(self, outputs, y):
         hot = F.one_hot(y, outputs.shape[-1]).to(outputs.dtype)
         found = self.layers(torch.cat([outputs, hot], -1))
-        return self.scale * found.square().mean() + self.shift * F.cross_entropy(outputs, y)
+        return self.scale * found.square().mean() + 0.1 * F.cross_entropy(outputs, y)
 
 
 def plain_gradient(module, support_loss, batch, order, weights):
@@ -140,6 +148,34 @@ class Scaled(nn.Module):
         return {n: self.factor * g for n, g in gradients.items()}
 
 
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.second = nn.Linear(3, 3)
+
+
+class Listed(nn.Module):
+    """Keeps a layer where it is not registered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.layers = [nn.Linear(4, 3)]
+
+    def forward(self, x):
+        return self.scale * self.layers[0](x)
+
+
+def called_from_a_list():
+    MetaLearner(Listed(), fewstep.maml(1), F.cross_entropy).meta_gradient(CASE.batch())
+
+
+def encoded():
+    encoder, batch = nn.Linear(4, 4), CASE.batch()
+    batch = TaskBatch(encoder(batch.x_support), *batch.tensors()[1:])
+    MetaLearner(CASE.build(), fewstep.maml(1), F.cross_entropy).meta_gradient(batch)
+
+
 def captured(frozen: bool):
     network = nn.Linear(3, 1).requires_grad_(not frozen)
     return lambda outputs, y: network(outputs).square().mean()
@@ -160,21 +196,32 @@ def test_a_frozen_network_may_be_in_a_loss():
     ("message", "call"),
     [
         (
-            r"the meta-loss reads a parameter of shape \(1, 3\) past .* freeze",
+            r"the meta-loss reads a parameter of shape \(1, 3\) that nothing would .* freeze",
             lambda: gradient_of(support_loss=captured(frozen=False)),
         ),
         (
-            r"reads a parameter of shape \(1, 3\) past",
+            r"reads a parameter of shape \(1, 3\) that nothing would",
             lambda: gradient_of(support_loss=captured(frozen=False), checkpoint_every=1),
         ),
         (
-            r"reads a parameter of shape \(\) past .* gives? what it learns in its table",
+            r"reads a parameter of shape \(\) that nothing .* in the table of the algorithm's part",
             lambda: gradient_of(replace(fewstep.maml(2, RATE), inner_clipping=Scaled())),
         ),
         (
-            "Learned has parameters, which first-order methods cannot learn",
+            "Learned has parameters, which are learned through the second derivative",
             lambda: gradient_of(fewstep.fomaml(2, RATE), support_loss=Learned()),
         ),
+        (
+            "take a step and derivative_order=FixedOrder",
+            lambda: gradient_of(fewstep.maml(0, RATE), support_loss=Learned()),
+        ),
+        (
+            "`running_mean` of BatchNorm1d is a buffer, which a loss that is learned may not",
+            lambda: gradient_of(support_loss=nn.BatchNorm1d(3)),
+        ),
+        ("a Linear of Twice has two names", lambda: gradient_of(support_loss=Twice())),
+        (r"reads a parameter of shape \(3, 4\) that nothing", lambda: called_from_a_list()),
+        (r"reads a parameter of shape \(4, 4\) .*detach\(\) inputs", lambda: encoded()),
         ("support_loss=0.5 must be a function", lambda: gradient_of(support_loss=0.5)),
         ("support_loss=MSELoss must be a function", lambda: gradient_of(support_loss=nn.MSELoss)),
         (
@@ -197,6 +244,108 @@ def test_what_nothing_would_learn_is_refused(message, call):
         call()
 
 
+def test_a_refusal_stays_one():
+    learner = MetaLearner(
+        CASE.build(), fewstep.maml(1), F.cross_entropy, support_loss=captured(frozen=False)
+    )
+    for _ in range(2):
+        with pytest.raises(InputError, match="that nothing would learn"):
+            learner.step(CASE.batch())
+
+
+def test_what_the_second_order_alone_reads_is_refused_when_it_begins():
+    algorithm = replace(
+        fewstep.maml(1), derivative_order=DerivativeAnnealing(1), iterations_per_epoch=2
+    )
+    learner = MetaLearner(
+        CASE.build(), algorithm, F.cross_entropy, support_loss=captured(frozen=False)
+    )
+    for _ in range(2):
+        learner.step(CASE.batch())
+    with pytest.raises(InputError, match="that nothing would learn"):
+        learner.step(CASE.batch())
+
+
+class Drawing(nn.Module):
+    """A learned loss that draws: by dropout, and by a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5))
+        self.generator = torch.Generator().manual_seed(1)
+
+    def __deepcopy__(self, memo):
+        twin = Drawing()
+        twin.load_state_dict(self.state_dict())
+        return twin
+
+    def forward(self, outputs, y):
+        noise = torch.randn(3, generator=self.generator) if self.training else 0
+        return F.cross_entropy(self.layers(outputs) + noise, y)
+
+
+def test_a_learned_loss_draws_in_training_alone_and_the_same_again():
+    module, batch = CASE.build(), CASE.batch()
+    found, first = [], Drawing()
+    for every in (None, 1):
+        loss = copy.deepcopy(first)
+        learner = MetaLearner(
+            module,
+            fewstep.maml(3, RATE),
+            F.cross_entropy,
+            support_loss=loss,
+            checkpoint_every=every,
+        )
+        torch.manual_seed(1)
+        found.append(learner.meta_gradient(batch)[0])
+    assert relative_error(found[1], found[0]) < 1e-12
+    random = torch.get_rng_state()
+    scores = [learner.evaluate(batch, 3).mean for _ in range(2)]
+    assert scores[0] == scores[1]
+    assert torch.equal(torch.get_rng_state(), random)
+    assert loss.training
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda loss: loss.layers[0].requires_grad_(False), r"`support_loss\.layers\.0.* was"),
+        (lambda loss: loss.scale.requires_grad_(), r"`support_loss\.scale` was unfrozen"),
+        (lambda loss: setattr(loss, "scale", nn.Parameter(torch.ones(()))), "was replaced"),
+        (lambda loss: loss.layers[0].weight.register_hook(lambda g: g), "has a hook on its"),
+    ],
+)  # fmt: skip
+def test_a_learned_loss_that_changed_is_refused(change, message):
+    loss = Learned()
+    learner = MetaLearner(CASE.build(), fewstep.maml(1), F.cross_entropy, support_loss=loss)
+    change(loss)
+    with pytest.raises(InputError, match=message):
+        learner.step(CASE.batch())
+
+
+class Recurrently(nn.Module):
+    """A learned loss with a part that PyTorch cannot vectorise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(3, 2, batch_first=True)
+
+    def forward(self, outputs, y):
+        return self.rnn(outputs[None])[0].square().mean()
+
+
+def test_a_learned_loss_may_be_recurrent():
+    found, module, batch, loss = [], CASE.build(), CASE.batch(), Recurrently()
+    for vectorize in (True, False):
+        learner = MetaLearner(
+            module, fewstep.maml(2, RATE), F.cross_entropy, support_loss=loss, vectorize=vectorize
+        )
+        found.append(learner.meta_gradient(batch)[0])
+    assert relative_error(*found) < 1e-12
+    assert found[0]["support_loss.rnn.weight_hh_l0"].abs().max() > 0
+    copy.deepcopy(learner).step(batch)
+
+
 def test_a_parameter_of_both_is_refused():
     module, support_loss = CASE.build(), Learned()
     support_loss.layers[0].weight = module[0].weight
@@ -212,3 +361,13 @@ def test_a_task_without_a_target_that_counts_has_no_accuracy():
     learner = MetaLearner(CASE.build(), fewstep.maml(1), F.cross_entropy)
     with pytest.raises(InputError, match="query set of task 1 has no target that counts"):
         learner.evaluate(batch, 3)
+    with pytest.raises(InputError, match="query set of task 1 has no target that counts"):
+        learner.evaluate_ensemble([learner.state_tensors()], batch, 3)
+
+
+def test_a_metric_of_one_s_own_may_be_undefined():
+    def accuracy(outputs, y):
+        return outputs.sum() * float("nan")
+
+    learner = MetaLearner(CASE.build(), fewstep.maml(1), F.cross_entropy, metric=accuracy)
+    assert math.isnan(learner.evaluate(CASE.batch(), 3).mean)

@@ -29,7 +29,7 @@ _SLOTS: dict[str, tuple[Any, str]] = {
     "norm_affine": (NormAffine, "SharedAffine()"),
     "norm_statistics": (NormStatistics, "NormStatistics('batch')"),
     "inner_clipping": (Clipping, "ClipByNorm(10.0)"),
-    "inner_step": (InnerStep, "GradientStep()"),
+    "inner_step": (InnerStep, "GradientStep(), or of a subclass of InnerStep"),
     "rate_update": (HypergradientRates | None, "HypergradientRates(0.001)"),
     "outer": (OuterOptimiser, "Adam(0.001), or a callable with an attribute owns_rate"),
     "outer_schedule": (OuterSchedule, "Constant()"),
@@ -63,8 +63,8 @@ class Algorithm:
             papers write it.
         outer: The optimiser of phi.
         outer_schedule: The course of its rate over training.
-        clipping: What happens to the meta-gradient of the module's parameters before the optimiser
-            sees it; that of learned inner rates stays as it is, as in MAML++'s code.
+        clipping: What happens to the meta-gradient of parameters before the optimiser sees it; what
+            parts learn, as inner rates, stays as it is, as in MAML++'s code.
         iterations_per_epoch: Outer updates of an epoch, the unit of every schedule above.
         extra_steps: Where parts have a row for each step, refuse more steps than `num_steps`, or
             repeat the last row.
@@ -184,7 +184,7 @@ class Algorithm:
             InputError: they cannot.
         """
         _check_steps(name, num_steps)
-        parts = (self.inner_rate, self.norm_affine, self.norm_statistics)
+        parts = (self.inner_rate, self.inner_step, self.norm_affine, self.norm_statistics)
         per_step = [type(part).__name__ for part in parts if part.per_step]
         if num_steps > self.num_steps == 0 and self.inner_rate.per_step:
             raise InputError(

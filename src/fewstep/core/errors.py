@@ -46,9 +46,21 @@ def check_fits(
     Raises:
         InputError: there is not.
     """
-    if found.keys() == like.keys() and all(found[n].shape == t.shape for n, t in like.items()):
+    given: object = found
+    if not isinstance(given, Mapping):
+        raise InputError(f"{what} a {type(given).__name__} where a dict of tensors belongs")
+    if found.keys() == like.keys() and all(
+        getattr(found[n], "shape", None) == t.shape for n, t in like.items()
+    ):
         return
     for name in (*like, *found):
-        got, needed = (tuple(t[name].shape) if name in t else "nothing" for t in (found, like))
+        got, needed = _shape(found, name), _shape(like, name)
         if got != needed:
             raise InputError(f"{what} {got} for `{name}` where {needed} belongs{hint}")
+
+
+def _shape(tensors: Mapping[str, object], name: str) -> str:
+    if name not in tensors:
+        return "nothing"
+    found = tensors[name]
+    return str(tuple(found.shape)) if isinstance(found, Tensor) else f"a {type(found).__name__}"

@@ -48,15 +48,15 @@ class Point:
 
     @property
     def carried(self) -> Tensors:
-        """Where the steps from here start, as far as it has a derivative."""
+        """All that a derivative goes through from here on."""
         state = {f".{n}": t for n, t in self.state.items() if t.is_floating_point()}
         return self.theta | state  # no parameter's name begins with a dot
 
-    def leaves(self, learned: Container[str]) -> Point:
+    def leaves(self, trained: Container[str]) -> Point:
         """Return the same point, which knows nothing of how it came about."""
         return replace(
             self,
-            theta={n: t.detach().requires_grad_(n in learned) for n, t in self.theta.items()},
+            theta={n: t.detach().requires_grad_(n in trained) for n, t in self.theta.items()},
             state={
                 n: t.detach().requires_grad_(t.is_floating_point()) for n, t in self.state.items()
             },
@@ -89,7 +89,7 @@ class InnerLoop:
         Parts of the module and their hooks; buffers of the module, the loss and the metric.
         """
         buffers = chain(self.meta.buffers.values(), self.network.judge.buffers())
-        parts = list(self.network.module.modules())
+        parts = self.network.parts()
         hooks = ((*p._forward_pre_hooks.values(), *p._forward_hooks.values()) for p in parts)
         return [id(each) for each in chain(parts, *hooks, buffers)]
 
@@ -123,11 +123,10 @@ class InnerLoop:
                 what has another shape.
         """
         network, rows, adapted = self.network, self.meta.rows, self.meta.adapted
-        descend = self.algorithm.inner_step
         point = self.start(len(batch)) if start is None else start
         theta, buffers, state = point.theta, point.buffers, point.state
         if point.step == 0:
-            state = descend.start({n: theta[n] for n in adapted})
+            state = _checked(self.algorithm.inner_step.start({n: theta[n] for n in adapted}))
         support_loss: Tensor | None = None
         gradient: Tensors = {}
         for step in range(point.step, num_steps + 1):
@@ -155,12 +154,50 @@ class InnerLoop:
             here = {n: theta[n] for n in adapted}
             gradient = self.algorithm.inner_clipping(gradient)
             check_fits("inner_clipping gave", gradient, here, _OF_TASKS)
-            alpha = {n: self.algorithm.inner_rate(self.meta.rates, n, step) for n in adapted}
-            after, state = descend(here, gradient, alpha, state, self.meta.step_table, step)
-            check_fits("inner_step, by its rates, gave", after, here, _OF_TASKS)
-            theta = theta | {n: t.type_as(theta[n]) for n, t in after.items()}
+            after, state = self._step(here, gradient, state, step)
+            theta = theta | after
             buffers = rows.put_buffers(buffers, step, support.buffers)
             support_loss = support.loss.detach()
+
+    def _step(
+        self, theta: Tensors, gradient: Tensors, state: Tensors, step: int
+    ) -> tuple[Tensors, Tensors]:
+        """Return the adapted parameters after a step, and the state.
+
+        Raises:
+            InputError: the part gives something else, or changes what it was given.
+        """
+        part, meta = self.algorithm.inner_step, self.meta
+        given = [*theta.values(), *gradient.values(), *state.values()]
+        versions = [t._version for t in given]
+        alpha = {n: self.algorithm.inner_rate(meta.rates, n, step) for n in theta}
+        found: object = part(dict(theta), gradient, alpha, dict(state), meta.step_table, step)
+        kind = type(part).__name__
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise InputError(
+                f"inner_step, {kind}, returned a {type(found).__name__}; it must return two dicts, "
+                "the parameters after the step and its state, which may be empty"
+            )
+        after, state = found
+        check_fits("inner_step, by its rates, gave", after, theta, _OF_TASKS)
+        if versions != [t._version for t in given]:
+            raise InputError(
+                f"inner_step, {kind}, changed a tensor that it was given, which other steps go "
+                "on from, too; make new ones, p - alpha * g in place of p -= alpha * g"
+            )
+        return {n: t.type_as(theta[n]) for n, t in after.items()}, _checked(state)
+
+
+def _checked(state: object) -> Tensors:
+    """Return what a step remembers, if it is something to be remembered."""
+    if isinstance(state, dict) and all(
+        isinstance(t, Tensor) and not t.is_complex() for t in state.values()
+    ):
+        return state
+    raise InputError(
+        "the state of inner_step must be a dict of real tensors, by name; a number becomes one by "
+        "torch.tensor(...), nothing is {}"
+    )
 
 
 def _leaves(theta: Tensors, adapted: tuple[str, ...]) -> Tensors:

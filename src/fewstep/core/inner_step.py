@@ -19,9 +19,14 @@ class InnerStep(Protocol):
     theta[k+1], state[k+1] = u(theta[k], g[k], alpha[k], state[k]; table)
 
     Steps may be taken again, and tasks by the chunk, so that an attribute in place of a state would
-    mix them. Derivatives go through all of it. A subclass that learns or remembers nothing leaves
-    out `table` or `start`.
+    mix them; tensors stay as they are, and new ones are returned. Derivatives go through all of it.
+    A subclass that learns or remembers nothing leaves out `table` or `start`.
     """
+
+    @property
+    def per_step(self) -> bool:
+        """Tell whether the table has a row for each inner step, and so an end."""
+        return False
 
     def table(self, adapted: Mapping[str, Tensor], num_steps: int) -> dict[str, Tensor]:
         """Return the initial values of what is learned, by names of its own.
@@ -125,12 +130,11 @@ class AdamStep(InnerStep):
     m[k] = b1 m[k-1] + (1 - b1) g[k];   v[k] = b2 v[k-1] + (1 - b2) g[k]^2
     theta[k+1] = theta[k] - alpha[k] * m[k] / (1 - b1^(k+1)) / (sqrt(v[k] / (1 - b2^(k+1))) + eps)
 
-    Reptile's authors adapt by it, with b1 = 0.
+    Reptile's authors adapt by it, with b1 = 0 and moments that go on from task to task.
 
     Args:
         betas: b1 and b2.
-        eps: What keeps the step finite; each element of a gradient far below it has a step, and a
-            derivative of it, that are nearly linear.
+        eps: What keeps the step finite.
 
     Raises:
         InputError: a beta is not within 0 and 1, 1 left out, or `eps` is not positive.
@@ -144,6 +148,9 @@ class AdamStep(InnerStep):
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
+        given: object = self.betas
+        if not isinstance(given, tuple | list) or len(given) != 2:
+            raise InputError(f"betas={given!r} must be two numbers, such as (0.9, 0.999)")
         for beta in self.betas:
             _check_share("betas", beta)
         if not self.eps > 0:

@@ -11,6 +11,8 @@ from torch.func import functional_call
 
 from fewstep.core.accuracy import accuracy
 from fewstep.core.errors import InputError
+from fewstep.core.modules import check_module, under_two_names
+from fewstep.core.scores import Scores
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 SUPPORT_LOSS = "support_loss."
@@ -23,11 +25,15 @@ class Judge:
         loss: (outputs, targets) of one task to a scalar.
         metric: The same, reported and never differentiated; None takes the accuracy where targets
             are integers and the loss elsewhere.
-        support_loss: What the inner loop descends; None takes the loss. A module's parameters that
-            require a gradient are learned, as "support_loss.*".
+        support_loss: What the inner loop descends; None takes the loss. A module with parameters
+            that require a gradient is learned, as "support_loss.*".
+
+    Attributes:
+        learned_loss: The support loss, if it is learned.
 
     Raises:
-        InputError: one is no function; when it is called: it returns no real scalar.
+        InputError: one is no function, or a learned one has buffers or a part under two names;
+            when it is called: it returns no real scalar.
     """
 
     def __init__(self, loss: Loss, metric: Loss | None, support_loss: Loss | None) -> None:
@@ -41,10 +47,10 @@ class Judge:
                     f"{what}={name} must be a function of outputs and targets, such as "
                     "torch.nn.functional.mse_loss or an instance of torch.nn.MSELoss"
                 )
-        self.learned: dict[str, nn.Parameter] = {}
-        if support_loss is not None and isinstance(support_loss, nn.Module):
-            named = support_loss.named_parameters()
-            self.learned = {SUPPORT_LOSS + n: p for n, p in named if p.requires_grad}
+        self.learned_loss: nn.Module | None = None
+        if isinstance(support_loss, nn.Module) and _is_trained(support_loss):
+            _check_learned(support_loss)
+            self.learned_loss = support_loss
 
     def modules(self) -> list[nn.Module]:
         """Return those of its functions that are modules."""
@@ -65,11 +71,12 @@ class Judge:
             y: Its targets.
             tensors: What is learned of the loss, among others.
         """
-        if self.learned and isinstance(self.support_loss, nn.Module):
-            own = {n.removeprefix(SUPPORT_LOSS): tensors[n] for n in self.learned}
-            found: object = functional_call(self.support_loss, own, (outputs, y))
+        if self.learned_loss is None:
+            found: object = self.support_loss(outputs, y)
         else:
-            found = self.support_loss(outputs, y)
+            named = tensors.items()
+            own = {n.removeprefix(SUPPORT_LOSS): t for n, t in named if n.startswith(SUPPORT_LOSS)}
+            found = functional_call(self.learned_loss, own, (outputs, y))
         loss = _scalar("loss" if self.support_loss is self.loss else "support loss", found)
         return loss, loss.detach()
 
@@ -95,6 +102,27 @@ class Judge:
         stacked = torch.stack([torch.stack([torch.stack(p) for p in row]) for row in pairs])
         return stacked[..., 0], stacked[..., 1]
 
+    def scores(
+        self,
+        loss: Tensor,
+        metric: Tensor,
+        targets: Tensor,
+        statistics: str,
+        after: tuple[int, ...],
+    ) -> Scores:
+        """Return scores of tasks with such targets.
+
+        Raises:
+            InputError: no target of a task counts, so that it has no accuracy.
+        """
+        undefined = metric[:, -1].isnan()
+        if self._metric_for(targets) is accuracy and undefined.any():
+            raise InputError(
+                f"the query set of task {int(undefined.nonzero()[0])} has no target that counts, "
+                "and so no accuracy; leave the task out"
+            )
+        return Scores(self.metric_name(targets), metric.cpu(), loss.cpu(), statistics, after)
+
     def metric_name(self, targets: Tensor) -> str:
         """Name the metric that is reported for such targets."""
         metric = self._metric_for(targets)
@@ -105,6 +133,25 @@ class Judge:
 
     def _measure(self, outputs: Tensor, y: Tensor) -> Tensor:
         return _scalar("metric", self._metric_for(y)(outputs, y)).to(outputs.dtype)
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def _check_learned(loss: nn.Module) -> None:
+    check_module(loss)
+    kind = type(loss).__name__
+    if name := next((n for n, _ in loss.named_buffers()), None):
+        raise InputError(
+            f"`{name}` of {kind} is a buffer, which a loss that is learned may not have; keep "
+            "constants as plain attributes, and normalise by nn.LayerNorm"
+        )
+    if again := under_two_names(loss):
+        raise InputError(
+            f"a {type(again[0]).__name__} of {kind} has two names, which a part of a loss that is "
+            "learned may not have; register it once"
+        )
 
 
 def _scalar(what: str, found: object) -> Tensor:

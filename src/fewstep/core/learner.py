@@ -69,9 +69,9 @@ class MetaLearner:
 
     Raises:
         InputError: `module` has nothing to train, is a wrapper or scripted, or has lazy or complex
-            parameters; `algorithm.adapted` names no parameter of it; `chunk_size` or
-            `checkpoint_every` is below 1; `precision` is none of these; or `compile` comes without
-            `replay`.
+            parameters; `algorithm.adapted` names no parameter of it; `support_loss` cannot be
+            learned; `chunk_size` or `checkpoint_every` is below 1; `precision` is none of these; or
+            `compile` comes without `replay`.
 
     Deviation: the papers' code sums where this takes means; see `maml` for the inner loss.
     """
@@ -111,14 +111,15 @@ class MetaLearner:
         self._test_replay = Replay(from_second=True) if replay else None
         self.iteration = 0
         judge = Judge(loss, metric, support_loss)
-        if judge.learned and algorithm.derivative_order == FixedOrder(1):
+        is_first_order = algorithm.derivative_order == FixedOrder(1)
+        if judge.learned_loss is not None and (is_first_order or algorithm.num_steps == 0):
             raise InputError(
-                f"{type(support_loss).__name__} has parameters, which first-order methods cannot "
-                "learn; take derivative_order=FixedOrder(2), or freeze them by "
-                ".requires_grad_(False)"
+                f"{type(support_loss).__name__} has parameters, which are learned through the "
+                "second derivative of inner steps; take a step and derivative_order=FixedOrder(2), "
+                "or freeze them by .requires_grad_(False)"
             )
         self._network = TaskNetwork(module, judge, vectorize=vectorize, precision=precision)
-        self._meta = MetaParameters(module, algorithm, judge.learned)
+        self._meta = MetaParameters(module, algorithm, judge.learned_loss)
         self.parameters = self._meta.parameters
         self._outer = OuterLoop(self._meta, algorithm)
         self._loop = InnerLoop(self._network, self._meta, algorithm)
@@ -202,7 +203,8 @@ class MetaLearner:
         check_fits("update got", gradients, self.parameters)
         if not get_total_norm(gradients.values()).isfinite():
             raise FloatingPointError("the norm of the gradients given to update is not finite")
-        self._outer.step({n: g.detach() for n, g in gradients.items()}, self.epoch)
+        own = {n: g.detach().to(self.parameters[n], copy=True) for n, g in gradients.items()}
+        self._outer.step(own, self.epoch)
         self.iteration += 1
 
     def rates(self) -> Tensors:
@@ -271,14 +273,9 @@ class MetaLearner:
         steps = self._steps(num_steps)
         after = range(0 if every_step else steps, steps + 1)
         found, targets = self._test(episodes, own, after, norm.use, losses_and_metrics)
-        loss, metric = self.ranks.join([found], num_tasks)[0].cpu().unbind(1)
-        return Scores(
-            metric_name=self._network.judge.metric_name(targets),
-            metric=metric,
-            loss=loss,
-            statistics=norm.describe(self.module),
-            after=tuple(after),
-        )
+        loss, metric = self.ranks.join([found], num_tasks)[0].unbind(1)
+        judge = self._network.judge
+        return judge.scores(loss, metric, targets, norm.describe(self.module), tuple(after))
 
     def predict(
         self,
@@ -350,13 +347,8 @@ class MetaLearner:
         finally:
             self.load_state_tensors(before)
         loss, metric = self.ranks.join([torch.cat(losses), torch.cat(metrics)], num_tasks)
-        return Scores(
-            metric_name=self._network.judge.metric_name(chunk.y_query),
-            metric=metric.cpu(),
-            loss=loss.cpu(),
-            statistics=norm.describe(self.module),
-            after=after,
-        )
+        judge = self._network.judge
+        return judge.scores(loss, metric, chunk.y_query, norm.describe(self.module), after)
 
     def state_tensors(self) -> Tensors:
         """Return all that training changes, by name: model, buffers, optimiser and iteration."""

@@ -123,14 +123,14 @@ def _differentiate(
         if terms:  # else nothing counts from here on
             ends = {n: point.theta[n] for n in meta.harvested if stop == num_steps}
             total = torch.stack(terms).sum()
-            loop.network.check_reads(total)
+            loop.network.check_reads(total, (order, counting))
             adjoint, by_parts, by_end = _grad(
                 total,
                 {n: t for n, t in leaves.carried.items() if t.requires_grad},
                 meta.of_parts,
                 ends,
             )
-            of_parts = {n: total + by_parts[n] for n, total in of_parts.items()}
+            of_parts = {n: t + by_parts[n] for n, t in of_parts.items()}
             q |= by_end
 
     if seen.descent:  # q in place of every lambda

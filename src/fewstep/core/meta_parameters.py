@@ -27,7 +27,7 @@ class MetaParameters:
     Args:
         module: The module.
         algorithm: Says what has rows, what is adapted and which rates are learned.
-        beside: Parameters that are learned beside the module's, never adapted.
+        support_loss: A loss whose parameters are learned beside the module's, never adapted.
 
     Attributes:
         phi: The module's trained parameters, by their names, and those beside it.
@@ -50,17 +50,18 @@ class MetaParameters:
         self,
         module: nn.Module,
         algorithm: Algorithm,
-        beside: Mapping[str, nn.Parameter] | None = None,
+        support_loss: nn.Module | None = None,
     ) -> None:
-        named = dict(module.named_parameters())
+        self._module, self._support_loss = module, support_loss
+        named = self._named()
         trained = {n: p for n, p in named.items() if p.requires_grad}
         kind = type(module).__name__
         if not trained:
             raise InputError(
                 f"{kind} has no parameter that requires a gradient; nothing could be learned"
             )
-        for prefix in (RATE, STEP, *([SUPPORT_LOSS] if beside else [])):
-            if any(name.startswith(prefix) for name in named):
+        for prefix in (RATE, STEP, *([] if support_loss is None else [SUPPORT_LOSS])):
+            if any(name.startswith(prefix) for name, _ in module.named_parameters()):
                 raise InputError(
                     f"{kind} has a part named '{prefix[:-1]}', the name of what is learned "
                     "beside it; rename it"
@@ -69,13 +70,6 @@ class MetaParameters:
         buffer_rows = algorithm.norm_statistics.rows(module, algorithm.num_steps)
         self.rows = StepRows(frozenset(parameter_rows), frozenset(buffer_rows))
         self.phi = {n: _with_rows(p, parameter_rows.get(n)) for n, p in trained.items()}
-        self.phi |= beside or {}
-        for name, parameter in (beside or {}).items():
-            if shared := [n for n, p in named.items() if p is parameter]:
-                raise InputError(
-                    f"`{name}` is `{shared[0]}` of {kind}, too, where each task has its own; give "
-                    "the loss a copy"
-                )
         for name, buffer in module.named_buffers():
             if any(
                 size > 1 and step == 0
@@ -92,11 +86,11 @@ class MetaParameters:
         # Others are looked up, as `module.double()` puts new ones in their place.
         self._places = {n: _place(module, n) for n, _ in module.named_buffers()}
         self._copied = [(n, p, p._version) for n, p in trained.items() if n in parameter_rows]
-        self._module = module
         self._flags = {n: (p, p.requires_grad) for n, p in named.items()}
         self._frozen: Tensors = {n: p for n, p in named.items() if not p.requires_grad}
 
-        self.adapted = _adapted(module, algorithm, trained)
+        of_module = [n for n, _ in module.named_parameters() if n in trained]
+        self.adapted = _adapted(module, algorithm, of_module)
         fixed = algorithm.adapted.fixed(self.adapted)
         self.learned = {n: p for n, p in self.phi.items() if n not in fixed}
         initial = {n: self.phi[n] for n in self.adapted}
@@ -133,7 +127,7 @@ class MetaParameters:
             InputError: one was frozen, unfrozen, replaced, added or removed, has a hook on its
                 gradient, or was changed where there are copies of it for each step.
         """
-        now = dict(self._module.named_parameters())
+        now = self._named()
         for name in self._flags | now:
             parameter, was = self._flags.get(name, (None, False))
             if parameter is None or now.get(name) is not parameter:
@@ -160,6 +154,29 @@ class MetaParameters:
                     "each step; load what the module is to start from before that, or a learner's "
                     "state with load_state_tensors"
                 )
+
+    def _named(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of the module and of the loss beside it.
+
+        Raises:
+            InputError: one is of both.
+        """
+        named = dict(self._module.named_parameters())
+        if self._support_loss is None:
+            return named
+        beside = {SUPPORT_LOSS + n: p for n, p in self._support_loss.named_parameters()}
+        for name, parameter in beside.items():
+            if shared := [n for n, p in named.items() if p is parameter]:
+                raise InputError(
+                    f"`{name}` is `{shared[0]}` of {type(self._module).__name__}, too, where each "
+                    "task has its own; give the loss a copy"
+                )
+        return named | beside
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a copy's attributes; what it copied has versions of its own."""
+        vars(self).update(state)
+        self._copied = [(n, p, p._version) for n, p, _ in self._copied]
 
     def check_buffers(self, found: Tensors) -> None:
         """Check that buffers came out of a call as they went in.

@@ -62,9 +62,9 @@ def parameters_behind(loss: Tensor) -> Iterator[nn.Parameter]:
 
 
 @contextmanager
-def nothing_left_behind(module: nn.Module) -> Iterator[None]:
+def nothing_left_behind(parts: list[nn.Module]) -> Iterator[None]:
     """Take back what a call under `torch.vmap` puts into attributes: tensors nothing can read."""
-    before = [(part, dict(vars(part))) for part in module.modules()]
+    before = [(part, dict(vars(part))) for part in parts]
     try:
         yield
     finally:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from weakref import WeakKeyDictionary
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fewstep.core.errors import InputError
-from fewstep.core.judge import Judge
+from fewstep.core.judge import SUPPORT_LOSS, Judge
 from fewstep.core.layers import Layers
 from fewstep.core.modules import (
     DIFFERENTIABLE_TWICE,
@@ -84,11 +84,12 @@ class TaskNetwork:
         check_module(module)
         self.module = module
         self.judge = judge
+        self._called = [m for m in (module, judge.learned_loss) if m is not None]
         self.vectorize = vectorize
         self.precision = precision
-        has_filters = any(p.ndim == 4 for p in module.parameters())
+        has_filters = any(p.ndim == 4 for called in self._called for p in called.parameters())
         stood_in_for = nn.RNNBase | nn.RNNCellBase | nn.Embedding
-        has_them = any(isinstance(m, stood_in_for) for m in module.modules())
+        has_them = any(isinstance(part, stood_in_for) for part in self.parts())
         # Nothing stands in elsewhere, and each call of PyTorch would take a microsecond more.
         needed = has_filters or has_them or precision == "bfloat16"
         self._layers = Layers if needed else nullcontext
@@ -96,7 +97,11 @@ class TaskNetwork:
         self._to_restore = [*under_two_names(module), *unset]
         self._use: Use = "batch"
         self._is_training = True
-        self._has_read = False
+        self._checked: set[Hashable] = set()
+
+    def parts(self) -> list[nn.Module]:
+        """Return all parts of the module, and of a loss that is learned."""
+        return [part for called in self._called for part in called.modules()]
 
     def support(self, parameters: Tensors, buffers: Tensors, batch: TaskBatch) -> Result:
         """Call on the support sets.
@@ -142,29 +147,35 @@ class TaskNetwork:
             return NormaliseBy(Statistics(running=True, update=update))
         return nullcontext()
 
-    def check_reads(self, loss: Tensor) -> None:
-        """Check that the first meta-loss depends on no parameter that nothing would learn.
+    def check_reads(self, loss: Tensor, kind: Hashable) -> None:
+        """Check that a meta-loss, the first of its kind, reads no parameter that nothing learns.
 
         Raises:
             InputError: it depends on one of the module as it stands, where each task has its own,
                 or of something else.
         """
-        if self._has_read:
+        if kind in self._checked:
             return
-        self._has_read = True
         named = {id(p): f"`{n}`" for n, p in self.module.named_parameters()}
         for function in self.judge.modules():
             kind = type(function).__name__
             named |= {id(p): f"`{n}` of {kind}" for n, p in function.named_parameters()}
-        read = {id(p): f"a parameter of shape {tuple(p.shape)}" for p in parameters_behind(loss)}
-        if read:
-            first, *_ = [*(name for p, name in named.items() if p in read), *read.values()]
+        read = {id(p): tuple(p.shape) for p in parameters_behind(loss)}
+        if name := next((name for p, name in named.items() if p in read), None):
             raise InputError(
-                f"the meta-loss reads {first} past the call of the module, as a penalty on "
+                f"the meta-loss reads {name} past the call of the module, as a penalty on "
                 "module.parameters() does, where no task has its own and nothing would learn of "
-                "it; let the module return what the loss needs, a part of the algorithm give what "
-                "it learns in its table, or freeze what is not learned by .requires_grad_(False)"
+                "it; let the module return what the loss needs"
             )
+        if read:
+            shape, *_ = read.values()
+            raise InputError(
+                f"the meta-loss reads a parameter of shape {shape} that nothing would learn; "
+                "register it in the module (lists by nn.ModuleList) or in a support_loss, return "
+                "it in the table of the algorithm's part, .detach() inputs that it made, or freeze "
+                "it by .requires_grad_(False)"
+            )
+        self._checked.add(kind)
 
     def _call(
         self,
@@ -182,7 +193,7 @@ class TaskNetwork:
         with DIFFERENTIABLE_TWICE, self._layers(), forward_pass(self.precision, x.device):
             if self.vectorize:
                 many = torch.vmap(one_task, randomness="different")
-                with nothing_left_behind(self.module):
+                with nothing_left_behind(self.parts()):
                     result = Result(*many(parameters, buffers, x, y))
             else:
                 result = self._loop(one_task, parameters, buffers, x, y)
@@ -245,8 +256,8 @@ class TaskNetwork:
 
     def _forward(self, tensors: Tensors, x: Tensor) -> Tensor:
         """Return the module's outputs of one task, its parameters and buffers in `tensors`."""
-        if self.judge.learned:
-            tensors = {n: t for n, t in tensors.items() if n not in self.judge.learned}
+        if self.judge.learned_loss is not None:
+            tensors = {n: t for n, t in tensors.items() if not n.startswith(SUPPORT_LOSS)}
         own = [(m, dict(m._parameters), dict(m._buffers)) for m in self._to_restore]
         try:
             outputs: object = functional_call(self.module, tensors, (x,))
@@ -267,8 +278,10 @@ class TaskNetwork:
     def alone(self) -> Iterator[None]:
         """Keep other threads from the module, whose parameters are exchanged in a call."""
         with _LOCK:
-            lock = _LOCKS.setdefault(self.module, threading.RLock())
-        with lock:
+            locks = [_LOCKS.setdefault(called, threading.RLock()) for called in self._called]
+        with ExitStack() as stack:
+            for lock in sorted(locks, key=id):  # in one order, or two threads might wait for ever
+                stack.enter_context(lock)
             yield
 
     @contextmanager
@@ -287,13 +300,14 @@ class TaskNetwork:
                 "adapting takes gradients, which torch.inference_mode() forbids; leave it out, as "
                 "evaluate, predict and adapt keep no graph themselves"
             )
-        before = [(m, m.training) for m in self.module.modules()]
+        before = [(part, part.training) for part in self.parts()]
         if self.vectorize and any(m._backward_hooks or m._backward_pre_hooks for m, _ in before):
             raise InputError(
                 f"a part of {type(self.module).__name__} has a backward hook, which torch.vmap "
                 "does not call; remove it, or pass vectorize=False"
             )
-        set_mode(self.module, is_training=is_training)
+        for called in self._called:
+            set_mode(called, is_training=is_training)
         self._is_training, self._use = is_training, use
         device = next(self.module.parameters()).device
         exact = torch.autocast(device.type, enabled=False)

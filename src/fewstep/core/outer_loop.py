@@ -7,7 +7,7 @@ from itertools import chain
 import torch
 
 from fewstep.core.algorithm import Algorithm
-from fewstep.core.errors import InputError
+from fewstep.core.errors import InputError, check_fits
 from fewstep.core.meta_parameters import RATE, MetaParameters
 from fewstep.core.network import Tensors
 
@@ -38,7 +38,9 @@ class OuterLoop:
         """
         meta, update = self._meta, self._algorithm.rate_update
         self._follow_schedule(epoch)
-        clipped = self._algorithm.clipping({n: gradients[n][None] for n in meta.learned})
+        of_one = {n: gradients[n][None] for n in meta.learned}
+        clipped = self._algorithm.clipping(of_one)
+        check_fits("clipping gave", clipped, of_one)
         for name, parameter in meta.by_outer.items():
             parameter.grad = clipped[name][0] if name in clipped else gradients[name]
         self.optimiser.step()

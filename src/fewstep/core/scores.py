@@ -31,9 +31,6 @@ class Scores:
         loss: Query loss of every task, (tasks, len(after)).
         statistics: What normalisation layers normalised by.
         after: The numbers of steps, the last of which is the final score's.
-
-    Raises:
-        InputError: no target of a task counts, so that it has no accuracy.
     """
 
     metric_name: str
@@ -41,14 +38,6 @@ class Scores:
     loss: Tensor
     statistics: str
     after: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        undefined = self.metric[:, -1].isnan()
-        if self.metric_name == "accuracy" and undefined.any():
-            raise InputError(
-                f"the query set of task {int(undefined.nonzero()[0])} has no target that counts, "
-                "and so no accuracy; leave the task out"
-            )
 
     @property
     def num_tasks(self) -> int:

@@ -129,7 +129,7 @@ class _RandomState:
         if not needed:
             return cls()
         device = tasks.x_support.device
-        kept = [v for part in loop.network.module.modules() for v in vars(part).values()]
+        kept = [v for part in loop.network.parts() for v in vars(part).values()]
         return cls(
             torch.get_rng_state(),
             (device, torch.cuda.get_rng_state(device)) if device.type == "cuda" else None,
