@@ -19,6 +19,7 @@ from fewstep import (
     MultiStepLoss,
     TaskBatch,
 )
+from fewstep.core import network
 from tests.core.reference import MODELS, relative_error
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -251,6 +252,18 @@ def test_a_refusal_stays_one():
     for _ in range(2):
         with pytest.raises(InputError, match="that nothing would learn"):
             learner.step(CASE.batch())
+
+
+@pytest.mark.parametrize(
+    "loss", [F.cross_entropy, nn.CrossEntropyLoss()], ids=["function", "module"]
+)
+def test_reads_are_looked_for_once(loss, monkeypatch):
+    looked = []
+    monkeypatch.setattr(network, "check_reads", lambda *args: looked.append(args))
+    learner = MetaLearner(CASE.build(), fewstep.maml(1), loss, chunk_size=1)
+    for _ in range(3):
+        learner.step(CASE.batch())
+    assert len(looked) == 1
 
 
 def test_what_the_second_order_alone_reads_is_refused_when_it_begins():

@@ -60,25 +60,12 @@ class MetaParameters:
             raise InputError(
                 f"{kind} has no parameter that requires a gradient; nothing could be learned"
             )
-        for prefix in (RATE, STEP, *([] if support_loss is None else [SUPPORT_LOSS])):
-            if any(name.startswith(prefix) for name, _ in module.named_parameters()):
-                raise InputError(
-                    f"{kind} has a part named '{prefix[:-1]}', the name of what is learned "
-                    "beside it; rename it"
-                )
+        _check_names(module, (RATE, STEP, *([] if support_loss is None else [SUPPORT_LOSS])))
         parameter_rows = algorithm.norm_affine.rows(module, algorithm.num_steps)
         buffer_rows = algorithm.norm_statistics.rows(module, algorithm.num_steps)
         self.rows = StepRows(frozenset(parameter_rows), frozenset(buffer_rows))
         self.phi = {n: _with_rows(p, parameter_rows.get(n)) for n, p in trained.items()}
-        for name, buffer in module.named_buffers():
-            if any(
-                size > 1 and step == 0
-                for size, step in zip(buffer.shape, buffer.stride(), strict=True)
-            ):
-                raise InputError(
-                    f"buffer `{name}` of {kind} is expanded, so it cannot be written to; register "
-                    "its .clone()"
-                )
+        _check_buffers_are_whole(module)
         self._stacked: Tensors = {
             n: _with_rows(b, rows)
             for n, b in module.named_buffers() if (rows := buffer_rows.get(n)) is not None
@@ -223,6 +210,26 @@ class MetaParameters:
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
+
+
+def _check_names(module: nn.Module, prefixes: Iterable[str]) -> None:
+    for prefix in prefixes:
+        if any(name.startswith(prefix) for name, _ in module.named_parameters()):
+            raise InputError(
+                f"{type(module).__name__} has a part named '{prefix[:-1]}', the name of what is "
+                "learned beside it; rename it"
+            )
+
+
+def _check_buffers_are_whole(module: nn.Module) -> None:
+    for name, buffer in module.named_buffers():
+        if any(
+            size > 1 and step == 0 for size, step in zip(buffer.shape, buffer.stride(), strict=True)
+        ):
+            raise InputError(
+                f"buffer `{name}` of {type(module).__name__} is expanded, so it cannot be written "
+                "to; register its .clone()"
+            )
 
 
 def _adapted(module: nn.Module, algorithm: Algorithm, trained: Iterable[str]) -> tuple[str, ...]:

@@ -47,20 +47,6 @@ def check_module(module: nn.Module) -> None:
             )
 
 
-def parameters_behind(loss: Tensor) -> Iterator[nn.Parameter]:
-    """Yield the parameters, no other leaves, that a tensor's graph leads to."""
-    met, ahead = set(), [loss.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in met:
-            continue
-        met.add(node)
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, nn.Parameter):
-            yield leaf
-        ahead += [before for before, _ in node.next_functions]
-
-
 @contextmanager
 def nothing_left_behind(parts: list[nn.Module]) -> Iterator[None]:
     """Take back what a call under `torch.vmap` puts into attributes: tensors nothing can read."""

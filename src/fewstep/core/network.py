@@ -20,7 +20,6 @@ from fewstep.core.modules import (
     DIFFERENTIABLE_TWICE,
     check_module,
     nothing_left_behind,
-    parameters_behind,
     set_mode,
     under_two_names,
 )
@@ -28,6 +27,7 @@ from fewstep.core.norm import Use
 from fewstep.core.normalise import NormaliseBy, Statistics, follow
 from fewstep.core.once import once
 from fewstep.core.precision import Precision, forward_pass, fp32_products
+from fewstep.core.reads import check_reads
 from fewstep.core.tasks import TaskBatch
 
 Tensors = dict[str, Tensor]
@@ -148,34 +148,10 @@ class TaskNetwork:
         return nullcontext()
 
     def check_reads(self, loss: Tensor, kind: Hashable) -> None:
-        """Check that a meta-loss, the first of its kind, reads no parameter that nothing learns.
-
-        Raises:
-            InputError: it depends on one of the module as it stands, where each task has its own,
-                or of something else.
-        """
-        if kind in self._checked:
-            return
-        named = {id(p): f"`{n}`" for n, p in self.module.named_parameters()}
-        for function in self.judge.modules():
-            kind = type(function).__name__
-            named |= {id(p): f"`{n}` of {kind}" for n, p in function.named_parameters()}
-        read = {id(p): tuple(p.shape) for p in parameters_behind(loss)}
-        if name := next((name for p, name in named.items() if p in read), None):
-            raise InputError(
-                f"the meta-loss reads {name} past the call of the module, as a penalty on "
-                "module.parameters() does, where no task has its own and nothing would learn of "
-                "it; let the module return what the loss needs"
-            )
-        if read:
-            shape, *_ = read.values()
-            raise InputError(
-                f"the meta-loss reads a parameter of shape {shape} that nothing would learn; "
-                "register it in the module (lists by nn.ModuleList) or in a support_loss, return "
-                "it in the table of the algorithm's part, .detach() inputs that it made, or freeze "
-                "it by .requires_grad_(False)"
-            )
-        self._checked.add(kind)
+        """Check the first meta-loss of a kind, as `reads.check_reads` does."""
+        if kind not in self._checked:
+            check_reads(loss, self.module, self.judge.modules())
+            self._checked.add(kind)
 
     def _call(
         self,

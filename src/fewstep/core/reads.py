@@ -1,0 +1,56 @@
+"""What a meta-loss reads: each parameter in its graph should be one that is learned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor, nn
+
+from fewstep.core.errors import InputError
+
+
+def check_reads(loss: Tensor, module: nn.Module, functions: Iterable[nn.Module]) -> None:
+    """Check that a meta-loss reads no parameter that nothing would learn.
+
+    Args:
+        loss: Its graph leads to copies of the parameters that are learned, and to nothing else.
+        module: The module, whose parameters as they stand no task has.
+        functions: Losses and metric, where they are modules.
+
+    Raises:
+        InputError: it reads one of the module, of a loss, or of somewhere else.
+    """
+    read = {id(p): tuple(p.shape) for p in _parameters_behind(loss)}
+    if not read:
+        return
+    named = {id(p): f"`{n}`" for n, p in module.named_parameters()}
+    for function in functions:
+        kind = type(function).__name__
+        named |= {id(p): f"`{n}` of {kind}" for n, p in function.named_parameters()}
+    if known := [name for parameter, name in named.items() if parameter in read]:
+        raise InputError(
+            f"the meta-loss reads {known[0]} past the call of the module, as a penalty on "
+            "module.parameters() does, where no task has its own and nothing would learn of it; "
+            "let the module return what the loss needs"
+        )
+    shape, *_ = read.values()
+    raise InputError(
+        f"the meta-loss reads a parameter of shape {shape} that nothing would learn; register it "
+        "in the module (lists by nn.ModuleList) or in a support_loss, return it in the table of "
+        "the algorithm's part, .detach() inputs that it made, or freeze it by "
+        ".requires_grad_(False)"
+    )
+
+
+def _parameters_behind(loss: Tensor) -> Iterator[nn.Parameter]:
+    """Yield the parameters, no other leaves, that a tensor's graph leads to."""
+    met, ahead = set(), [loss.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in met:
+            continue
+        met.add(node)
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, nn.Parameter):
+            yield leaf
+        ahead += [before for before, _ in node.next_functions]
