@@ -28,6 +28,11 @@ def here(empty_folder, sinusoid_run):
     [
         ("trian", "unknown command 'trian'; did you mean 'train'?"),
         ("data shwo", "unknown command 'data shwo'; did you mean 'data show'?"),
+        (
+            "evaluate run --ways 5",
+            "--ways is an option of `fewstep train`, which settles it for a run",
+        ),
+        ("predict run --inner-lr 1", "`fewstep predict` has none"),
         (f"{SINUSOID} --itrations=3", "unknown option '--itrations'; did you mean '--iterations'?"),
         (f"{SINUSOID} --device cuda:99", "device 'cuda:99' cannot be used"),
         (f"{SINUSOID} --num-steps -1", "num_steps=-1 must be a whole number, 0 or more"),

@@ -41,7 +41,7 @@ def parse(options: type[T], arguments: Sequence[str], *, prog: str, default: T |
         InputError: the arguments do not fit; one line, with the nearest valid option.
         SystemExit: code 0, after --help.
     """
-    _check_options(options, arguments, default)
+    _check_options(options, arguments, default, prog)
     if {"-h", "--help"} & set(arguments):
         _join_help(options if default is None else default)
     complaint = io.StringIO()
@@ -76,7 +76,7 @@ _IN_PLAIN_WORDS = {  # what tyro says, with what Python said to it
 }
 
 
-def _check_options(options: type, arguments: Sequence[str], default: object) -> None:
+def _check_options(options: type, arguments: Sequence[str], default: object, prog: str) -> None:
     """Raise InputError at the first option that is unknown, with the nearest one, or empty."""
     known = ["--help", *_names(options if default is None else default)]
     config = getattr(default, "settings", default)
@@ -84,21 +84,26 @@ def _check_options(options: type, arguments: Sequence[str], default: object) -> 
         name, equals, value = word.partition("=")
         name = name.replace("_", "-")
         if name.startswith("--"):
-            if name not in known and isinstance(config, RunConfig):
-                _check_elsewhere(name, config)
+            if name not in known:
+                _check_elsewhere(name, config, prog)
             check_name("option", name, known)
             if (value if equals else following) == "":  # which as a path is the working folder
                 raise InputError(f"{name} '' is empty; give a value or leave it out")
 
 
-def _check_elsewhere(name: str, config: RunConfig) -> None:
-    """Raise InputError if there is such an option, with another data set, network or recipe."""
+def _check_elsewhere(name: str, config: object, prog: str) -> None:
+    """Raise InputError if training has such an option, or has it for another kind of run."""
     for tag, kinds in _CHOICES.items():
         found = []
         for kind in kinds:
             with contextlib.suppress(InputError):  # not every network takes glyphs
                 if name in _names(preset(**{tag: kind})):
                     found.append(kind)
+        if found and not isinstance(config, RunConfig):
+            raise InputError(
+                f"{name} is an option of `fewstep train`, which settles it for a run; `{prog}` has "
+                "none"
+            )
         if found and (here := getattr(config, tag)) not in found:
             raise InputError(
                 f"{name} goes with --{tag} {' or '.join(found)}, not {here}; leave one of them out"
