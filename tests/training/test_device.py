@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fewstep import MetaLearner, TaskBatch, maml
+from fewstep import AdamStep, MetaLearner, TaskBatch, maml
 from fewstep.data.augmentation import Augmentation
 from fewstep.data.drawn_ahead import DrawnAhead
 from fewstep.data.episodes import ClassificationEpisodes, Rotations
@@ -103,6 +103,31 @@ def test_classification(recipe: Recipe, mode: str) -> None:
     assert learner.predict(episodes, 4).is_meta
     adapted = learner.adapt(batch.x_support[0], batch.y_support[0])
     assert all(p.is_meta for p in adapted.parameters())
+
+
+class LearnedLoss(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WAYS, 2)
+
+    def forward(self, outputs: Tensor, y: Tensor) -> Tensor:
+        return self.layer(outputs).square().mean() + F.cross_entropy(outputs, y)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_that_remembers_and_a_loss_that_is_learned(mode: str) -> None:
+    module = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, WAYS)).to("meta")
+    x = torch.randn(2, 2, 6, 4, device="meta")
+    y = torch.zeros(2, 2, 6, dtype=torch.long, device="meta")
+    batch = TaskBatch(x[0], y[0], x[1], y[1])
+    algorithm = replace(maml(3), inner_step=AdamStep())
+    learner = MetaLearner(
+        module, algorithm, F.cross_entropy, support_loss=LearnedLoss().to("meta"), **MODES[mode]
+    )
+    learner.step(batch, check_finite=False)
+    with OnDevice():
+        gradients, _ = learner.meta_gradient(batch)
+    assert gradients["support_loss.layer.weight"].is_meta
 
 
 class OfWords(nn.Module):
