@@ -13,6 +13,7 @@ from fewstep import (
     InputError,
     LayerStepRates,
     LearnedRate,
+    MomentumStep,
     StepRates,
 )
 from fewstep.rl import (
@@ -55,10 +56,11 @@ def seen(of, of_steps, *, differentiable=True):
     return sum(part.loss for part in parts), sum(part.divergence for part in parts)
 
 
-def by_hand(of, of_steps, task, order, ratio=False):
+def by_hand(of, of_steps, task, order, ratio=False, momentum=0.0):
     """Return outer loss, divergence and adapted parameters of one task, by a plain loop."""
     policy, says = of.policy, of.distribution
     theta = dict(policy.named_parameters())
+    m = dict.fromkeys(theta, 0.0)
     for alpha, e in zip(RATES, of_steps[:-1], strict=False):
         outputs = functional_call(policy, theta, (e.observations[task],))
         a = (e.weights * e.advantages)[task]
@@ -67,7 +69,8 @@ def by_hand(of, of_steps, task, order, ratio=False):
             log_probability = (log_probability - log_probability.detach()).exp()
         loss = -(log_probability * a).mean()
         gradients = torch.autograd.grad(loss, list(theta.values()), create_graph=order == 2)
-        theta = {n: p - alpha * g for (n, p), g in zip(theta.items(), gradients, strict=True)}
+        m = {n: momentum * m[n] + g for n, g in zip(m, gradients, strict=True)}
+        theta = {n: p - alpha * m[n] for n, p in theta.items()}
     e = of_steps[-1]
     outputs = functional_call(policy, theta, (e.observations[task],))
     old = e.outputs[task]
@@ -107,6 +110,21 @@ def test_objective_and_gradient_are_those_of_a_plain_loop(
             torch.autograd.grad(plain, parameters, retain_graph=True),
         )
     assert found[1] > 1e-4  # else nothing would have moved
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_momentum_goes_from_step_to_step(order):
+    of = learner(2, derivative_order=order, inner_step=MomentumStep(0.7))
+    _, of_steps = gather(of, navigation(), slice(0, 3), 2)
+    moved(of.policy)
+    parameters = list(of.policy.parameters())
+    each = [by_hand(of, of_steps, task, order, momentum=0.7)[0] for task in range(3)]
+    ours, plain = seen(of, of_steps)[0], torch.stack(each).mean()
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, parameters), torch.autograd.grad(plain, parameters)
+    )
+    of.step(navigation(), 0, 3)
 
 
 class Shared(nn.Module):

@@ -16,6 +16,7 @@ from fewstep.core.algorithm import Algorithm
 from fewstep.core.derivative_order import FixedOrder
 from fewstep.core.errors import InputError, check_name
 from fewstep.core.inner import InnerLoop, Point
+from fewstep.core.inner_step import GradientStep, InnerStep
 from fewstep.core.judge import Judge
 from fewstep.core.meta_parameters import MetaParameters
 from fewstep.core.network import TaskNetwork, Tensors
@@ -61,6 +62,7 @@ class PolicyLearner:
             `CategoricalPolicy` do; without buffers.
         num_steps: K, inner steps; 0 trains one policy for all tasks.
         inner_rate: alpha.
+        inner_step: Where a step leads; gradient descent by default.
         derivative_order: 2, or 1 for first-order MAML.
         adapted: The parameters that the inner loop changes; all by default.
         outer: The outer update.
@@ -91,6 +93,7 @@ class PolicyLearner:
         num_steps: int = 1,
         inner_rate: InnerRate | None = None,
         *,
+        inner_step: InnerStep | None = None,
         derivative_order: Literal[1, 2] = 2,
         adapted: AdaptedParameters | None = None,
         outer: TrustRegion | None = None,
@@ -121,6 +124,7 @@ class PolicyLearner:
             ConstantRate(0.1) if inner_rate is None else inner_rate,
             derivative_order=FixedOrder(derivative_order),
             adapted=adapted or AdaptedParameters(),
+            inner_step=GradientStep() if inner_step is None else inner_step,
         )
         self._meta = MetaParameters(policy, algorithm)
         loss = partial(SUPPORT_LOSSES[support_loss], self.distribution)
