@@ -348,6 +348,10 @@ def test_epochs_pass_with_the_steps():
     assert other.epoch == 3
 
 
+def test_a_cosine_ends_at_nothing_if_nothing_else_is_said():
+    assert [CosineAnnealing(2)(epoch) for epoch in (0, 1, 2, 3)] == pytest.approx([1, 0.5, 0, 0])
+
+
 class Scaled(nn.Module):
     """A layer with a parameter of its own and another layer within."""
 

@@ -86,6 +86,12 @@ def test_tasks_of_one_difficulty_for_both_hide_no_difference():
     assert not paired_difference(difficulty, difficulty).is_significant
 
 
+def test_two_tasks_are_enough_to_compare():
+    found = paired_difference(torch.tensor([0.5, 1.0]), torch.tensor([0.25, 0.25]))
+    assert found.mean == 0.5
+    assert (found.above, found.below) == (2, 0)
+
+
 @pytest.mark.parametrize("shapes", [((3,), (4,)), ((1,), (1,)), ((3, 2), (3, 2))])
 def test_scores_of_other_tasks_do_not_compare(shapes):
     ours, theirs = (torch.zeros(shape) for shape in shapes)
