@@ -241,6 +241,14 @@ def test_settings_changed_since_the_run_began_are_refused(sinusoid_run, empty_fo
         load_learner("run")
 
 
+def test_a_run_whose_settings_leave_the_device_open_goes_on(sinusoid_run, empty_folder):
+    shutil.copytree(sinusoid_run, "run")
+    config = Path("run/config.toml")
+    config.write_text(config.read_text().replace('device = "cpu"', 'device = "auto"'))
+    assert main(["resume", "run", "--iterations", "6"]) == 0
+    assert 'device = "auto"' not in config.read_text()
+
+
 def test_statistics_of_a_model_without_any_are_refused(sinusoid_run, capsys):
     told = refused(capsys, f"evaluate {sinusoid_run} --statistics running")
     assert "has no batch normalisation; leave it out" in told
@@ -310,6 +318,10 @@ def test_a_memory_budget_chooses_chunks_and_checkpoints(empty_folder, capsys):
         0.2: "chunk_size=1, checkpoint_every=1",
     }
     assert "memory budget of 0.001 MiB is below" in refused(capsys, f"{train} --memory-budget 1e-3")
+    # Tests keep no graph, so that what the budget was for does not stop them.
+    settings = Path("run-0.2/config.toml")
+    settings.write_text(settings.read_text().replace("memory_budget = 0.2", "memory_budget = 1e-3"))
+    assert main(["evaluate", "run-0.2", "--tasks", "3"]) == 0
 
 
 @pytest.mark.pictures

@@ -27,6 +27,7 @@ from fewstep import (
     PerStepAffine,
     StepRates,
     TaskBatch,
+    auto,
     fomaml,
     maml,
 )
@@ -304,6 +305,7 @@ MISTAKES = [
         lambda: learner(module=Growing()).step(CASE.batch()),
     ),
     ("1e-8 is 0 in float16", lambda: learner(module=nn.Linear(4, 3, dtype=torch.half))),
+    ("Adam's 1e-8", lambda: learner(auto(), module=nn.Linear(4, 3, dtype=torch.half))),
     ("algorithm=<function maml", lambda: MetaLearner(CASE.build(), maml, CASE.loss)),
     ("gave the query weights (1.0,) at epoch 1", later(query_weights=Later((0, 0, 1), (1.0,)))),
     ("gave the derivative order 3 at epoch 1", later(derivative_order=Later(2, 3))),

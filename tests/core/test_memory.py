@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 import fewstep
 from fewstep import DerivativeAnnealing, InputError, MetaLearner, MultiStepLoss, TaskBatch
 from fewstep.core.memory import GraphMemory, plan_memory
+from fewstep.core.ranks import Ranks
 from fewstep.models import Conv4
 from tests.core.reference import relative_error
 
@@ -85,6 +86,12 @@ def test_the_worst_phase_of_the_schedules_is_planned_for():
 def test_one_task_needs_no_second_to_plan():
     learner, batch = learner_and_batch(1)
     assert plan_memory(learner, batch, 1e3).chunk_size == 1
+
+
+def test_a_plan_is_the_same_whoever_shares_the_tasks_and_however_many_went_at_once():
+    plan = plan_memory(*learner_and_batch(4), 1e3)
+    assert plan_memory(*learner_and_batch(4, chunk_size=1), 1e3) == plan
+    assert plan_memory(*learner_and_batch(4, ranks=Ranks(0, 3)), 1e3) == plan
 
 
 def test_a_budget_below_one_task_is_refused():

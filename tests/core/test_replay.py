@@ -452,3 +452,8 @@ def test_a_part_exchanged_or_hooked_is_recorded_anew():
     assert is_right()
     hook.remove()
     assert is_right()
+    for factor in (1, 2, 3, 1):  # each hook may get the address of the one before
+        hook = module.register_forward_hook(lambda _, __, output, by=factor: by * output)
+        assert is_right()
+        hook.remove()
+        del hook

@@ -1,10 +1,13 @@
 """Which checkpoints a run keeps."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+from fewstep import InputError
+from fewstep.training.metrics_file import Log, read_metrics
 from fewstep.training.run_folder import RunFolder
 
 RANKS = [None, 0.3, 0.7, None, 0.5, 0.7, 0.6, 0.2]
@@ -42,3 +45,33 @@ def test_the_newest_counts_until_a_score_does(run):
         assert [kept.iteration for kept in _saved(run, ranks, 2).best] == [len(ranks) - 1]
     assert [kept.iteration for kept in _saved(run, [None, None, 0.1, None], 2).best] == [2]
     assert [kept.iteration for kept in _saved(run, [None, math.nan, 0.1], 1).best] == [2]
+
+
+class FullWriter:
+    """A writer of TensorBoard's whose thread has met a full disk."""
+
+    def add_scalar(self, *_):
+        raise OSError(28, "No space left on device")
+
+    close = flush = add_scalar
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize(
+    ("full", "stand_in"),
+    [
+        ("_file", lambda: Path("/dev/full").open("a", buffering=1)),  # noqa: SIM115 (it is closed)
+        ("_tensorboard", FullWriter),
+    ],
+)
+def test_a_line_that_the_disk_has_no_room_for(tmp_path, full, stand_in):
+    def write():
+        with Log(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", 0) as log:
+            log.write(1, {"loss": 1.0})
+            getattr(log, full).close()
+            setattr(log, full, stand_in())
+            log.write(2, {"loss": 1.0})
+
+    with pytest.raises(InputError, match="No space left on device; the last checkpoint is intact"):
+        write()
+    assert read_metrics(tmp_path / "metrics.jsonl")[0] == {"iteration": 1, "loss": 1.0}

@@ -84,8 +84,7 @@ class Resume:
         check_unchanged(run, config)
         if self.iterations is not None:
             config = replace(config, iterations=self.iterations)
-        if self.device is not None:
-            config = replace(config, device=resolve_device(self.device))
+        config = replace(config, device=resolve_device(self.device or config.device))
         ranks = Ranks.of_torchrun(config.device)
         with locked(run.path) if ranks.is_first else nullcontext():
             state = ranks.of_first(run.state())

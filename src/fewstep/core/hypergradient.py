@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.errors import InputError, check_name
-from fewstep.core.outer import check_outer_lr
+from fewstep.core.outer import check_for_adam, check_outer_lr
 
 Step = Literal["additive", "multiplicative", "sign"]
 
@@ -156,6 +156,7 @@ class HypergradientAdam(_ByHypergradient):
 
     def __call__(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         """Return the optimiser."""
+        check_for_adam(parameters)
         return Hypergradient(parameters, self.outer_lr, self.hyper_lr, self.guards, _adam)
 
 

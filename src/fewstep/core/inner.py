@@ -15,6 +15,7 @@ from fewstep.core.errors import InputError, check_fits
 from fewstep.core.meta_parameters import MetaParameters
 from fewstep.core.network import Result, TaskNetwork, Tensors
 from fewstep.core.norm import Use
+from fewstep.core.replay import Same
 from fewstep.core.tasks import TaskBatch
 
 _OF_TASKS = (
@@ -83,15 +84,15 @@ class InnerLoop:
             with self.network.mode(is_training=is_training, use=use):
                 yield
 
-    def outside(self) -> list[int]:
-        """Return what a recording closes over, by id.
+    def outside(self) -> list[Same]:
+        """Return what a recording closes over.
 
         Parts of the module and their hooks; buffers of the module, the loss and the metric.
         """
         buffers = chain(self.meta.buffers.values(), self.network.judge.buffers())
         parts = self.network.parts()
         hooks = ((*p._forward_pre_hooks.values(), *p._forward_hooks.values()) for p in parts)
-        return [id(each) for each in chain(parts, *hooks, buffers)]
+        return [Same(each) for each in chain(parts, *hooks, buffers)]
 
     def start(self, tasks: int) -> Point:
         """Return theta[0] and its buffers, the same for every task."""

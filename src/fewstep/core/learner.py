@@ -331,7 +331,7 @@ class MetaLearner:
                 f"num_tasks={num_tasks} needs at least 1 of each and 2 tasks"
             )
         norm = self._norm_statistics(statistics)
-        before = self.state_tensors()
+        before = _below(self.state_tensors(), "model.")
         own = self.ranks.span(num_tasks)
         after = (self._steps(num_steps),)
         losses, metrics = [], []
@@ -345,7 +345,7 @@ class MetaLearner:
                 losses.append(loss)
                 metrics.append(metric)
         finally:
-            self.load_state_tensors(before)
+            self._meta.load(before)
         loss, metric = self.ranks.join([torch.cat(losses), torch.cat(metrics)], num_tasks)
         judge = self._network.judge
         return judge.scores(loss, metric, chunk.y_query, norm.describe(self.module), after)
@@ -396,7 +396,7 @@ class MetaLearner:
     ) -> Tensor:
         outputs = []
         for state in states:
-            self.load_state_tensors(state)
+            self._meta.load(_below(state, "model."))
             for chunk in seen:
                 found, _ = self._test(chunk, slice(0, len(chunk)), after, use, outputs_of)
                 outputs.append(found)

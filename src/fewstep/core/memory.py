@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from fewstep.core.algorithm import Algorithm
 from fewstep.core.errors import InputError
 from fewstep.core.learner import MetaLearner
+from fewstep.core.ranks import ALONE
 from fewstep.core.tasks import TaskBatch
 
 _MARGIN = 1.5  # for what a backward pass needs beside the graph
@@ -27,12 +28,12 @@ class GraphMemory:
     such as parameters and data, counts too.
 
     Attributes:
+        now: Bytes held at this moment.
         peak: Bytes held at once, at most.
     """
 
     def __init__(self) -> None:
-        self.peak = 0
-        self._now = 0
+        self.now = self.peak = 0
         self._held: Counter[int] = Counter()
         self._hooks = saved_tensors_hooks(lambda t: _Held(self, t), lambda held: held.tensor)
 
@@ -43,19 +44,14 @@ class GraphMemory:
     def __exit__(self, *args: object) -> None:
         self._hooks.__exit__(*args)
 
-    @property
-    def now(self) -> int:
-        """Bytes held at this moment."""
-        return self._now
-
     def _count(self, tensor: Tensor, by: int) -> None:
         storage = tensor.untyped_storage()
         pointer = storage.data_ptr()
         was = self._held[pointer] > 0
         self._held[pointer] += by
         is_held = self._held[pointer] > 0
-        self._now += (is_held - was) * storage.nbytes()
-        self.peak = max(self.peak, self._now)
+        self.now += (is_held - was) * storage.nbytes()
+        self.peak = max(self.peak, self.now)
 
 
 class _Held:
@@ -138,6 +134,7 @@ def _graph_mib(
 ) -> float:
     measured = copy.copy(learner)  # shares all but these
     measured.iteration, measured.checkpoint_every = iteration, checkpoint_every
+    measured.chunk_size, measured.ranks = len(tasks), ALONE  # all of them at once, and here
     measured._replay = None  # which would make no graph
     with GraphMemory() as memory:
         measured.meta_gradient(tasks)

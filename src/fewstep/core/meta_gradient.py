@@ -78,7 +78,7 @@ def meta_gradient(
 
 
 class _OfTasks(NamedTuple):
-    """What each task of a chunk gives: the first four of `Metrics`, and its buffers."""
+    """What each task of a chunk gives: losses and metric of `Metrics`, and its buffers."""
 
     metrics: tuple[Tensor, Tensor, Tensor, Tensor]
     buffers: Tensors

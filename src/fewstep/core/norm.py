@@ -127,8 +127,8 @@ class StepRows:
         buffers: Names of the buffers with rows.
     """
 
-    parameters: frozenset[str] = frozenset()
-    buffers: frozenset[str] = frozenset()
+    parameters: frozenset[str]
+    buffers: frozenset[str]
 
     def pick_parameters(self, theta: Tensors, step: int, *, is_query: bool) -> Tensors:
         """Return what the module is given on a set of the point after `step` steps."""

@@ -78,6 +78,19 @@ class CosineAnnealing:
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * share)) / 2
 
 
+def check_for_adam(parameters: list[Tensor]) -> None:
+    """Check that Adam's steps are finite.
+
+    Raises:
+        InputError: a parameter is float16.
+    """
+    if any(parameter.dtype == torch.float16 for parameter in parameters):
+        raise InputError(
+            "Adam's 1e-8 is 0 in float16, where its first step makes parameters nan; keep "
+            "float32, and pass precision='bfloat16', or take SGD"
+        )
+
+
 def check_outer_lr(outer_lr: object) -> None:
     """Raise InputError unless the rate is positive and finite."""
     if not (isinstance(outer_lr, Real) and 0 < float(outer_lr) < math.inf):
@@ -123,11 +136,7 @@ class Adam:
 
     def __call__(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         """Return the optimiser."""
-        if any(parameter.dtype == torch.float16 for parameter in parameters):
-            raise InputError(
-                "Adam's 1e-8 is 0 in float16, where its first step makes parameters nan; keep "
-                "float32, and pass precision='bfloat16', or take SGD"
-            )
+        check_for_adam(parameters)
         return torch.optim.Adam(
             parameters,
             lr=self.outer_lr,

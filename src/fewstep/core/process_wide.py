@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ContextDecorator, ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from contextvars import copy_context
 
 
-class ProcessWide(ContextDecorator):
+class ProcessWide:
     """A context entered by the first thread that wants it, and left by the last.
 
     Threads that saved and restored such settings on their own would restore each other's.

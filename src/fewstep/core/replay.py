@@ -85,6 +85,19 @@ class Replay:
         return outputs
 
 
+class Same:
+    """An object as part of a key, which keeps it, so that no later one gets its address."""
+
+    def __init__(self, of: object) -> None:
+        self._of = of
+
+    def __hash__(self) -> int:
+        return id(self._of)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and other._of is self._of
+
+
 def _first_places(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
     """Say which arguments are one tensor, as a recording takes them for one."""
     places = {id(t): i for i, t in reversed(list(enumerate(tensors)))}

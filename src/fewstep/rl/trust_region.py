@@ -147,7 +147,7 @@ def _curvature_product(seen: Seen, parameters: list[Tensor]) -> Callable[[Tensor
 
 
 def conjugate_gradient(
-    product: Callable[[Tensor], Tensor], b: Tensor, iterations: int, tolerance: float = 1e-10
+    product: Callable[[Tensor], Tensor], b: Tensor, iterations: int
 ) -> tuple[Tensor, Tensor]:
     """Solve A x = b for a positive definite A that is given by its products.
 
@@ -155,7 +155,6 @@ def conjugate_gradient(
         product: Maps v to A v.
         b: (n,).
         iterations: At most so many products.
-        tolerance: Squared length of b - A x that is small enough.
 
     Returns:
         x, and A x.
@@ -164,7 +163,7 @@ def conjugate_gradient(
     r, p = b.clone(), b.clone()
     rr = r @ r
     for _ in range(iterations):
-        if rr < tolerance:
+        if rr < 1e-10:  # small enough
             break
         ap = product(p)
         alpha = rr / (p @ ap)

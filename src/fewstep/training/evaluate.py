@@ -113,7 +113,7 @@ def evaluate_run(
         **scores.as_dict(),
         "evaluation_seconds": round(time.perf_counter() - started, 2),
         "training_seconds": _training_seconds(run),
-        "environment": environment(command_line(), experiment.device),
+        "environment": environment(command_line(), experiment.config.device),
     }
     file = evaluation_file(run, split, checkpoint, num_steps, changes)
     return Evaluated(scores, file, summary)

@@ -11,25 +11,12 @@ from fewstep.core.algorithm import ExtraSteps
 from fewstep.core.errors import InputError, check_name
 from fewstep.core.learner import MetaLearner
 from fewstep.training.build import Problem, build_learner, resolve_device
-from fewstep.training.config import ClassificationOptions, RunConfig, SinusoidData
+from fewstep.training.config import ClassificationOptions, SinusoidData
 from fewstep.training.parse import load_config
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.same_settings import check_unchanged
 
 OneCheckpoint = Literal["best", "last"]
-
-
-def check_few_shot(config: RunConfig, path: Path) -> None:
-    """Check that the run in `path` has learned few-shot tasks.
-
-    Raises:
-        InputError: it has learned its training classes alone.
-    """
-    if config.recipe == "supervised":
-        raise InputError(
-            f"{path} has learned to tell its training classes apart and no few-shot tasks; "
-            f"start a run from it, with `fewstep train --initial {quote(str(path))}`"
-        )
 
 
 def load_learner(
@@ -57,7 +44,11 @@ def load_learner(
     config = load_config(run.path / "config.toml")
     check_unchanged(run, config)
     config = config.with_extra_steps(extra_steps)
-    check_few_shot(config, run.path)
+    if config.recipe == "supervised":
+        raise InputError(
+            f"{run.path} has learned to tell its training classes apart and no few-shot tasks; "
+            f"start a run from it, with `fewstep train --initial {quote(str(run.path))}`"
+        )
     config = replace(config, device=resolve_device(device))
     problem = Problem({}, (1,), 1)
     if not isinstance(config.data, SinusoidData):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +95,15 @@ class Log(NoLog):
         """Write a line."""
         with self._disk_errors():
             self._file.write(json_line({"iteration": iteration, **values}))
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, iteration)
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, iteration)
 
     def sync(self) -> None:
         """Bring the lines to the disk, before a checkpoint says that they are there."""
         with self._disk_errors():
             self._file.flush()
             os.fsync(self._file.fileno())
-        self._tensorboard.flush()
+            self._tensorboard.flush()
 
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:
@@ -111,13 +111,11 @@ class Log(NoLog):
             yield
         except OSError as error:
             raise InputError(
-                f"cannot write {self._file.name}: {error.strerror}; the last checkpoint is intact, "
-                "so free some space and resume"
+                f"cannot write in {Path(self._file.name).parent}: {error.strerror}; the last "
+                "checkpoint is intact, so free some space and resume"
             ) from error
 
-    def __enter__(self) -> Log:
-        return self
-
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._tensorboard.close()
+        for each in (self._file, self._tensorboard):
+            with suppress(OSError):  # of what could not be written before; the rest was synced
+                each.close()
