@@ -67,6 +67,8 @@ def measure(options: Options) -> dict[str, float]:
 def main() -> None:
     """Measure both phases and print the ratio."""
     options = tyro.cli(Options)
+    if options.out is not None:  # now, not after all is measured
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     if options.phase is not None:
         print(json.dumps(measure(options)))
         return

@@ -43,6 +43,8 @@ class Options:
 def main() -> None:
     """Measure every case and print a table of each."""
     options = tyro.cli(Options)
+    if options.out is not None:  # now, not after all is measured
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     ways = [way for way in options.ways if WAYS[way].is_installed()]
     rows: list[dict[str, Any]] = []
     for name in options.cases:

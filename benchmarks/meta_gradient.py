@@ -60,7 +60,8 @@ class Turns:
     """Who takes turns, and how many."""
 
     ways: tuple[str, ...] = tuple(WAYS)
-    """Which ways; "plain loop" is what the others are compared with."""
+    """Which ways; among them "plain loop", whose gradients the others' are compared with, and
+    "fewstep", whose times theirs are."""
     repeats: int = 7
     """Measured turns."""
     seconds: float = 20.0
@@ -255,6 +256,8 @@ def measure(case: Case, options: Turns) -> dict[str, dict[str, Any]]:
 
 def rows_of(cases: list[Case], options: Turns) -> list[dict[str, Any]]:
     """Return a row for each case and each way, after checking that all agree."""
+    if missing := {"fewstep", "plain loop"} - set(options.ways):
+        raise SystemExit(f"ways lack {', '.join(sorted(missing))}, to compare with; add them")
     process = Process(cases[0], "plain loop", options.threads)
     best = process.ask("speed", cases[0])
     flop = [process.ask("flop", case) for case in cases]  # not here: children inherit the peak

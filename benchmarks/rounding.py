@@ -79,6 +79,8 @@ def errors(options: Options, of: Callable[[Options, int, torch.dtype], Tensor]) 
 def main() -> None:
     """Print the median of each, and how many draws flipped."""
     options = tyro.cli(Options)
+    if options.out is not None:  # now, not after all is measured
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     if kernels.library() is None:
         raise SystemExit("there are no kernels to compare with: install a C++ compiler")
     found = {}

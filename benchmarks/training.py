@@ -77,6 +77,8 @@ def sampling_and_iteration(dataset: str, recipe: str, repeats: int) -> tuple[flo
 def main() -> None:
     """Measure and print."""
     options = tyro.cli(Options)
+    if options.out is not None:  # now, not after all is measured
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
     found: dict[str, Any] = {}
     for dataset in options.datasets:

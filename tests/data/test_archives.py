@@ -1,4 +1,5 @@
 import io
+import random
 import tarfile
 import zipfile
 
@@ -72,4 +73,36 @@ def test_a_changed_byte_in_a_zip_is_noticed(tmp_path):
     content = (tmp_path / "a.zip").read_bytes().replace(b"pixels", b"pixelz", 1)
     (tmp_path / "a.zip").write_bytes(content)
     with pytest.raises(InputError, match="truncated or damaged"):
+        list(zip_images(tmp_path / "a.zip"))
+
+
+def _tar_gz(path, members):
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize(
+    ("write", "read", "name"), [(_zip, zip_images, "a.zip"), (_tar_gz, tar_images, "a.tar.gz")]
+)
+def test_changed_bytes_of_what_is_compressed_are_noticed(tmp_path, write, read, name):
+    noise = random.Random(0).randbytes(3000)
+    write(tmp_path / name, {"c/1.png": noise + bytes(3000)})
+    whole = bytearray((tmp_path / name).read_bytes())
+    for place in range(60, 2000, 7):
+        changed = bytearray(whole)
+        changed[place] ^= 0x55
+        (tmp_path / name).write_bytes(changed)
+        with pytest.raises(InputError, match=f"{name} is truncated or damaged"):
+            list(read(tmp_path / name))
+
+
+def test_an_encrypted_zip_is_refused(tmp_path):
+    _zip(tmp_path / "a.zip", MEMBERS)
+    content = bytearray((tmp_path / "a.zip").read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] |= 1  # the flag in the directory
+    (tmp_path / "a.zip").write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.zip is truncated or damaged .*encrypted"):
         list(zip_images(tmp_path / "a.zip"))

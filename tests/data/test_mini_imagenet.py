@@ -116,6 +116,17 @@ def test_wrong_csv_columns_are_named(tmp_path):
         MiniImageNet(tmp_path).splits()
 
 
+def test_what_spreadsheets_and_macs_leave_does_no_harm(tmp_path):
+    _csv_splits(tmp_path)
+    for split in CLASSES:
+        file = tmp_path / f"{split}.csv"
+        file.write_text(file.read_text(), encoding="utf-8-sig")  # as "CSV UTF-8" is saved
+    (tmp_path / "._train.tar").write_bytes(b"a resource fork")
+    (tmp_path / "old.tar").mkdir()
+    splits = MiniImageNet(tmp_path, size=8).splits()
+    assert [len(splits[s]) for s in ("train", "val", "test")] == [64, 16, 20]
+
+
 def test_no_folder_says_why_there_is_no_download(tmp_path):
     with pytest.raises(InputError, match=r"ImageNet's terms .*; pass --root .*, or set FEWSTEP"):
         MiniImageNet().splits()

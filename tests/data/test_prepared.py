@@ -43,6 +43,22 @@ def test_another_source_is_prepared_anew():
         load_or_prepare("set", "v2", SHAPE, _not_called)
 
 
+def test_a_name_may_have_dots(own_cache):
+    """What follows a dot was taken for a suffix, the source with it."""
+    load_or_prepare("birds.v1-84", "a", SHAPE, _classes)
+    with pytest.raises(AssertionError, match="not read again"):
+        load_or_prepare("birds.v1-84", "b", SHAPE, _not_called)
+    assert verify_prepared(own_cache) == ["birds_v1-84-a"]
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]"])
+def test_a_damaged_description_is_refused(own_cache, text):
+    load_or_prepare("set", "v1", SHAPE, _classes)
+    (own_cache / "set-v1.json").write_text(text)
+    with pytest.raises(InputError, match=r"differs from .* remove .*set-v1\.json to prepare it"):
+        verify_prepared(own_cache)
+
+
 def test_what_was_prepared_of_another_source_is_kept_once(own_cache):
     load_or_prepare("set", "v1", SHAPE, _classes)
     load_or_prepare("set", "v2", SHAPE, lambda: _classes()[:1])

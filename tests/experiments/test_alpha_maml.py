@@ -25,6 +25,7 @@ from fewstep.experiments.alpha_runs import Setting, numeral, train
 from fewstep.experiments.alpha_sensitivity import AlphaSensitivity, _compare
 from fewstep.experiments.maml_plus_plus import MamlPlusPlusAblation
 from fewstep.experiments.pool import each
+from fewstep.experiments.sweep import complete_all
 
 QUIET = Console(quiet=True)
 
@@ -193,7 +194,7 @@ def test_draws_and_intervals():
     assert draw((0.001, 10), 3, 1) == draw((0.001, 10), 3, 1) != draw((0.001, 10), 3, 2)
     assert interval([0.5, 0.7]) == "60.0 ± 127.1"
     assert interval([0.5] * 30) == "50.0 ± 0.0"
-    assert interval([0.0, 1.0] * 15) == "50.0 ± 18.9"
+    assert interval([0.0, 1.0] * 15) == "50.0 ± 19.0"
 
 
 @pytest.mark.parametrize("text", ["0.1", "a,b", "1,2,3"])
@@ -258,6 +259,8 @@ def test_jobs_are_not_done_by_every_process_of_torchrun(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(InputError, match=r"torchrun started 3 processes.*leave torchrun out"):
         dict(each(_double, {"a": (1,)}, workers=1, ray=False, console=QUIET))
+    with pytest.raises(InputError, match=r"torchrun started 3 processes.*leave torchrun out"):
+        complete_all({}, (), QUIET, workers=1)
 
 
 ENDLESS = """

@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 
-from fewstep.experiments.seeds import over_seeds
+from fewstep.experiments.seeds import mean_seconds, over_seeds, rounded
 
 
 def test_seeds_that_agree_on_every_task_are_no_more_tasks():
@@ -22,3 +22,11 @@ def test_seeds_that_err_on_other_tasks_tell_more():
     found = over_seeds([[0.0, 1.0, 0.0, 1.0], [1.0, 0.0, 1.0, 0.0]])
     assert (found["mean"], found["ci95"]) == (0.5, 0)
     assert found["seeds"] == [0.5, 0.5]
+
+
+def test_the_time_of_a_row_is_unknown_where_one_run_s_is():
+    runs = [[{"training_seconds": 10.0}, {}], [{"training_seconds": 31.0}]]
+    assert rounded(mean_seconds(runs)) == "20"
+    runs.append([{"training_seconds": None}])
+    assert mean_seconds(runs) is None
+    assert rounded(None) == "-"

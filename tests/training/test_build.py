@@ -112,3 +112,12 @@ def test_meta_sgd_is_tested_after_the_steps_that_its_rates_are_for(dataset):
     """Sinusoids have no finite loss after ten steps by rates that one step has learned."""
     parts = preset(dataset, recipe="meta-sgd").algorithm
     assert (parts.learned_rates, parts.eval_steps) == ("element", parts.num_steps)
+
+
+def test_processes_that_test_alone_need_no_share_of_training():
+    config = replace(preset("sinusoid"), tasks=1, device="cpu")
+    with pytest.raises(InputError, match="1 tasks cannot be shared by 2 processes"):
+        Experiment.build(config, Ranks(0, 2))
+    assert list(Experiment.build(config, Ranks(0, 2), splits=("test",)).problem.episodes) == [
+        "test"
+    ]

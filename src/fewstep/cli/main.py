@@ -70,7 +70,11 @@ COMMANDS: dict[str, type[Command]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return 0, 2 after bad input, 1 when training had to stop."""
+    """Run a command.
+
+    Returns:
+        0, 1 where training had to stop or nobody reads on, 2 after bad input, 130 if interrupted.
+    """
     keep_freed_memory()
     warnings.formatwarning = _format_warning
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C

@@ -6,6 +6,7 @@ import lzma
 import os
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -39,7 +40,7 @@ def zip_images(path: Path) -> Iterator[tuple[str, bytes]]:
                     yield member.filename, archive.read(member)
     except FileNotFoundError as error:
         raise InputError(f"there is no file {path}; check the folder given with --root") from error
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError) as error:
         raise _damaged(path, error) from error
 
 
@@ -60,7 +61,7 @@ def tar_images(path: Path) -> Iterator[tuple[str, bytes]]:
                 pass  # to the end, where a compressed file that was cut short shows
     except FileNotFoundError as error:
         raise InputError(f"there is no file {path}; check the folder given with --root") from error
-    except (tarfile.TarError, lzma.LZMAError, OSError, EOFError) as error:
+    except (tarfile.TarError, lzma.LZMAError, zlib.error, OSError, EOFError) as error:
         raise _damaged(path, error) from error
 
 

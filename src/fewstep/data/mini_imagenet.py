@@ -130,7 +130,7 @@ def _entries(root: Path) -> Iterator[tuple[Path, str, bytes]]:
     """Yield source, name and content of every image in the folder and in its tar files."""
     for name, content in folder_images(root):
         yield root, name, content
-    for archive in sorted(root.iterdir()):
+    for archive in sorted(p for p in root.iterdir() if p.is_file() and p.name[0] != "."):
         if ".tar" in archive.suffixes or archive.suffix == ".tgz":
             for name, content in tar_images(archive):
                 yield archive, name, content
@@ -142,7 +142,7 @@ def _labels(root: Path) -> dict[str, str]:
     for split in CLASSES:
         path = root / f"{split}.csv"
         if path.exists():
-            with reading(path), path.open(newline="") as file:
+            with reading(path), path.open(newline="", encoding="utf-8-sig") as file:
                 for row in csv.DictReader(file):
                     try:
                         labels[row["filename"]] = row["label"]

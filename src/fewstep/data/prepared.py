@@ -67,7 +67,7 @@ def load_or_prepare(
     Raises:
         InputError: what `read` raises, or the disk is full.
     """
-    stem = cache_folder() / f"{name}-{source}"
+    stem = cache_folder() / f"{name}-{source}".replace(".", "_")  # which would begin a suffix
     if not stem.with_suffix(".json").exists():
         _prepare(stem, shape, read())
     return _load(stem)
@@ -85,7 +85,10 @@ def verify_prepared(folder: Path) -> list[str]:
     descriptions = sorted(folder.glob("*.json"))
     for path in descriptions:
         array = path.with_suffix(".npy")
-        recorded = json.loads(path.read_text())["sha256"]
+        try:
+            recorded = json.loads(path.read_text())["sha256"]
+        except (OSError, ValueError, KeyError, TypeError):
+            recorded = None
         if not array.exists() or _sha256(array) != recorded:
             raise InputError(
                 f"{array} differs from what was prepared; remove {path} to prepare it again"

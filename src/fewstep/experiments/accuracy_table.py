@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from fewstep.core.ranks import Ranks
-from fewstep.experiments.seeds import over_seeds
+from fewstep.experiments.seeds import mean_seconds, over_seeds, rounded
 from fewstep.experiments.sweep import Test, complete_all
 from fewstep.experiments.write_up import write_up
 from fewstep.report.figure import draw_band, legend_below, new_figure, save_figure
@@ -129,7 +128,7 @@ def _row(runs: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
             "support": over_seeds(t["per_task"] for t in support),
             "running": over_seeds(t["per_task"] for t in running),
         },
-        "seconds_per_run": statistics.mean(tests[0]["training_seconds"] for tests in runs),
+        "seconds_per_run": mean_seconds(runs),
     }
 
 
@@ -152,7 +151,7 @@ def _markdown(title: str, rows: Mapping[str, dict[str, Any]]) -> str:
         by = row["statistics"]
         cells = [
             name, cell(row["single"]), cell(row["ensemble"]), row["paper"] or "-",
-            f"{row['seconds_per_run']:.0f}", cell(by["support"]), cell(by["running"]),
+            rounded(row["seconds_per_run"]), cell(by["support"]), cell(by["running"]),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

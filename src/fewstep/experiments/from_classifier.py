@@ -34,7 +34,7 @@ from fewstep.training.run_folder import RunFolder
 class MamlPlusPlusFromClassifier:
     """Train a classifier of the training classes, then MAML++ from its features.
 
-    Not the paper's recipe: MAML++ takes a fifth of the tasks then, or fewer. On Omniglot every
+    Not the paper's recipe: MAML++ takes a twelfth of the tasks then, or fewer. On Omniglot every
     quarter turn of a character is a class, and then each of their mirror images too. On
     mini-ImageNet the classifier sees images of 42 pixels first, at a third of the cost, then those
     of 84, by Adam and then by SGD with momentum and decay, cropped and then shifted; the head gets
@@ -246,7 +246,8 @@ class MamlPlusPlusFromClassifier:
             "|---|---|---|",
         ]
         for name, scores in found.items():
-            minutes = f"{scores[0]['training_seconds'] / 60:.0f} min"
+            seconds = scores[0]["training_seconds"]
+            minutes = "-" if seconds is None else f"{seconds / 60:.0f} min"
             rows = self._tests(name)
             for row, score in zip(rows, scores, strict=True):
                 row = row.format(len(score["iterations"]))

@@ -54,11 +54,7 @@ def each(
     """
     if workers < 1:
         raise InputError(f"workers={workers} must be at least 1 process")
-    if (started := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise InputError(
-            f"torchrun started {started} processes, but each of these {len(jobs)} runs is for one; "
-            "leave torchrun out and give --workers"
-        )
+    check_alone(len(jobs))
     commit()  # of the code at work, in this process too, which will write the scores
     if ray:
         results = _on_ray(function, jobs)
@@ -77,6 +73,15 @@ def each(
         for key, result in results:
             progress.advance(bar)
             yield key, result
+
+
+def check_alone(runs: int) -> None:
+    """Raise InputError if torchrun started several processes, which would all do all runs."""
+    if (started := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise InputError(
+            f"torchrun started {started} processes, but each of these {runs} runs is for one; "
+            "leave torchrun out and give --workers"
+        )
 
 
 def _in_processes(

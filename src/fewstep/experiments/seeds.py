@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,3 +25,18 @@ def over_seeds(scores: Iterable[Sequence[float]]) -> dict[str, Any]:
     means = by_seed.mean(1)
     found = {"mean": float(mean), "ci95": float(ci95), "seeds": means.tolist()}
     return found | ({"std_over_seeds": float(means.std())} if len(means) > 1 else {})
+
+
+def mean_seconds(runs: Iterable[Sequence[Mapping[str, Any]]]) -> float | None:
+    """Return the mean time of training, or None where the metrics that told it are gone.
+
+    Args:
+        runs: What the tests of each run wrote.
+    """
+    seconds = [tests[0]["training_seconds"] for tests in runs]
+    return None if None in seconds else statistics.mean(seconds)
+
+
+def rounded(seconds: float | None) -> str:
+    """Return whole seconds for a table."""
+    return "-" if seconds is None else f"{seconds:.0f}"

@@ -17,7 +17,7 @@ from fewstep.core.errors import InputError, check_name, check_some
 from fewstep.core.learner import MetaLearner
 from fewstep.core.scores import Scores
 from fewstep.data.sinusoid import SinusoidEpisodes
-from fewstep.experiments.seeds import over_seeds
+from fewstep.experiments.seeds import mean_seconds, over_seeds, rounded
 from fewstep.experiments.sweep import Test, complete_all
 from fewstep.experiments.write_up import write_up
 from fewstep.report.figure import label_plainly, legend_below, new_figure, save_figure
@@ -138,7 +138,7 @@ class MamlSinusoid:
         self, method: str, found: Mapping[Path, list[dict[str, Any]]], device: str
     ) -> dict[str, Any]:
         """Return the errors of a method by support points and steps."""
-        seconds = [found[self._path(method, s)][0]["training_seconds"] for s in range(self.seeds)]
+        seconds = mean_seconds([found[self._path(method, s)] for s in range(self.seeds)])
         tests = {}
         for points in self.points:
             learners = [self._tuned(method, s, points, device) for s in range(self.seeds)]
@@ -146,7 +146,7 @@ class MamlSinusoid:
             scores = [_scores(each, "test", points, self.test_tasks, steps) for each in learners]
             of_steps = zip(*(each.metric.T.tolist() for each in scores), strict=True)
             tests[points] = [_errors(of_step) for of_step in of_steps]
-        return {"points": tests, "seconds_per_run": statistics.mean(seconds)}
+        return {"points": tests, "seconds_per_run": seconds}
 
     def _tuned(self, method: str, seed: int, points: int, device: str) -> MetaLearner:
         """Return the learner of a finished run, with the rate that suits its validation tasks."""
@@ -190,7 +190,7 @@ class MamlSinusoid:
             for method, row in rows.items():
                 errors = row["points"][points]
                 cells = [_cell(errors[k]) if k < len(errors) else "" for k in SHOWN_STEPS]
-                cells.append(f"{row['seconds_per_run']:.0f}")
+                cells.append(rounded(row["seconds_per_run"]))
                 lines.append(f"| {' | '.join([method, *cells])} |")
                 if points == PAPER_POINTS and method in PAPER:
                     told = PAPER[method]

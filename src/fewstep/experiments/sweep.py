@@ -15,7 +15,7 @@ from fewstep.core.errors import InputError
 from fewstep.core.norm import Use
 from fewstep.core.ranks import ALONE, Ranks
 from fewstep.data.views import Views
-from fewstep.experiments.pool import each
+from fewstep.experiments.pool import check_alone, each
 from fewstep.training.build import Experiment
 from fewstep.training.config import RunConfig, to_dict
 from fewstep.training.display import say
@@ -138,6 +138,8 @@ def complete_all(
         What each run's tests wrote; of interrupted runs nothing.
     """
     check_plan(plan)
+    if ranks.size == 1:
+        check_alone(len(plan))
     runs: Iterator[tuple[Path, list[dict[str, Any]] | None]]
     if workers == 1 and not ray:
         runs = ((p, complete(p, config, tests, console, ranks)) for p, config in plan.items())

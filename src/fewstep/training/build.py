@@ -86,11 +86,12 @@ class Experiment:
             splits: Those that are wanted.
 
         Raises:
-            InputError: the device, the data, the episodes or the model cannot be had, or there are
-                fewer tasks than processes.
+            InputError: the device, the data, the episodes or the model cannot be had, or training
+                has fewer tasks than processes.
         """
-        for tasks in (config.tasks, config.val_tasks, config.test_tasks):
-            ranks.count(tasks)  # refuses now what would be refused after hours
+        if "train" in splits:
+            for tasks in (config.tasks, config.val_tasks, config.test_tasks):
+                ranks.count(tasks)  # refuses now what would be refused after hours
         config = replace(config, device=resolve_device(config.device))
         problem = build_problem(config, config.device, splits)
         learner = build_learner(config, problem, config.device, ranks, initial)
