@@ -44,7 +44,6 @@ def test_the_table_and_the_figure(ablation, monkeypatch, capsys):
     of_tasks = [statistics.mean(two) for two in zip(*(t["per_task"] for t in tests), strict=True)]
     assert row["single"]["ci95"] == pytest.approx(1.96 * statistics.stdev(of_tasks) / 3**0.5)
     wordings = {
-        "batch": "evaluation-test-best-5-steps.json",
         "support": "evaluation-test-best-5-steps-statistics-support.json",
         "running": "evaluation-test-best-5-steps-statistics-running.json",
     }

@@ -124,7 +124,6 @@ def _row(runs: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
         "ensemble": over_seeds(t["per_task"] for t in ensemble)
         | {"models": [len(test["iterations"]) for test in ensemble]},
         "statistics": {
-            "batch": over_seeds(t["per_task"] for t in best),
             "support": over_seeds(t["per_task"] for t in support),
             "running": over_seeds(t["per_task"] for t in running),
         },

@@ -125,8 +125,6 @@ def train(
         "how": how,
         "inner_lr": config.algorithm.inner_lr,
         "outer_lr": config.algorithm.outer_lr,
-        "inner_hyper_lr": config.algorithm.inner_hyper_lr,
-        "outer_hyper_lr": config.algorithm.outer_hyper_lr,
         **course,
         "test": test,
     }

@@ -12,16 +12,16 @@ from fewstep.rl.rollouts import Rollouts
 
 _X = 17  # of the centre of mass, among the observations
 _SECONDS = 0.01  # of a time step
+_SHOWN = 5  # episodes
 
 
-def plot_courses(rollouts: Sequence[Rollouts], title: str, path: Path, *, shown: int = 5) -> None:
+def plot_courses(rollouts: Sequence[Rollouts], title: str, path: Path) -> None:
     """Draw the distance over time in some episodes of half-cheetahs, axes for each task.
 
     Args:
         rollouts: Those after 0, 1, ... steps.
         title: Of the figure.
         path: PNG file to write.
-        shown: Episodes that are drawn.
     """
     num_tasks, _, horizon = rollouts[0].rewards.shape
     seconds = _SECONDS * torch.arange(horizon)
@@ -30,7 +30,7 @@ def plot_courses(rollouts: Sequence[Rollouts], title: str, path: Path, *, shown:
     for task, axis in enumerate(axes):
         for step, found in enumerate(rollouts):
             steps = f"{step} step{'s' * (step != 1)}"
-            for x in found.observations[task, :shown, :, _X].cpu():
+            for x in found.observations[task, :_SHOWN, :, _X].cpu():
                 axis.plot(seconds, x, color=f"C{step}", alpha=0.7, linewidth=1, label=steps)
         returns = ", ".join(f"{round(float(found.returns[task]))}" for found in rollouts)
         axis.set_title(f"task {task}, returns {returns}", fontsize=9)

@@ -10,10 +10,10 @@ from torch import Tensor
 from fewstep.report.figure import legend_below, new_figure, save_figure
 from fewstep.rl.rollouts import Rollouts
 
+_SHOWN = 5  # episodes
 
-def plot_paths(
-    rollouts: Sequence[Rollouts], goals: Tensor, title: str, path: Path, *, shown: int = 5
-) -> None:
+
+def plot_paths(rollouts: Sequence[Rollouts], goals: Tensor, title: str, path: Path) -> None:
     """Draw the paths of some episodes, a row for each number of steps, a column for each task.
 
     Args:
@@ -21,14 +21,13 @@ def plot_paths(
         goals: (tasks, 2).
         title: Of the figure.
         path: PNG file to write.
-        shown: Episodes that are drawn.
     """
     figure = new_figure(2.6 * len(goals), 2.7 * len(rollouts))
     axes = figure.subplots(len(rollouts), len(goals), squeeze=False, sharex=True, sharey=True)
     for step, found in enumerate(rollouts):
         for task in range(len(goals)):
             axis = axes[step][task]
-            for episode in range(min(shown, found.running.shape[1])):
+            for episode in range(min(_SHOWN, found.running.shape[1])):
                 length = int(found.running[task, episode].sum())
                 x, y = found.observations[task, episode, :length, :2].cpu().T
                 axis.plot(x, y, color="C0", alpha=0.6, linewidth=1, label="path")

@@ -13,9 +13,10 @@ from fewstep.data.sinusoid import SinusoidEpisodes
 from fewstep.report.figure import legend_below, new_figure, save_figure
 
 STEPS = {0: ("C7", ":"), 1: ("C0", "--"), 5: ("C2", "-."), 10: ("C1", "-")}
+_CURVES = 3  # test sinusoids, a column for each
 
 
-def plot_sinusoid_fits(learner: MetaLearner, path: Path, curves: int = 3) -> None:
+def plot_sinusoid_fits(learner: MetaLearner, path: Path) -> None:
     """Draw fits before and after 1, 5 and 10 steps, from 5 points (above) and from 10 (below).
 
     Steps that the algorithm has no rates or rows for are left out.
@@ -23,18 +24,17 @@ def plot_sinusoid_fits(learner: MetaLearner, path: Path, curves: int = 3) -> Non
     Args:
         learner: A trained sinusoid learner.
         path: PNG file to write.
-        curves: Test sinusoids, a column for each.
     """
-    figure = new_figure(4 * curves, 6.5)
-    axes = figure.subplots(2, curves, sharex=True, squeeze=False)
+    figure = new_figure(4 * _CURVES, 6.5)
+    axes = figure.subplots(2, _CURVES, sharex=True, squeeze=False)
     device = next(learner.module.parameters()).device
     drawn = {k: how for k, how in STEPS.items() if _takes(learner.algorithm, k)}
     line = torch.linspace(-5, 5, 200, device=device)[:, None]
     for row, shots in enumerate((5, 10)):
         episodes = SinusoidEpisodes("test", shots=shots, queries=1, device=device)
-        batch = episodes.batch(0, curves)
-        amplitudes, phases = episodes.curve(0, curves)
-        for column in range(curves):
+        batch = episodes.batch(0, _CURVES)
+        amplitudes, phases = episodes.curve(0, _CURVES)
+        for column in range(_CURVES):
             axis = axes[row][column]
             x, y = batch.x_support[column], batch.y_support[column]
             truth = amplitudes[column] * torch.sin(line - phases[column])
