@@ -16,7 +16,7 @@ def _zip(path, members):
 
 
 def _tar(path, members):
-    with tarfile.open(path, "w:xz") as archive:
+    with tarfile.open(path, f"w:{path.suffix[1:]}") as archive:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
@@ -76,16 +76,8 @@ def test_a_changed_byte_in_a_zip_is_noticed(tmp_path):
         list(zip_images(tmp_path / "a.zip"))
 
 
-def _tar_gz(path, members):
-    with tarfile.open(path, "w:gz") as archive:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-
-
 @pytest.mark.parametrize(
-    ("write", "read", "name"), [(_zip, zip_images, "a.zip"), (_tar_gz, tar_images, "a.tar.gz")]
+    ("write", "read", "name"), [(_zip, zip_images, "a.zip"), (_tar, tar_images, "a.tar.gz")]
 )
 def test_changed_bytes_of_what_is_compressed_are_noticed(tmp_path, write, read, name):
     noise = random.Random(0).randbytes(3000)
