@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fewstep.core.accuracy import accuracy
+from fewstep.core.algorithm import Algorithm
+from fewstep.core.derivative_order import FixedOrder
 from fewstep.core.errors import InputError
 from fewstep.core.modules import check_module, under_two_names
 from fewstep.core.scores import Scores
@@ -51,6 +53,20 @@ class Judge:
         if isinstance(support_loss, nn.Module) and _is_trained(support_loss):
             _check_learned(support_loss)
             self.learned_loss = support_loss
+
+    def check_learnable(self, algorithm: Algorithm) -> None:
+        """Check that the algorithm has what a learned support loss is learned through.
+
+        Raises:
+            InputError: it takes no step, or none of the second order.
+        """
+        is_first_order = algorithm.derivative_order == FixedOrder(1)
+        if self.learned_loss is not None and (is_first_order or algorithm.num_steps == 0):
+            raise InputError(
+                f"{type(self.learned_loss).__name__} has parameters, which are learned through the "
+                "second derivative of inner steps; take a step and derivative_order=FixedOrder(2), "
+                "or freeze them by .requires_grad_(False)"
+            )
 
     def modules(self) -> list[nn.Module]:
         """Return those of its functions that are modules."""

@@ -12,7 +12,6 @@ from torch.nn.utils import get_total_norm
 
 from fewstep.core.adapted_copy import adapted_copy
 from fewstep.core.algorithm import Algorithm
-from fewstep.core.derivative_order import FixedOrder
 from fewstep.core.errors import InputError, check_fits, check_name
 from fewstep.core.hypergradient import Hypergradient
 from fewstep.core.inner import InnerLoop
@@ -111,13 +110,7 @@ class MetaLearner:
         self._test_replay = Replay(from_second=True) if replay else None
         self.iteration = 0
         judge = Judge(loss, metric, support_loss)
-        is_first_order = algorithm.derivative_order == FixedOrder(1)
-        if judge.learned_loss is not None and (is_first_order or algorithm.num_steps == 0):
-            raise InputError(
-                f"{type(support_loss).__name__} has parameters, which are learned through the "
-                "second derivative of inner steps; take a step and derivative_order=FixedOrder(2), "
-                "or freeze them by .requires_grad_(False)"
-            )
+        judge.check_learnable(algorithm)
         self._network = TaskNetwork(module, judge, vectorize=vectorize, precision=precision)
         self._meta = MetaParameters(module, algorithm, judge.learned_loss)
         self.parameters = self._meta.parameters
