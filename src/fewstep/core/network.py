@@ -7,11 +7,14 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_map
 
 from fewstep.core.errors import InputError
 from fewstep.core.judge import SUPPORT_LOSS, Judge
@@ -35,6 +38,7 @@ _OF_VMAP = ("vmap", "atching rule", "functorch")  # in messages of PyTorch
 _LOCK = threading.Lock()
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _OneTask = tuple[Tensor, Tensor, Tensor, Tensors]
+Found = TypeVar("Found")
 _Judgement = Callable[[Tensor, Tensor, Tensors], tuple[Tensor, Tensor]]
 
 
@@ -165,21 +169,7 @@ class TaskNetwork:
     ) -> Result:
         """Call the module for every task; leave out the first outputs, `without` of them."""
         one_task = partial(self._one_task, judge, without=without)
-        versions = [p._version for p in parameters.values()]
-        with DIFFERENTIABLE_TWICE, self._layers(), forward_pass(self.precision, x.device):
-            if self.vectorize:
-                many = torch.vmap(one_task, randomness="different")
-                with nothing_left_behind(self.parts()):
-                    result = Result(*many(parameters, buffers, x, y))
-            else:
-                result = self._loop(one_task, parameters, buffers, x, y)
-        for (name, parameter), version in zip(parameters.items(), versions, strict=True):
-            if parameter._version != version:
-                raise InputError(
-                    f"{type(self.module).__name__} changes its parameter `{name}` when it is "
-                    "called, as nn.Embedding does with max_norm; leave that to the optimisers"
-                )
-        return result
+        return Result(*self._for_tasks(one_task, parameters, buffers, x, y))
 
     def outputs(self, parameters: Tensors, x: Tensor) -> Tensor:
         """Return what a module without buffers gives, (tasks, ...).
@@ -188,29 +178,36 @@ class TaskNetwork:
             parameters: By name, each (tasks, *shape).
             x: Inputs, (tasks, ...).
         """
-        with DIFFERENTIABLE_TWICE, self._layers(), forward_pass(self.precision, x.device):
-            if self.vectorize:
-                return torch.vmap(self._forward, randomness="different")(parameters, x)
-            each = [{n: p[j] for n, p in parameters.items()} for j in range(len(x))]
-            return torch.stack([self._forward(p, x[j]) for j, p in enumerate(each)])
+        return self._for_tasks(self._forward, parameters, x)
 
-    @staticmethod
-    def _loop(
-        one_task: Callable[..., _OneTask], parameters: Tensors, buffers: Tensors, x: Tensor,
-        y: Tensor,
-    ) -> Result:  # fmt: skip
-        results = [
-            one_task(
-                {n: p[j] for n, p in parameters.items()},
-                {n: b[j] for n, b in buffers.items()},
-                x[j],
-                y[j],
-            )
-            for j in range(x.shape[0])
-        ]
-        losses, metrics, outputs, after = zip(*results, strict=True)
-        stacked = {n: torch.stack([b[n] for b in after]) for n in buffers}
-        return Result(torch.stack(losses), torch.stack(metrics), torch.stack(outputs), stacked)
+    def _for_tasks(self, one_task: Callable[..., Found], parameters: Tensors, *others: Any) -> Found:
+        """Return what a function of one task gives, of all of them, stacked.
+
+        Args:
+            one_task: Calls the module.
+            parameters: By name, each (tasks, *shape).
+            others: What else it takes: tensors, (tasks, ...), or dicts of them.
+        """
+        versions = [p._version for p in parameters.values()]
+        device = next(iter(parameters.values())).device
+        with DIFFERENTIABLE_TWICE, self._layers(), forward_pass(self.precision, device):
+            if self.vectorize:
+                with nothing_left_behind(self.parts()):
+                    found: Found = torch.vmap(one_task, randomness="different")(parameters, *others)
+            else:
+                tasks = len(next(iter(parameters.values())))
+                each = [
+                    one_task(*(tree_map(itemgetter(j), given) for given in (parameters, *others)))
+                    for j in range(tasks)
+                ]
+                found = tree_map(lambda *of_tasks: torch.stack(of_tasks), *each)
+        for (name, parameter), version in zip(parameters.items(), versions, strict=True):
+            if parameter._version != version:
+                raise InputError(
+                    f"{type(self.module).__name__} changes its parameter `{name}` when it is "
+                    "called, as nn.Embedding does with max_norm; leave that to the optimisers"
+                )
+        return found
 
     def _one_task(
         self,
