@@ -14,6 +14,7 @@ from fewstep.core.hypergradient import (
     HypergradientRates,
     HypergradientSGD,
 )
+from fewstep.core.inner_start import InnerStart, PrototypeStart, SharedStart, SupportSets
 from fewstep.core.inner_step import AdamStep, GradientStep, InnerStep, MomentumStep
 from fewstep.core.learner import MetaLearner
 from fewstep.core.metrics import Metrics
@@ -31,6 +32,8 @@ from fewstep.core.recipes import (
     maml,
     maml_plus_plus,
     meta_sgd,
+    proto_maml,
+    prototypical_networks,
 )
 from fewstep.core.scores import Difference, Scores, paired_difference
 from fewstep.core.tasks import Episodes, TaskBatch
@@ -59,6 +62,7 @@ __all__ = [
     "HypergradientAdam",
     "HypergradientRates",
     "HypergradientSGD",
+    "InnerStart",
     "InnerStep",
     "InputError",
     "LayerStepRates",
@@ -70,10 +74,13 @@ __all__ = [
     "NoClipping",
     "NormStatistics",
     "PerStepAffine",
+    "PrototypeStart",
     "Ranks",
     "Scores",
     "SharedAffine",
+    "SharedStart",
     "StepRates",
+    "SupportSets",
     "TaskBatch",
     "alpha_maml",
     "anil",
@@ -84,4 +91,6 @@ __all__ = [
     "maml_plus_plus",
     "meta_sgd",
     "paired_difference",
+    "proto_maml",
+    "prototypical_networks",
 ]

@@ -14,6 +14,14 @@ from fewstep.core.metrics import Metrics
 from fewstep.models import Conv4, fully_connected, sinusoid_mlp
 
 WAYS = 3
+ROUTES: dict[str, dict[str, int]] = {  # to the same gradient
+    "at once": {},
+    "a step's graph": {"checkpoint_every": 1},
+    "two steps' graph": {"checkpoint_every": 2},
+    "loop": {"vectorize": False},
+    "a task at a time": {"chunk_size": 1},
+    "replayed": {"replay": True},
+}
 
 
 @sdpa_kernel(SDPBackend.MATH)

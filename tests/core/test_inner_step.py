@@ -23,7 +23,7 @@ from fewstep import (
     MultiStepLoss,
     TaskBatch,
 )
-from tests.core.reference import MODELS, relative_error
+from tests.core.reference import MODELS, ROUTES, relative_error
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -63,6 +63,17 @@ class Generated(InnerStep):
         return after, {"last": factors, "count": torch.tensor([step])}
 
 
+class Chained(InnerStep):
+    """Gradient descent, and a share of the mean of where the parameter before went."""
+
+    def __call__(self, theta, gradient, alpha, state, table, step):
+        after, last = {}, torch.zeros(())
+        for n, p in theta.items():
+            after[n] = p - alpha[n] * gradient[n] + _each(last, p)
+            last = 0.3 * after[n].flatten(1).mean(1)
+        return after, {}
+
+
 def _each(of_tasks, like):
     return of_tasks.view(-1, *[1] * (like.ndim - 1))
 
@@ -90,6 +101,12 @@ class Plainly:
         if self.kind == "proximal":
             zipped = zip(theta, gradient, self.first, strict=True)
             return [p - RATE * (g + 2 * (p - first)) for p, g, first in zipped]
+        if self.kind == "chained":
+            after, last = [], 0.0
+            for p, g in zip(theta, gradient, strict=True):
+                after.append(p - RATE * g + last)
+                last = 0.3 * after[-1].mean()
+            return [p.clone() for p in after]  # each is differentiated by as it is
         means = torch.stack([t.mean() for t in (*theta, *gradient)])
         factors = self.table["weight"] @ means + self.table["bias"]
         half = len(theta)
@@ -102,14 +119,7 @@ KINDS = {
     "adam": AdamStep((0.5, 0.9), eps=0.01),
     "proximal": Proximal(),
     "generated": Generated(),
-}
-WAYS = {
-    "at once": {},
-    "a step's graph": {"checkpoint_every": 1},
-    "three steps' graph": {"checkpoint_every": 3},
-    "loop": {"vectorize": False},
-    "a task at a time": {"chunk_size": 1},
-    "replayed": {"replay": True},
+    "chained": Chained(),
 }
 
 
@@ -135,15 +145,15 @@ def plain_gradient(module, case, batch, kind, order, weights):
     return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
 
 
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_meta_gradient_is_that_of_a_plain_loop(kind, way):
+def test_the_meta_gradient_is_that_of_a_plain_loop(kind, route):
     case = MODELS["layer norm"]
     module, batch = case.build(), case.batch()
     algorithm = replace(
         fewstep.maml(STEPS, RATE), inner_step=KINDS[kind], query_weights=MultiStepLoss(10)
     )
-    learner = MetaLearner(module, algorithm, case.loss, **way)
+    learner = MetaLearner(module, algorithm, case.loss, **route)
     for _ in range(3):  # a replay is recorded, played, and played again
         gradient, _ = learner.meta_gradient(batch)
     weights = algorithm.weights_at(0.0)
@@ -151,15 +161,15 @@ def test_the_meta_gradient_is_that_of_a_plain_loop(kind, way):
     assert relative_error(gradient, expected) < 1e-12
 
 
-@pytest.mark.parametrize("way", [{}, {"checkpoint_every": 1}], ids=["at once", "a step's graph"])
+@pytest.mark.parametrize("route", [{}, {"checkpoint_every": 1}], ids=["at once", "a step's graph"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_first_order_takes_gradients_as_constants_and_nothing_else(kind, way):
+def test_the_first_order_takes_gradients_as_constants_and_nothing_else(kind, route):
     case = MODELS["mlp"]
     module, batch = case.build(), case.batch()
     algorithm = replace(
         fewstep.fomaml(STEPS, RATE), inner_step=KINDS[kind], query_weights=MultiStepLoss(10)
     )
-    gradient, _ = MetaLearner(module, algorithm, case.loss, **way).meta_gradient(batch)
+    gradient, _ = MetaLearner(module, algorithm, case.loss, **route).meta_gradient(batch)
     weights = algorithm.weights_at(0.0)
     expected = plain_gradient(module, case, batch, kind, 1, weights)
     assert relative_error(gradient, expected) < 1e-12

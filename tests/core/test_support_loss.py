@@ -20,19 +20,12 @@ from fewstep import (
     TaskBatch,
 )
 from fewstep.core import network
-from tests.core.reference import MODELS, relative_error
+from tests.core.reference import MODELS, ROUTES, relative_error
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 STEPS, RATE = 3, 0.1
 CASE = MODELS["layer norm"]
-WAYS = {
-    "at once": {},
-    "a step's graph": {"checkpoint_every": 1},
-    "loop": {"vectorize": False},
-    "a task at a time": {"chunk_size": 1},
-    "replayed": {"replay": True},
-}
 
 
 def sharpness(outputs, _):
@@ -73,11 +66,11 @@ def plain_gradient(module, support_loss, batch, order, weights):
     return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
 
 
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
 @pytest.mark.parametrize(
     ("support_loss", "order"), [(sharpness, 1), (sharpness, 2), (Learned, 2)]
 )  # fmt: skip
-def test_the_meta_gradient_is_that_of_a_plain_loop(support_loss, order, way):
+def test_the_meta_gradient_is_that_of_a_plain_loop(support_loss, order, route):
     module, batch = CASE.build(), CASE.batch()
     support_loss = support_loss() if support_loss is Learned else support_loss
     algorithm = replace(
@@ -85,7 +78,7 @@ def test_the_meta_gradient_is_that_of_a_plain_loop(support_loss, order, way):
         derivative_order=FixedOrder(order),
         query_weights=MultiStepLoss(10),
     )
-    learner = MetaLearner(module, algorithm, F.cross_entropy, support_loss=support_loss, **way)
+    learner = MetaLearner(module, algorithm, F.cross_entropy, support_loss=support_loss, **route)
     for _ in range(3):
         gradient, metrics = learner.meta_gradient(batch)
     weights = algorithm.weights_at(0.0)

@@ -12,6 +12,7 @@ from fewstep.core.clipping import Clipping, NoClipping
 from fewstep.core.derivative_order import DerivativeOrder, FixedOrder
 from fewstep.core.errors import InputError, check_name
 from fewstep.core.hypergradient import HypergradientRates
+from fewstep.core.inner_start import InnerStart, SharedStart
 from fewstep.core.inner_step import GradientStep, InnerStep
 from fewstep.core.norm import NormAffine, NormStatistics, SharedAffine
 from fewstep.core.outer import Adam, Constant, OuterOptimiser, OuterSchedule
@@ -29,6 +30,7 @@ _SLOTS: dict[str, tuple[Any, str]] = {
     "norm_affine": (NormAffine, "SharedAffine()"),
     "norm_statistics": (NormStatistics, "NormStatistics('batch')"),
     "inner_clipping": (Clipping, "ClipByNorm(10.0)"),
+    "inner_start": (InnerStart, "SharedStart(), or of a subclass of InnerStart"),
     "inner_step": (InnerStep, "GradientStep(), or of a subclass of InnerStep"),
     "rate_update": (HypergradientRates | None, "HypergradientRates(0.001)"),
     "outer": (OuterOptimiser, "Adam(0.001), or a callable with an attribute owns_rate"),
@@ -41,6 +43,7 @@ _SLOTS: dict[str, tuple[Any, str]] = {
 class Algorithm:
     """The slots that methods of the MAML family fill differently.
 
+    start of a task:            theta[0] = s(phi, support set), by default phi
     inner loop, k = 0 .. K-1:   theta[k+1] = u(theta[k], grad L_support(theta[k]), alpha[k]),
                                 by default theta[k] - alpha[k] * grad L_support(theta[k])
     meta-loss, mean over tasks: sum_k v[k] * L_query(theta[k])
@@ -55,6 +58,7 @@ class Algorithm:
         adapted: The parameters that the inner loop changes.
         norm_affine: Whose scale and shift normalisation layers have.
         norm_statistics: What batch normalisation normalises by.
+        inner_start: s: phi for every task, or one that looks at its support set.
         inner_clipping: What happens to a task's support gradient before the step.
         inner_step: u: gradient descent, momentum, Adam, or one that is learned.
         rate_update: Who updates the inner rates that are learned; None leaves them to the outer
@@ -82,6 +86,7 @@ class Algorithm:
     adapted: AdaptedParameters = field(default_factory=AdaptedParameters)
     norm_affine: NormAffine = field(default_factory=SharedAffine)
     norm_statistics: NormStatistics = field(default_factory=NormStatistics)
+    inner_start: InnerStart = field(default_factory=SharedStart)
     inner_clipping: Clipping = field(default_factory=NoClipping)
     inner_step: InnerStep = field(default_factory=GradientStep)
     rate_update: HypergradientRates | None = None

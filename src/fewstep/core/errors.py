@@ -33,7 +33,12 @@ def check_name(option: str, value: str, names: Iterable[str]) -> None:
 
 
 def check_fits(
-    what: str, found: Mapping[str, Tensor], like: Mapping[str, Tensor], hint: str = ""
+    what: str,
+    found: Mapping[str, Tensor],
+    like: Mapping[str, Tensor],
+    hint: str = "",
+    *,
+    may_lack: bool = False,
 ) -> None:
     """Check that there is a tensor in the shape of each parameter, and no other.
 
@@ -42,6 +47,7 @@ def check_fits(
         found: By name.
         like: The parameters.
         hint: What may help.
+        may_lack: Some parameters may have none.
 
     Raises:
         InputError: there is not.
@@ -49,6 +55,8 @@ def check_fits(
     given: object = found
     if not isinstance(given, Mapping):
         raise InputError(f"{what} a {type(given).__name__} where a dict of tensors belongs")
+    if may_lack:
+        like = {n: t for n, t in like.items() if n in found}
     if found.keys() == like.keys() and all(
         getattr(found[n], "shape", None) == t.shape for n, t in like.items()
     ):

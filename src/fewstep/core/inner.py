@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fewstep.core.algorithm import Algorithm
 from fewstep.core.errors import InputError, check_fits
+from fewstep.core.inner_start import SupportSets
 from fewstep.core.meta_parameters import MetaParameters
 from fewstep.core.network import Result, TaskNetwork, Tensors
 from fewstep.core.norm import Use
@@ -95,7 +96,7 @@ class InnerLoop:
         return [Same(each) for each in chain(parts, *hooks, buffers)]
 
     def start(self, tasks: int) -> Point:
-        """Return theta[0] and its buffers, the same for every task."""
+        """Return phi and its buffers, the same for every task: where a trajectory begins."""
         return Point(0, self.meta.theta(tasks), self.meta.buffers_of(tasks), None, {}, None, {})
 
     def trajectory(
@@ -107,8 +108,9 @@ class InnerLoop:
         query_after: Container[int] = (),
         start: Point | None = None,
     ) -> Iterator[Point]:
-        """Yield theta[0], or another start, to theta[num_steps] of a batch of tasks.
+        """Yield theta[0], or a later point to begin with, to theta[num_steps] of a batch of tasks.
 
+        theta[0] = s(phi, support set)
         theta[k+1] = u(theta[k], grad L_support(theta[k]), alpha[k])
 
         Args:
@@ -117,7 +119,7 @@ class InnerLoop:
             derivative_order: 2 keeps the graph of the inner gradients; 1 keeps none. Under
                 `torch.no_grad` with order 1, nothing outlives a step.
             query_after: After how many steps to call on the query sets.
-            start: Where to start.
+            start: Where to begin: with phi, as `start` gives it, or with a later point.
 
         Raises:
             InputError: an adapted parameter does not take part in any support loss, or a part gave
@@ -127,6 +129,7 @@ class InnerLoop:
         point = self.start(len(batch)) if start is None else start
         theta, buffers, state = point.theta, point.buffers, point.state
         if point.step == 0:
+            theta = theta | self._start(theta, buffers, batch)
             state = _checked(self.algorithm.inner_step.start({n: theta[n] for n in adapted}))
         support_loss: Tensor | None = None
         gradient: Tensors = {}
@@ -145,7 +148,7 @@ class InnerLoop:
                 return
             with torch.enable_grad():
                 # Order 1 differentiates at a copy that knows nothing of how theta[k] came about.
-                at = theta if derivative_order == 2 else _leaves(theta, adapted)
+                at = (_apart if derivative_order == 2 else _leaves)(theta, adapted)
                 support = network.support(
                     rows.pick_parameters(at, step, is_query=False),
                     rows.pick_buffers(buffers, step),
@@ -160,6 +163,29 @@ class InnerLoop:
             buffers = rows.put_buffers(buffers, step, support.buffers)
             support_loss = support.loss.detach()
 
+    def _start(self, phi: Tensors, buffers: Tensors, batch: TaskBatch) -> Tensors:
+        """Return the parameters whose start is another than phi.
+
+        Raises:
+            InputError: the part gives something else, or changes what it was given.
+        """
+        part, rows = self.algorithm.inner_start, self.meta.rows
+        support = SupportSets(
+            batch.x_support,
+            batch.y_support,
+            lambda name: self.network.inputs_of(
+                name,
+                rows.pick_parameters(phi, 0, is_query=False),
+                rows.pick_buffers(buffers, 0),
+                batch.x_support,
+            ),
+        )
+        of_module = {n: phi[n] for n, _ in self.network.module.named_parameters()}
+        with _unchanged("inner_start", part, of_module):
+            found = part(of_module, support, self.meta.start_table)
+            check_fits("inner_start gave", found, of_module, _OF_TASKS, may_lack=True)
+        return {n: t.type_as(phi[n]) for n, t in found.items()}
+
     def _step(
         self, theta: Tensors, gradient: Tensors, state: Tensors, step: int
     ) -> tuple[Tensors, Tensors]:
@@ -169,24 +195,30 @@ class InnerLoop:
             InputError: the part gives something else, or changes what it was given.
         """
         part, meta = self.algorithm.inner_step, self.meta
-        given = [*theta.values(), *gradient.values(), *state.values()]
-        versions = [t._version for t in given]
         alpha = {n: self.algorithm.inner_rate(meta.rates, n, step) for n in theta}
-        found: object = part(dict(theta), gradient, alpha, dict(state), meta.step_table, step)
-        kind = type(part).__name__
+        with _unchanged("inner_step", part, theta, gradient, state):
+            found: object = part(dict(theta), gradient, alpha, dict(state), meta.step_table, step)
         if not isinstance(found, tuple) or len(found) != 2:
             raise InputError(
-                f"inner_step, {kind}, returned a {type(found).__name__}; it must return two dicts, "
-                "the parameters after the step and its state, which may be empty"
+                f"inner_step, {type(part).__name__}, returned a {type(found).__name__}; it must "
+                "return two dicts, the parameters after the step and its state, which may be empty"
             )
         after, state = found
         check_fits("inner_step, by its rates, gave", after, theta, _OF_TASKS)
-        if versions != [t._version for t in given]:
-            raise InputError(
-                f"inner_step, {kind}, changed a tensor that it was given, which other steps go "
-                "on from, too; make new ones, p - alpha * g in place of p -= alpha * g"
-            )
         return {n: t.type_as(theta[n]) for n, t in after.items()}, _checked(state)
+
+
+@contextmanager
+def _unchanged(slot: str, part: object, *given: Tensors) -> Iterator[None]:
+    """Check that a part leaves the tensors that it is given as they are."""
+    tensors = [t for each in given for t in each.values()]
+    versions = [t._version for t in tensors]
+    yield
+    if versions != [t._version for t in tensors]:
+        raise InputError(
+            f"{slot}, {type(part).__name__}, changed a tensor that it was given, which others go "
+            "on from, too; make new ones, p - alpha * g in place of p -= alpha * g"
+        )
 
 
 def _checked(state: object) -> Tensors:
@@ -199,6 +231,11 @@ def _checked(state: object) -> Tensors:
         "the state of inner_step must be a dict of real tensors, by name; a number becomes one by "
         "torch.tensor(...), nothing is {}"
     )
+
+
+def _apart(theta: Tensors, adapted: tuple[str, ...]) -> Tensors:
+    """Return the same, of which none is behind another, as a part may have made one of another."""
+    return theta | {n: theta[n].view_as(theta[n]) for n in adapted}
 
 
 def _leaves(theta: Tensors, adapted: tuple[str, ...]) -> Tensors:

@@ -15,7 +15,7 @@ from fewstep.core.judge import SUPPORT_LOSS
 from fewstep.core.network import Tensors
 from fewstep.core.norm import StepRows
 
-RATE, STEP = "inner_lr.", "inner_step."
+RATE, START, STEP = "inner_lr.", "inner_start.", "inner_step."
 
 
 class MetaParameters:
@@ -33,8 +33,9 @@ class MetaParameters:
         phi: The module's trained parameters, by their names, and those beside it.
         learned: Those of them that the outer loop changes: all but fixed starts.
         rates: The table of learned inner rates.
+        start_table: What the inner start learns.
         step_table: What the inner step learns.
-        of_parts: Both, as "inner_lr.*" and "inner_step.*".
+        of_parts: All three, as "inner_lr.*", "inner_start.*" and "inner_step.*".
         parameters: All that has a meta-gradient: what is learned of phi, and what parts learn.
         by_outer: Those of them that the outer optimiser updates.
         rows: Which of all these have a row for each step.
@@ -60,7 +61,7 @@ class MetaParameters:
             raise InputError(
                 f"{kind} has no parameter that requires a gradient; nothing could be learned"
             )
-        _check_names(module, (RATE, STEP, *([] if support_loss is None else [SUPPORT_LOSS])))
+        _check_names(module, (RATE, START, STEP, *([] if support_loss is None else [SUPPORT_LOSS])))
         parameter_rows = algorithm.norm_affine.rows(module, algorithm.num_steps)
         buffer_rows = algorithm.norm_statistics.rows(module, algorithm.num_steps)
         self.rows = StepRows(frozenset(parameter_rows), frozenset(buffer_rows))
@@ -84,12 +85,14 @@ class MetaParameters:
         table = algorithm.inner_rate.table(initial, algorithm.num_steps)
         self.rates = _leaves(table)
         self.step_table = _leaves(algorithm.inner_step.table(initial, algorithm.num_steps))
-        of_steps = {STEP + n: t for n, t in self.step_table.items()}
-        self.of_parts = {RATE + n: t for n, t in self.rates.items()} | of_steps
+        self.start_table = _leaves(algorithm.inner_start.table(dict(self.phi)))
+        others = {START + n: t for n, t in self.start_table.items()}
+        others |= {STEP + n: t for n, t in self.step_table.items()}
+        self.of_parts = {RATE + n: t for n, t in self.rates.items()} | others
         self.parameters: Tensors = self.learned | self.of_parts
 
         update = algorithm.rate_update
-        self.by_outer = self.parameters if update is None else self.learned | of_steps
+        self.by_outer = self.parameters if update is None else self.learned | others
         if not self.by_outer:
             raise InputError(
                 f"{algorithm.adapted} leaves nothing to the outer optimiser; fix fewer starts"

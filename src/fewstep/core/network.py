@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
-from fewstep.core.errors import InputError
+from fewstep.core.errors import InputError, check_name
 from fewstep.core.judge import SUPPORT_LOSS, Judge
 from fewstep.core.layers import Layers
 from fewstep.core.modules import (
@@ -171,6 +171,42 @@ class TaskNetwork:
         one_task = partial(self._one_task, judge, without=without)
         return Result(*self._for_tasks(one_task, parameters, buffers, x, y))
 
+    def inputs_of(self, part: str, parameters: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
+        """Return what a part is given when the module is called, (tasks, examples, ...).
+
+        Buffers stay as they are.
+
+        Args:
+            part: Its name in the module.
+            parameters: By name, each (tasks, *shape).
+            buffers: By name, each (tasks, *shape).
+            x: Inputs, (tasks, ...).
+
+        Raises:
+            InputError: no part has this name, or the module does not call it with a tensor.
+        """
+        parts = dict(self.module.named_modules())
+        check_name("part", part, parts)
+        met: list[object] = []
+
+        def one_task(parameters: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
+            self._forward(parameters | {name: b.clone() for name, b in buffers.items()}, x)
+            found = met[0] if met else None
+            met.clear()
+            if not isinstance(found, Tensor):
+                raise InputError(
+                    f"{type(self.module).__name__} does not call its part {part!r} with a tensor; "
+                    "name one that it does"
+                )
+            return found.float() if found.dtype in (torch.bfloat16, torch.float16) else found
+
+        hook = parts[part].register_forward_pre_hook(lambda _, given: met.extend(given[:1]))
+        try:
+            with self._normalise():
+                return self._for_tasks(one_task, parameters, buffers, x)
+        finally:
+            hook.remove()
+
     def outputs(self, parameters: Tensors, x: Tensor) -> Tensor:
         """Return what a module without buffers gives, (tasks, ...).
 
@@ -180,7 +216,9 @@ class TaskNetwork:
         """
         return self._for_tasks(self._forward, parameters, x)
 
-    def _for_tasks(self, one_task: Callable[..., Found], parameters: Tensors, *others: Any) -> Found:
+    def _for_tasks(
+        self, one_task: Callable[..., Found], parameters: Tensors, *others: Any
+    ) -> Found:
         """Return what a function of one task gives, of all of them, stacked.
 
         Args:

@@ -17,6 +17,7 @@ from fewstep.core.hypergradient import (
     HypergradientRates,
     HypergradientSGD,
 )
+from fewstep.core.inner_start import PrototypeStart
 from fewstep.core.norm import NormStatistics, PerStepAffine
 from fewstep.core.outer import Adam, Constant, CosineAnnealing
 from fewstep.core.query_weights import FinalStep, MultiStepLoss
@@ -136,6 +137,48 @@ def meta_sgd(num_steps: int = 1, inner_lr: float = 0.1, outer_lr: float = 1e-3) 
     Reference: Li et al., Meta-SGD, 2017, arXiv:1707.09835.
     """
     return replace(maml(num_steps, inner_lr, outer_lr), inner_rate=ElementRates(inner_lr))
+
+
+def prototypical_networks(outer_lr: float = 1e-3, *, head: str | None = None) -> Algorithm:
+    """Prototypical networks: no inner step; a query example is of the class whose mean is nearest.
+
+    score of class n = -|f(x) - c[n]|^2, c[n] = mean of f over the support examples of class n
+
+    Args:
+        outer_lr: Adam's rate.
+        head: The linear layer whose place the class means take, see `PrototypeStart`.
+
+    Deviation: tests have as many classes as training, where the paper trains with more.
+
+    Reference: Snell, Swersky and Zemel, Prototypical networks for few-shot learning, NeurIPS 2017,
+        arXiv:1703.05175.
+    """
+    return proto_maml(0, outer_lr=outer_lr, head=head)
+
+
+def proto_maml(
+    num_steps: int = 5,
+    inner_lr: float = 0.01,
+    outer_lr: float = 1e-3,
+    *,
+    head: str | None = None,
+) -> Algorithm:
+    """Proto-MAML: `maml` from a head that starts as a prototypical network's.
+
+    theta[0] = phi, with head w[n] = 2 c[n], b[n] = -|c[n]|^2;  then as `maml`
+
+    Args:
+        num_steps: K, inner steps.
+        inner_lr: alpha.
+        outer_lr: Adam's rate.
+        head: The linear layer that gives the scores, see `PrototypeStart`.
+
+    Reference: Triantafillou et al., Meta-Dataset, ICLR 2020, arXiv:1903.03096.
+
+    >>> proto_maml(num_steps=1).inner_start
+    PrototypeStart(head=None)
+    """
+    return replace(maml(num_steps, inner_lr, outer_lr), inner_start=PrototypeStart(head))
 
 
 def maml_plus_plus(

@@ -1,4 +1,4 @@
-"""MAML's paper: its accuracies on Omniglot and mini-ImageNet."""
+"""MAML's paper: its accuracies on Omniglot and mini-ImageNet, and what to hold beside them."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ SETTINGS = {
 }
 NO_CONVOLUTIONS = "MAML without convolutions"
 METHODS = ("MAML", "first-order MAML", NO_CONVOLUTIONS)
+PROTOTYPES = {"prototypical networks": "prototypes", "Proto-MAML": "proto-maml"}
 OMNIGLOT_NETWORK = Conv4Options(downsample="stride", initialisation="finn")
 PAPER = {
     "omniglot": {
@@ -56,12 +57,18 @@ PAPER = {
         "MAML, 20-way 5-shot": "98.9 ± 0.2",
         "MAML without convolutions, 5-way 1-shot": "89.7 ± 1.1",
         "MAML without convolutions, 5-way 5-shot": "97.5 ± 0.6",
+        "prototypical networks, 5-way 1-shot": "98.8",
+        "prototypical networks, 5-way 5-shot": "99.7",
+        "prototypical networks, 20-way 1-shot": "96.0",
+        "prototypical networks, 20-way 5-shot": "98.9",
     },
     "mini-imagenet": {
         "MAML, 5-way 1-shot": "48.70 ± 1.84",
         "MAML, 5-way 5-shot": "63.11 ± 0.92",
         "first-order MAML, 5-way 1-shot": "48.07 ± 1.75",
         "first-order MAML, 5-way 5-shot": "63.15 ± 0.91",
+        "prototypical networks, 5-way 1-shot": "49.42 ± 0.78",
+        "prototypical networks, 5-way 5-shot": "68.20 ± 0.66",
     },
 }
 
@@ -73,17 +80,19 @@ class MamlClassification:
     60,000 iterations by Adam at 0.001, of 32 tasks (Omniglot 5-way, one step), 16 (20-way, five
     steps), or 4 and 2 (mini-ImageNet with 1 and 5 shots, five steps, ten in the test). The inner
     rates are the paper's times the ways, as its code sums over the classes what is a mean here.
-    Scale and shift of batch norm are not adapted; the code has no scale.
+    Scale and shift of batch norm are not adapted; the code has no scale. Prototypical networks,
+    whose paper trains them on more ways, and Proto-MAML have all of this but the start of the head;
+    the former take no step.
     """
 
     dataset: Literal["omniglot", "mini-imagenet"] = "omniglot"
     """Where the tasks come from."""
     methods: tuple[str, ...] | None = None
-    """Of MAML, "first-order MAML" and "MAML without convolutions"; None takes those that the paper
-    has for each setting."""
+    """Of MAML, "first-order MAML", "MAML without convolutions", "prototypical networks" and
+    Proto-MAML; None takes the first three where MAML's paper has them."""
     settings: tuple[str, ...] | None = None
-    """Settings of the table, such as "5-way 1-shot"; None takes all that the paper has. Where both
-    are named, rows that the paper lacks are there, too."""
+    """Settings of the table, such as "5-way 1-shot"; None takes all that the method's paper has.
+    Where both are named, rows that it lacks are there, too."""
     seeds: int = 1
     """Runs of each row."""
     iterations: int = 60_000
@@ -133,7 +142,7 @@ class MamlClassification:
         """
         known = SETTINGS[self.dataset]
         for what, asked, names in (
-            ("method", self.methods, METHODS),
+            ("method", self.methods, (*METHODS, *PROTOTYPES)),
             ("setting", self.settings, known),
         ):
             if asked is not None:
@@ -155,7 +164,12 @@ class MamlClassification:
         of = SETTINGS[self.dataset][setting]
         is_mini = self.dataset == "mini-imagenet"
         is_plain = method == NO_CONVOLUTIONS
-        base = preset(self.dataset, network="fully-connected" if is_plain else None)
+        base = preset(
+            self.dataset,
+            network="fully-connected" if is_plain else None,
+            recipe=PROTOTYPES.get(method, "maml"),
+        )
+        takes_steps = base.algorithm.num_steps > 0
         model: Conv4Options | FullyConnectedOptions = FullyConnectedOptions()
         if not is_plain:
             model = Conv4Options(filters=32) if is_mini else OMNIGLOT_NETWORK
@@ -173,8 +187,9 @@ class MamlClassification:
             ),
             model=model,
             algorithm=AlgorithmOptions(
-                num_steps=of.num_steps,
-                eval_steps=of.eval_steps,
+                num_steps=of.num_steps if takes_steps else 0,
+                eval_steps=of.eval_steps if takes_steps else 0,
+                start=base.algorithm.start,
                 inner_lr=of.ways * of.inner_lr,
                 first_order_epochs=math.inf if method == "first-order MAML" else 0,
                 not_adapted=("2.*", "5.*", "8.*", "11.*") if is_plain else ("*.norm.*",),

@@ -20,6 +20,7 @@ from fewstep.core.hypergradient import (
     HypergradientSGD,
     Step,
 )
+from fewstep.core.inner_start import PrototypeStart, SharedStart
 from fewstep.core.norm import NormStatistics, PerStepAffine, SharedAffine, Use
 from fewstep.core.outer import (
     SGD,
@@ -47,6 +48,9 @@ class AlgorithmOptions:
     """Inner steps, in training."""
     eval_steps: int = 5
     """Inner steps, in validation and test."""
+    start: Literal["shared", "prototypes"] = "shared"
+    """Every task starts from the same parameters, or with the mean features of its classes in the
+    place of the last layer."""
     inner_lr: float = 0.1
     """Inner learning rate, for losses that are means; the initial one where it is learned."""
     learned_rates: Literal["no", "tensor", "layer", "one", "element"] = "no"
@@ -127,6 +131,7 @@ class AlgorithmOptions:
         epoch_length = epoch_length or max(1, iterations) / 100
         algorithm = Algorithm(
             num_steps=self.num_steps,
+            inner_start=SharedStart() if self.start == "shared" else PrototypeStart(),
             inner_rate=self._inner_rate(),
             inner_clipping=NoClipping()
             if self.inner_clip_norm is None

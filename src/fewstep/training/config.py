@@ -30,7 +30,7 @@ Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 Recipe = Literal[
     "maml", "fomaml", "maml++", "maml++-reference-code", "meta-sgd", "alpha-maml", "auto",
-    "supervised",
+    "prototypes", "proto-maml", "supervised",
 ]  # fmt: skip
 Images = Glyphs | Omniglot | MiniImageNet | ImageFolder
 
@@ -181,8 +181,13 @@ class RunConfig:
         if not -(2**63) <= self.seed < 2**64:  # what torch.manual_seed takes
             raise InputError(f"seed={self.seed} must be between {-(2**63)} and {2**64 - 1}")
         is_supervised = self.recipe == "supervised"
-        if is_supervised and self.dataset == "sinusoid":
-            raise InputError("recipe='supervised' learns classes, and dataset='sinusoid' has none")
+        of_classes = {
+            f"recipe={self.recipe!r}": is_supervised,
+            f"start={self.algorithm.start!r}": self.algorithm.start == "prototypes",
+        }
+        for what, is_asked in of_classes.items():
+            if is_asked and self.dataset == "sinusoid":
+                raise InputError(f"{what} learns classes, and dataset='sinusoid' has none")
         wanted = (
             ("dataset", "data", SOURCES[self.dataset]),
             ("recipe", "episodes", SupervisedOptions)

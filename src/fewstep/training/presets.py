@@ -55,6 +55,11 @@ def preset(dataset: str = "glyphs", network: str | None = None, recipe: str = "m
                 config,
                 algorithm=replace(config.algorithm, learned_rates="element", eval_steps=num_steps),
             )
+        case "prototypes":
+            algorithm = replace(config.algorithm, num_steps=0, eval_steps=0, start="prototypes")
+            return replace(config, algorithm=algorithm)
+        case "proto-maml":
+            return replace(config, algorithm=replace(config.algorithm, start="prototypes"))
         case "alpha-maml":
             return replace(config, algorithm=_alpha_maml(config))
         case "maml++":
