@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from fewstep.core.errors import InputError
-from fewstep.experiments.maml import PAPER, SETTINGS, MamlClassification
+from fewstep.experiments.maml import METHODS, PAPER, PROTOTYPES, SETTINGS, MamlClassification
 from fewstep.models.mlp import fully_connected
 
 ONE = "5-way 1-shot"
@@ -53,7 +53,9 @@ def test_the_table(experiment):
 @pytest.mark.parametrize("dataset", list(PAPER))
 def test_the_rows_are_the_papers_if_nothing_is_said(dataset):
     rows = [", ".join(row) for row in MamlClassification(dataset=dataset).rows()]
-    assert sorted(rows) == sorted(PAPER[dataset])
+    assert sorted(rows) == sorted(r for r in PAPER[dataset] if r.split(", ")[0] in METHODS)
+    others = MamlClassification(dataset=dataset, methods=tuple(PROTOTYPES)).rows()
+    assert sorted(", ".join(row) for row in others) == sorted(set(PAPER[dataset]) - set(rows))
     few = MamlClassification(dataset=dataset, settings=(ONE,)).rows()
     assert [method for method, _ in few] == [r.split(", ")[0] for r in rows if r.endswith(ONE)]
     asked = MamlClassification(dataset=dataset, methods=("first-order MAML",), settings=(ONE,))
@@ -88,6 +90,14 @@ def test_the_settings_are_the_papers(dataset, setting, tasks, steps, inner_lr, q
     assert not any("norm" in name for name in adapted)
     first = MamlClassification(dataset=dataset).config("first-order MAML", setting, 1)
     assert first == replace(config, algorithm=replace(parts, first_order_epochs=math.inf))
+
+
+@pytest.mark.parametrize(("method", "steps"), [("prototypical networks", 0), ("Proto-MAML", 5)])
+def test_prototypes_differ_by_their_start_and_steps(method, steps):
+    setting = "20-way 1-shot"
+    plain, config = (MamlClassification().config(m, setting, 0) for m in ("MAML", method))
+    parts = replace(plain.algorithm, start="prototypes", num_steps=steps, eval_steps=steps)
+    assert config == replace(plain, recipe=PROTOTYPES[method], algorithm=parts)
 
 
 def test_the_network_without_convolutions_adapts_its_linear_layers():

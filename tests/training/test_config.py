@@ -40,11 +40,12 @@ def test_no_option_means_the_glyphs():
 
 
 RECIPES = get_args(Recipe)
+OF_CLASSES = ("supervised", "prototypes", "proto-maml")
 
 
 @pytest.mark.parametrize(
     ("dataset", "recipe"),
-    [(d, r) for d in SOURCES for r in RECIPES if (d, r) != ("sinusoid", "supervised")],
+    [(d, r) for d in SOURCES for r in RECIPES if d != "sinusoid" or r not in OF_CLASSES],
 )
 def test_settings_survive_their_file(tmp_path, dataset, recipe):
     config = preset(dataset, recipe=recipe)
@@ -57,8 +58,8 @@ DECAY = ("algorithm.momentum", "algorithm.weight_decay")  # not beside outer_hyp
 
 
 SETTINGS_OF_AN_ALGORITHM = {
-    "num_steps": 4, "inner_lr": 0.3, "learned_rates": "layer", "head_lr": 0.2,
-    "inner_clip_norm": 2.0, "inner_hyper_lr": 0.1, "multi_step_epochs": 3,
+    "num_steps": 4, "start": "prototypes", "inner_lr": 0.3,
+    "learned_rates": "layer", "head_lr": 0.2, "inner_clip_norm": 2.0, "inner_hyper_lr": 0.1, "multi_step_epochs": 3,
     "first_order_epochs": 2, "per_step_affine": True, "per_step_statistics": True,
     "statistics": "support", "not_adapted": ("head.*",), "outer": "sgd", "outer_lr": 0.02,
     "momentum": 0.5, "weight_decay": 0.1, "outer_hyper_lr": 0.2, "hyper_step": "sign",
@@ -149,7 +150,7 @@ def test_every_changed_setting_survives_the_file(tmp_path):
         "--initialisation torch --spatial-mean True --projection True "
         "--unit-features True --head cosine "
         "--recipe fomaml "
-        "--num-steps 2 --eval-steps 4 --inner-lr 0.3 "
+        "--start prototypes --num-steps 2 --eval-steps 4 --inner-lr 0.3 "
         "--learned-rates layer --head-lr 0.2 --multi-step-epochs 3 --first-order-epochs 2 "
         "--inner-clip-norm 6 --clip-value 5 --statistics support "
         "--per-step-affine True --per-step-statistics True "
@@ -286,6 +287,7 @@ def test_a_word_with_a_hyphen_is_no_option(tmp_path):
         (["--network", "conv5"], "unknown network 'conv5'; did you mean 'conv4'?"),
         (["--dataset", "sinusoid", "--network", "conv4"], "network='conv4' does not fit"),
         (["--dataset", "sinusoid", "--recipe", "supervised"], "learns classes, and dataset='sin"),
+        (["--dataset", "sinusoid", "--recipe", "proto-maml"], "start='prototypes' learns classes"),
         (["--recipe", "supervised", "--ways", "3"], "--ways goes with --recipe maml"),
     ],
 )
