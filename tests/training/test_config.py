@@ -59,7 +59,8 @@ DECAY = ("algorithm.momentum", "algorithm.weight_decay")  # not beside outer_hyp
 
 SETTINGS_OF_AN_ALGORITHM = {
     "num_steps": 4, "start": "prototypes", "inner_lr": 0.3,
-    "learned_rates": "layer", "head_lr": 0.2, "inner_clip_norm": 2.0, "inner_hyper_lr": 0.1, "multi_step_epochs": 3,
+    "learned_rates": "layer", "head_lr": 0.2, "inner_clip_norm": 2.0,
+    "inner_hyper_lr": 0.1, "multi_step_epochs": 3,
     "first_order_epochs": 2, "per_step_affine": True, "per_step_statistics": True,
     "statistics": "support", "not_adapted": ("head.*",), "outer": "sgd", "outer_lr": 0.02,
     "momentum": 0.5, "weight_decay": 0.1, "outer_hyper_lr": 0.2, "hyper_step": "sign",
