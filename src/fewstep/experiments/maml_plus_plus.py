@@ -1,4 +1,4 @@
-"""MAML++'s ablation: MAML, MAML with each part alone, and all parts together."""
+"""MAML++'s ablation: MAML, with each part alone, with all of them, and from prototypes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fewstep.core.precision import Precision
 from fewstep.data.omniglot import Omniglot
 from fewstep.experiments.accuracy_table import accuracy_table
 from fewstep.training.algorithm_options import AlgorithmOptions
-from fewstep.training.config import ClassificationOptions, RunConfig
+from fewstep.training.config import ClassificationOptions, Recipe, RunConfig
 from fewstep.training.network_options import Conv4Options
 from fewstep.training.presets import preset
 
@@ -30,6 +30,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "MAML+BNWB+BNRS": NORM,
     "MAML+LSLR": LSLR,
     "MAML++": {**MSL, **DA, **CA, **NORM, **LSLR},
+}
+PROTOTYPES: dict[str, Any] = {"start": "prototypes"}
+BESIDE: dict[str, dict[str, Any]] = {
+    "prototypical networks": {**PROTOTYPES, **CA, "num_steps": 0, "eval_steps": 0},
+    "Proto-MAML": PROTOTYPES,
+    "Proto-MAML++": {**PROTOTYPES, **VARIANTS["MAML++"]},
+}
+RECIPES: dict[str, Recipe] = {
+    "MAML++": "maml++-reference-code",
+    "prototypical networks": "prototypes",
+    "Proto-MAML": "proto-maml",
+    "Proto-MAML++": "maml++-reference-code",
 }
 PAPER = {
     ("omniglot", 20, 1): {
@@ -55,7 +67,8 @@ class MamlPlusPlusAblation:
     mini-ImageNet. Fewer iterations shorten the epochs, so that every schedule keeps its shape.
     The inner rate starts at 0.1, or 0.01 for mini-ImageNet, as in the authors' settings, which
     their code ignores. MAML++ has all six parts; those settings leave out DA, and on
-    mini-ImageNet CA.
+    mini-ImageNet CA. Beside the paper's rows there are "prototypical networks" (with CA),
+    "Proto-MAML" and "Proto-MAML++", whose tasks start with a head of class means.
     """
 
     dataset: Literal["omniglot", "mini-imagenet", "glyphs"] = "omniglot"
@@ -65,7 +78,7 @@ class MamlPlusPlusAblation:
     shots: int = 1
     """Support images of each class."""
     variants: tuple[str, ...] = tuple(VARIANTS)
-    """Rows of the table."""
+    """Rows of the table: the paper's, or those beside them."""
     seeds: int = 3
     """Runs of each row."""
     iterations: int = 50_000
@@ -95,7 +108,7 @@ class MamlPlusPlusAblation:
         """Train what is not trained yet; write the table and the figure."""
         check_some("variants", self.variants)
         for variant in self.variants:
-            check_name("variant", variant, VARIANTS)
+            check_name("variant", variant, VARIANTS | BESIDE)
         if self.seeds < 1:
             raise InputError(f"seeds={self.seeds} must be at least 1")
         accuracy_table(
@@ -114,12 +127,12 @@ class MamlPlusPlusAblation:
         """Return the settings of a run."""
         base = preset(self.dataset)
         is_mini = self.dataset == "mini-imagenet"
-        parts = VARIANTS[variant]
+        parts = (VARIANTS | BESIDE)[variant]
         if is_mini and "multi_step_epochs" in parts:
             parts = parts | {"multi_step_epochs": 15}
         return replace(
             base,
-            recipe="maml++-reference-code" if variant == "MAML++" else "maml",
+            recipe=RECIPES.get(variant, "maml"),
             data=Omniglot(class_split="maml++") if self.dataset == "omniglot" else base.data,
             episodes=ClassificationOptions(
                 ways=self.ways,
