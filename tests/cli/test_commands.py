@@ -214,7 +214,7 @@ def test_views_of_images(empty_folder, sinusoid_run, capsys):
     assert losses[1] == pytest.approx(float(loss), rel=1e-5)
     assert losses[0] != losses[1]
 
-    for flag in ("--views turned", "--rotations none"):
+    for flag in ("--views turned", "--rotations none", "--ways 3"):
         error = refused(capsys, f"evaluate {sinusoid_run} {flag}")
         assert f"{flag}: the tasks of {sinusoid_run} have no images; leave it out" in error
 

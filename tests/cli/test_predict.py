@@ -1,5 +1,6 @@
 """Images of one's own, named by a run's model."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 from fewstep.cli.main import main
 from fewstep.data.folder import ImageFolder
 from fewstep.training.load import load_learner
+from fewstep.training.parse import load_config
 from tests.cli.conftest import refused, scribble, train_on_images
 from tests.data.conftest import deny, write_images
 
@@ -121,10 +123,41 @@ def test_predict_refuses_what_it_cannot_read(run, sinusoid_run, empty_folder, ca
             error = refused(capsys, f"predict {run} {options}")
             assert f"cannot read {empty_folder / locked}: Permission denied" in error
     shutil.copytree(empty_folder / "support" / "dark", empty_folder / "support" / "third")
-    assert "holds 3 folders" in refused(capsys, f"predict {run} {options}")
+    assert "3 classes are too many" in refused(capsys, f"predict {run} {options}")
+    assert "layer was learned for 2 classes" in refused(capsys, f"evaluate {run} --ways 3")
     shutil.rmtree(empty_folder / "support" / "dark")
     shutil.rmtree(empty_folder / "support" / "[light]")
-    assert "holds 1 folders" in refused(capsys, f"predict {run} {options}")
+    assert "1 class leaves nothing" in refused(capsys, f"predict {run} {options}")
+
+
+def test_models_that_start_from_prototypes_take_any_number_of_classes(empty_folder, capsys):
+    command = f"{train_on_images(empty_folder / 'mine')} --recipe proto-maml --out run"
+    assert main([*command.split(), "--learned-rates", "tensor", "--eval-steps", "5"]) == 0
+    capsys.readouterr()
+    own, names = empty_folder / "support", ("a", "b", "c")
+    for name in names:
+        shutil.copytree(empty_folder / "mine" / f"c0{names.index(name)}", own / name)
+    assert main(f"predict run --support {own} --query {own / 'b'} --device cpu".split()) == 0
+    out = capsys.readouterr().out
+    assert "3 classes, 18 images to learn from" in " ".join(out.split())
+    assert {name for name, _ in _named(out).values()} <= set(names)
+
+    run = load_config(Path("run") / "config.toml")
+    few, many = (load_learner("run", device="cpu", ways=ways) for ways in (2, 3))
+    assert many.module.head.out_features == 3
+    for name, tensor in few.parameters.items():
+        if not name.startswith("head."):
+            assert torch.equal(tensor, many.parameters[name])
+    x = torch.rand(3, *run.data.image_shape)
+    module = many.adapt(x, torch.arange(3), num_steps=0)
+    f = many.module.blocks(x)
+    torch.testing.assert_close(module.head.weight, 2 * f.detach())
+
+    for command in ("--ways 4 --tasks 3", "--ways 4 --tasks 3 --checkpoint ensemble"):
+        assert main(f"evaluate run {command} --device cpu".split()) == 0
+    file = json.loads(Path("run/evaluation-test-best-5-steps-ways-4.json").read_text())
+    assert file["episodes"]["ways"] == 4
+    assert "ways 4" in capsys.readouterr().out
 
 
 def test_predict_counts_images_as_a_data_set_does(run, empty_folder, capsys):

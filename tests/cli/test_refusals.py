@@ -29,8 +29,8 @@ def here(empty_folder, sinusoid_run):
         ("trian", "unknown command 'trian'; did you mean 'train'?"),
         ("data shwo", "unknown command 'data shwo'; did you mean 'data show'?"),
         (
-            "evaluate run --ways 5",
-            "--ways is an option of `fewstep train`, which settles it for a run",
+            "evaluate run --filters 5",
+            "--filters is an option of `fewstep train`, which settles it for a run",
         ),
         ("predict run --inner-lr 1", "`fewstep predict` has none"),
         (f"{SINUSOID} --itrations=3", "unknown option '--itrations'; did you mean '--iterations'?"),

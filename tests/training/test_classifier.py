@@ -130,15 +130,28 @@ def test_a_class_may_be_called_whatever(drawings, labels, classes):
     assert classifier.score(x, [("no", "class")] * WAYS) == 0
 
 
+@pytest.mark.parametrize("classes", [2, 7])
+def test_it_tells_fewer_classes_than_it_learned(drawings, classes):
+    x_support, x_query = (strokes[:classes] / 255 for strokes in drawings)
+    names = NAMES[:classes]
+    classifier = FewShotClassifier(RUN, device="cpu").fit(x_support, names)
+    found = classifier.predict_proba(x_query)
+    assert found.shape == (classes, classes)
+    np.testing.assert_allclose(found.sum(1), 1, rtol=1e-5)
+    assert classifier.score(x_query, names) == 1
+    assert classifier.ways == WAYS
+
+
 def test_what_it_refuses(fitted, drawings, tmp_path):
     x = drawings[0] / 255
     new = FewShotClassifier(RUN, device="cpu")
     (tmp_path / "text.png").write_text("no image")
     for told, call in {
         "call fit": lambda: new.predict(x),
-        "labels name 19 classes, and the run learned to tell 20 apart": lambda: new.fit(
-            x, [*range(19), 18]
+        "21 classes are too many for the run, which learned to tell 20 apart": lambda: new.fit(
+            torch.cat([x, x[:1]]), range(21)
         ),
+        "1 class leaves nothing to tell apart; give 2": lambda: new.fit(x, ["one"] * WAYS),
         "20 images have 19 labels": lambda: new.fit(x, range(19)),
         "4 images have 1 labels; give one for each": lambda: fitted.score(x[:4], NAMES[:1]),
         "4 images have 3 labels": lambda: fitted.score(x[:4], NAMES[:3]),

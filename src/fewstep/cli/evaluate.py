@@ -45,6 +45,9 @@ class Evaluate:
     extra_steps: ExtraSteps | None = None
     """More steps than trained: refuse, or repeat the last, where parts differ by step; the run's if
     not given."""
+    ways: int | None = None
+    """Classes of a task, as many as you like where tasks start from prototypes; the run's if not
+    given."""
     shots: int | None = None
     """Support examples of each class; the run's if not given."""
     queries: int | None = None
@@ -66,8 +69,8 @@ class Evaluate:
         run = RunFolder.open(self.run_folder)
         config = load_config(run.path / "config.toml")
         check_unchanged(run, config)
-        config = config.with_extra_steps(self.extra_steps)
         episodes = self._episodes(config.episodes)
+        config = config.with_extra_steps(self.extra_steps).with_ways(self.ways)
         changes = self._changes(config.test_tasks)
         config = replace(config, episodes=episodes, device=resolve_device(self.device))
         ranks = Ranks.of_torchrun(config.device)
@@ -105,7 +108,7 @@ class Evaluate:
         why, refused = _MEANINGLESS.get(type(episodes), ("", ()))
         known = [f.name for f in fields(episodes)]
         named = {}
-        for name in ("shots", "queries", "rotations", "steps", "statistics", "views"):
+        for name in ("ways", "shots", "queries", "rotations", "steps", "statistics", "views"):
             if (value := getattr(self, name)) is None:
                 continue
             if name in refused or f"{name} {value}" in refused:
@@ -121,6 +124,7 @@ class Evaluate:
     def _changes(self, test_tasks: int) -> list[str]:
         """Return a word for each difference from the run's own tests but the steps."""
         words = {
+            "ways": self.ways,
             "shots": self.shots,
             "queries": self.queries,
             "rotations": self.rotations,
@@ -133,10 +137,10 @@ class Evaluate:
 
 # What is special about tasks of a kind, and the options that mean nothing there.
 _MEANINGLESS: dict[type, tuple[str, tuple[str, ...]]] = {
-    RegressionOptions: ("have no images", ("rotations", "views")),
+    RegressionOptions: ("have no images", ("ways", "rotations", "views")),
     SupervisedOptions: (
         "are a classifier's, with its own classes and no support set",
-        ("shots", "queries", "rotations", "steps", "statistics support", "views"),
+        ("ways", "shots", "queries", "rotations", "steps", "statistics support", "views"),
     ),
 }
 

@@ -27,7 +27,8 @@ class Predict:
     run_folder: Annotated[Path, tyro.conf.Positional]
     """Folder of the run."""
     support: Path
-    """Folder with a folder of images for each class, as many classes as the run's ways."""
+    """Folder with a folder of images for each class: as many classes as the run's ways, or fewer;
+    any number where tasks start from prototypes."""
     query: Path
     """The images to name: a folder of them, or one."""
     checkpoint: OneCheckpoint = "best"
@@ -59,17 +60,13 @@ class Predict:
         )
         with reading(self.support):
             images, labels = _labelled(self.support)
-        if (found := len(set(labels))) != classifier.ways:
-            raise InputError(
-                f"{self.support} holds {found} folders of images, and the run learned to tell "
-                f"{classifier.ways} classes apart; give {classifier.ways}"
-            )
+        classifier.check_classes(len(set(labels)))
         with reading(self.query):
             queries = [self.query] if self.query.is_file() else _images(self.query)
         classifier.fit(images, labels)
         probabilities = classifier.predict_proba(queries)
         table = Table(
-            title=f"{classifier.ways} classes, {len(labels)} images to learn from, "
+            title=f"{len(classifier.classes_)} classes, {len(labels)} images to learn from, "
             f"{classifier.num_steps} inner steps",
             caption=f"normalisation statistics: {classifier.normalisation}",
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -34,7 +35,8 @@ class FewShotClassifier:
     """A run's model that learns your classes from a few images of each, and names that of others.
 
     It has `fit`, `predict`, `predict_proba`, `score` and `classes_`, as scikit-learn's classifiers;
-    `ways`, how many classes it tells apart, and `normalisation`, what batch normalisation does.
+    `ways`, how many classes the run learned to tell apart, and `normalisation`, what batch
+    normalisation does. It takes fewer classes, too, and more where tasks start from prototypes.
 
     Args:
         path: Folder of the run; the data that it was trained on are not needed.
@@ -67,9 +69,11 @@ class FewShotClassifier:
         config = load_config(RunFolder.open(Path(path)).path / "config.toml")
         if isinstance(config.data, SinusoidData):
             raise InputError(f"{path} is a run on sinusoids, and a classifier needs images")
-        self._learner = learner = load_learner(
-            path, checkpoint=checkpoint, device=device, extra_steps=extra_steps
+        self._load = partial(
+            load_learner, path, checkpoint=checkpoint, device=device, extra_steps=extra_steps
         )
+        self._learner = learner = self._load()
+        self._takes_any = config.algorithm.start == "prototypes"
         assert isinstance(config.episodes, ClassificationOptions)
         self._data = config.data
         self._views = views_of(views)
@@ -94,26 +98,39 @@ class FewShotClassifier:
                 `classes_` has them sorted or, where some cannot be compared, as they come.
 
         Raises:
-            InputError: the classes are not as many as the run's ways, the labels not as many as the
-                images, there is no image, one cannot be read or has pixels beyond [0, 1], or the
-                steps are more than the run has learned.
+            InputError: the classes are more than the run's ways, or one alone, the labels not as
+                many as the images, there is no image, one cannot be read or has pixels beyond
+                [0, 1], or the steps are more than the run has learned.
         """
         x = self._read(images)
         of_images = _labels(labels, len(x))
         classes = _in_order(of_images)
-        if len(classes) != self.ways:
-            raise InputError(
-                f"labels name {len(classes)} classes, and the run learned to tell {self.ways} "
-                f"apart; give {self.ways}"
-            )
+        self.check_classes(len(classes))
+        learner = self._learner
+        if self._takes_any and len(classes) != self.ways:
+            learner = self._load(ways=len(classes))
         number_of = {name: c for c, name in enumerate(classes)}
         y = torch.tensor([number_of[label] for label in of_images], device=x.device)
         self._modules = [
-            self._learner.adapt(view(x), y, num_steps=self.num_steps, statistics=self._statistics)
+            learner.adapt(view(x), y, num_steps=self.num_steps, statistics=self._statistics)
             for view in self._views
         ]
         self.classes_, self._number_of = _as_array(classes), number_of
         return self
+
+    def check_classes(self, number: int) -> None:
+        """Check that it can tell so many classes apart.
+
+        Raises:
+            InputError: it cannot.
+        """
+        if number < 2:
+            raise InputError(f"{number} class leaves nothing to tell apart; give 2 or more")
+        if number > self.ways and not self._takes_any:
+            raise InputError(
+                f"{number} classes are too many for the run, which learned to tell {self.ways} "
+                f"apart; give {self.ways} or fewer, or train one with --start prototypes"
+            )
 
     def predict_proba(self, images: Sequence[Picture] | Tensor) -> NDArray[np.float32]:
         """Return the probability of each class, (images, classes), in the order of `classes_`.
@@ -128,7 +145,8 @@ class FewShotClassifier:
             outputs = [
                 module(view(x)) for module, view in zip(self._modules, self._views, strict=True)
             ]
-            found: NDArray[np.float32] = torch.stack(outputs).mean(0).softmax(-1).cpu().numpy()
+            scores = torch.stack(outputs).mean(0)[:, : len(self.classes_)]
+        found: NDArray[np.float32] = scores.softmax(-1).cpu().numpy()
         return found
 
     def predict(self, images: Sequence[Picture] | Tensor) -> NDArray[Any]:

@@ -214,6 +214,23 @@ class RunConfig:
         data = self.data if root is None else replace(self.data, root=root.absolute())
         return replace(self, initial=initial, data=data)
 
+    def with_ways(self, ways: int | None) -> RunConfig:
+        """Return the settings for tests on tasks of so many classes; None leaves them.
+
+        Raises:
+            InputError: the last layer is one of other classes, which tasks start from.
+        """
+        own = getattr(self.episodes, "ways", None)
+        if ways is None or ways == own:
+            return self
+        if self.algorithm.start != "prototypes":
+            raise InputError(
+                f"ways={ways}: the last layer was learned for {own} classes; leave it out, or "
+                "train with --start prototypes, whose tasks make a last layer of their own"
+            )
+        assert isinstance(self.episodes, ClassificationOptions)
+        return replace(self, episodes=replace(self.episodes, ways=ways))
+
     def with_extra_steps(self, extra_steps: ExtraSteps | None) -> RunConfig:
         """Return the settings for tests of more steps than trained; None leaves them."""
         if extra_steps is None:

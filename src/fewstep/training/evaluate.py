@@ -20,6 +20,7 @@ from fewstep.training.build import Experiment
 from fewstep.training.config import Split, to_dict
 from fewstep.training.display import bars, counting
 from fewstep.training.environment import command_line, environment
+from fewstep.training.load import fitting_head
 from fewstep.training.run_folder import Kept, RunFolder, write_json
 
 Checkpoint = Literal["best", "last", "ensemble"]
@@ -86,6 +87,7 @@ def evaluate_run(
     learner = experiment.learner
     kept = () if run is None else _kept(run, checkpoint)
     states = [] if run is None else [run.load_checkpoint(each.name) for each in kept]
+    states = [fitting_head(learner, state) for state in states]
     states = learner.ranks.of_first(states)
     episodes = experiment.problem.episodes[split]
     started = time.perf_counter()

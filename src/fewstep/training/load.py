@@ -9,7 +9,9 @@ from typing import Literal, get_args
 
 from fewstep.core.algorithm import ExtraSteps
 from fewstep.core.errors import InputError, check_name
+from fewstep.core.inner_start import PrototypeStart
 from fewstep.core.learner import MetaLearner
+from fewstep.core.network import Tensors
 from fewstep.training.build import Problem, build_learner, resolve_device
 from fewstep.training.config import ClassificationOptions, SinusoidData
 from fewstep.training.parse import load_config
@@ -25,6 +27,7 @@ def load_learner(
     checkpoint: OneCheckpoint = "best",
     device: str = "auto",
     extra_steps: ExtraSteps | None = None,
+    ways: int | None = None,
 ) -> MetaLearner:
     """Return the learner of a run, ready to adapt to tasks of any source; needs no data.
 
@@ -34,16 +37,18 @@ def load_learner(
         device: "cpu", "cuda", ...; "auto" takes a GPU where there is one.
         extra_steps: Refuse more steps than trained, or repeat the last, where parts differ by step;
             None takes the run's.
+        ways: Classes to tell apart, as many as you like where tasks start from prototypes; None
+            takes the run's.
 
     Raises:
         InputError: there is no run, no checkpoint, no such device, its settings have changed, it
-            has learned no few-shot tasks, or `checkpoint` is neither.
+            has learned no few-shot tasks, or none of so many classes, or `checkpoint` is neither.
     """
     check_name("checkpoint", checkpoint, get_args(OneCheckpoint))
     run = RunFolder.open(Path(path))
     config = load_config(run.path / "config.toml")
     check_unchanged(run, config)
-    config = config.with_extra_steps(extra_steps)
+    config = config.with_extra_steps(extra_steps).with_ways(ways)
     if config.recipe == "supervised":
         raise InputError(
             f"{run.path} has learned to tell its training classes apart and no few-shot tasks; "
@@ -59,5 +64,19 @@ def load_learner(
         raise InputError(f"{run.path} has no checkpoint yet; train it first")
     name = state.last if checkpoint == "last" else state.best[0].name
     learner = build_learner(config, problem, config.device)
-    learner.load_state_tensors(run.load_checkpoint(name))
+    learner.load_state_tensors(fitting_head(learner, run.load_checkpoint(name)))
     return learner
+
+
+def fitting_head(learner: MetaLearner, state: Tensors) -> Tensors:
+    """Return a saved state with the learner's own last layer, if tasks make theirs in its place.
+
+    So that it may have other outputs.
+    """
+    if not isinstance(learner.algorithm.inner_start, PrototypeStart):
+        return state
+    *_, last = (name for name, _ in learner.module.named_parameters())
+    layer = last.rpartition(".")[0] + "."
+    own = {n: t for n, t in learner.state_tensors().items() if n.startswith("model." + layer)}
+    of_layer = ("model." + layer, "optimiser." + layer)
+    return {n: t for n, t in state.items() if not n.startswith(of_layer)} | own
