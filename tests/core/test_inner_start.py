@@ -127,11 +127,13 @@ def plain_gradient(module, batch, kind, order, weights):
             losses.append(weights[k] * query)
             if k < STEPS:
                 loss = F.cross_entropy(functional_call(module, theta, (x,)), y)
-                gradient = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
-                for (n, m), g in zip(momentum.items(), gradient, strict=True):
-                    momentum[n] = 0.9 * m + (g.detach() if order == 1 else g)
-                theta = {n: p - RATE * momentum[n] for n, p in theta.items()}
-    leaves = phi | {f"inner_start.{n}": t for n, t in table.items()}
+                adapted = [n for n, p in phi.items() if p.requires_grad]
+                gradient = torch.autograd.grad(loss, [theta[n] for n in adapted], create_graph=True)
+                for n, g in zip(adapted, gradient, strict=True):
+                    momentum[n] = 0.9 * momentum[n] + (g.detach() if order == 1 else g)
+                    theta[n] = theta[n] - RATE * momentum[n]
+    leaves = {n: p for n, p in phi.items() if p.requires_grad}
+    leaves |= {f"inner_start.{n}": t for n, t in table.items()}
     total = torch.stack(losses).sum() / len(batch)
     found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     return {
@@ -140,12 +142,15 @@ def plain_gradient(module, batch, kind, order, weights):
     }
 
 
+@pytest.mark.parametrize("frozen", [(), ("2.weight", "2.bias")], ids=["all", "frozen head"])
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_meta_gradient_is_that_of_a_plain_loop(kind, route, order):
+def test_the_meta_gradient_is_that_of_a_plain_loop(kind, route, order, frozen):
     case = MODELS["mlp"]
     module, batch = case.build(), case.batch()
+    for name in frozen:
+        module.get_parameter(name).requires_grad_(False)
     algorithm = replace(
         fewstep.maml(STEPS, RATE),
         derivative_order=FixedOrder(order),
@@ -239,8 +244,67 @@ def test_examples_without_a_class_count_for_none_and_a_class_without_examples_is
     learner = MetaLearner(module, fewstep.prototypical_networks(), F.cross_entropy)
     f = module[0](x[0])
     means = torch.stack([f[0], f[2:].mean(0), torch.zeros(6)])
-    expected = f.square().sum(1, keepdim=True) - torch.cdist(f, means) ** 2
-    torch.testing.assert_close(learner.predict(batch, 1)[0, 0], expected.detach())
+    expected = -(torch.cdist(f, means) ** 2)
+    found = learner.predict(batch, 1)[0, 0]
+    torch.testing.assert_close(found.log_softmax(-1), expected.detach().log_softmax(-1))
+
+
+def test_numbers_stay_small_where_features_have_much_in_common():
+    f = 1000 + torch.randn(6, 20, dtype=torch.float32)
+    y = torch.tensor([0, 1, 2, 0, 1, 2])[None]
+    learner = MetaLearner(
+        nn.Linear(20, 3, dtype=torch.float32), fewstep.prototypical_networks(), F.cross_entropy
+    )
+    found = learner.predict(TaskBatch(f[None], y, f[None], y), 1)[0, 0]
+    means = means_of(f.double(), y[0])
+    expected = (-((f.double()[:, None] - means) ** 2).sum(-1)).log_softmax(-1)
+    torch.testing.assert_close(found.log_softmax(-1).double(), expected, rtol=0, atol=0.02)
+
+
+def test_a_part_that_works_in_place_was_given_what_came_before():
+    class First(InnerStart):
+        def __call__(self, phi, support, table):
+            f = support.inputs_of("1")
+            return {"2.bias": phi["2.bias"] + f.mean(1)[:, :2]}
+
+    x, y = torch.randn(2, 3, 4), torch.randint(2, (2, 3))
+    found = []
+    for part in (nn.ReLU(inplace=True), nn.ReLU()):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(4, 5), part, nn.Linear(5, 2))
+        learner = MetaLearner(
+            module, replace(fewstep.maml(1), inner_start=First()), F.cross_entropy
+        )
+        found.append(learner.meta_gradient(TaskBatch(x, y, x, y))[0])
+    assert relative_error(*found) < 1e-12
+
+
+def test_a_start_meets_the_same_parameters_when_it_is_made_and_called():
+    class Shifted(InnerStart):
+        def table(self, phi):
+            return {n: torch.zeros_like(p) for n, p in phi.items()}
+
+        def __call__(self, phi, support, table):
+            return {n: p + table[n] for n, p in phi.items()}
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, outputs, y):
+            return self.scale * F.cross_entropy(outputs, y)
+
+    case = MODELS["batch norm"]
+    module, batch = case.build(), case.batch()
+    module[0].bias.requires_grad_(False)
+    algorithm = replace(fewstep.maml(2, RATE), inner_start=Shifted(), norm_affine=PerStepAffine())
+    learner = MetaLearner(module, algorithm, case.loss, support_loss=Scaled())
+    gradient, _ = learner.meta_gradient(batch)
+    for name, _ in module.named_parameters():
+        if name in gradient:
+            torch.testing.assert_close(gradient[f"inner_start.{name}"], gradient[name])
+    assert gradient["inner_start.0.bias"].any()  # what is frozen may be shifted
 
 
 class Returning(InnerStart):
@@ -269,7 +333,6 @@ def in_place(phi, support):
         (Returning(lambda phi, s: {"x": s.inputs_of("0.x")}), "unknown part '0.x'"),
         (Returning(lambda phi, s: {"x": s.inputs_of("1.0")}), "not call its part '1.0'"),
         (PrototypeStart("0"), "needs the number of a class for each support example"),
-        (PrototypeStart("2"), "needs a linear layer with a bias, and '2' is none; the parameters"),
         (PrototypeStart("1.0"), "does not call its part '1.0' with a tensor; name one that it"),
     ],
 )
@@ -295,6 +358,33 @@ def test_a_start_that_does_not_fit_is_refused(start, message):
     if isinstance(start, PrototypeStart) or start.result is not in_place:
         with pytest.raises(InputError, match=message):
             learner.meta_gradient(batch)
+
+
+@pytest.mark.parametrize(
+    ("module", "head"),
+    [
+        (nn.Linear(3, 2), "head"), (nn.Linear(3, 2, bias=False), None),
+        (nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)), None),
+    ],
+)  # fmt: skip
+def test_a_learner_is_not_made_with_a_head_that_is_none(module, head):
+    with pytest.raises(InputError, match=r"needs a linear layer with a bias, .*name one by head="):
+        MetaLearner(module, fewstep.prototypical_networks(head=head), F.cross_entropy)
+
+
+def test_a_head_of_tokens_is_refused():
+    class OfTokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.head(x).mean(1)
+
+    x, y = torch.randn(1, 4, 4, 3), torch.tensor([[0, 1, 0, 1]])
+    learner = MetaLearner(OfTokens(), fewstep.prototypical_networks(), F.cross_entropy)
+    with pytest.raises(InputError, match=r"where 'head' is given \(4, 4, 3\)"):
+        learner.meta_gradient(TaskBatch(x, y, x, y))
 
 
 def test_targets_of_a_prototype_are_classes():

@@ -50,7 +50,7 @@ class Algorithm:
     outer update:               phi <- outer(phi, d meta-loss / d phi)
 
     Args:
-        num_steps: K, inner steps; 0 trains on the query loss of the initial parameters.
+        num_steps: K, inner steps; 0 trains on the query loss at theta[0].
         inner_rate: alpha.
         query_weights: v.
         derivative_order: 2 differentiates through the inner gradients; 1 takes them as constants

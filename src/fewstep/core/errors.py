@@ -22,6 +22,20 @@ def check_some(what: str, values: Sequence[object]) -> None:
         raise InputError(f"{what} is empty; give at least one")
 
 
+def check_share(name: str, value: float) -> None:
+    """Raise InputError unless a number is 0 or more, and below 1."""
+    if not 0 <= value < 1:
+        raise InputError(f"{name}={value} must be 0 or more, and below 1, such as 0.9")
+
+
+def check_betas(betas: object) -> None:
+    """Raise InputError unless they are the two of Adam."""
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise InputError(f"betas={betas!r} must be two numbers, such as (0.9, 0.999)")
+    for beta in betas:
+        check_share("betas", beta)
+
+
 def check_name(option: str, value: str, names: Iterable[str]) -> None:
     """Raise InputError with the nearest valid name unless `value` is one of `names`."""
     names = list(names)
@@ -58,7 +72,7 @@ def check_fits(
     if may_lack:
         like = {n: t for n, t in like.items() if n in found}
     if found.keys() == like.keys() and all(
-        getattr(found[n], "shape", None) == t.shape for n, t in like.items()
+        isinstance(found[n], Tensor) and found[n].shape == t.shape for n, t in like.items()
     ):
         return
     for name in (*like, *found):

@@ -38,6 +38,7 @@ class Point:
             start.
         query: What the query sets gave here, where they were asked for.
         state: What the inner step remembers, each (tasks, ...).
+        given: The parameters that the start made, frozen ones, too.
     """
 
     step: int
@@ -47,6 +48,7 @@ class Point:
     gradient: Tensors
     query: Result | None
     state: Tensors
+    given: frozenset[str] = frozenset()
 
     @property
     def carried(self) -> Tensors:
@@ -58,7 +60,10 @@ class Point:
         """Return the same point, which knows nothing of how it came about."""
         return replace(
             self,
-            theta={n: t.detach().requires_grad_(n in trained) for n, t in self.theta.items()},
+            theta={
+                n: t.detach().requires_grad_(n in trained or n in self.given)
+                for n, t in self.theta.items()
+            },
             state={
                 n: t.detach().requires_grad_(t.is_floating_point()) for n, t in self.state.items()
             },
@@ -127,9 +132,10 @@ class InnerLoop:
         """
         network, rows, adapted = self.network, self.meta.rows, self.meta.adapted
         point = self.start(len(batch)) if start is None else start
-        theta, buffers, state = point.theta, point.buffers, point.state
+        theta, buffers, state, given = point.theta, point.buffers, point.state, point.given
         if point.step == 0:
-            theta = theta | self._start(theta, buffers, batch)
+            start_of_tasks = self._start(theta, buffers, batch)
+            theta, given = theta | start_of_tasks, frozenset(start_of_tasks)
             state = _checked(self.algorithm.inner_step.start({n: theta[n] for n in adapted}))
         support_loss: Tensor | None = None
         gradient: Tensors = {}
@@ -143,7 +149,7 @@ class InnerLoop:
                     is_last=step == self.algorithm.num_steps,
                 )
                 buffers = rows.put_buffers(buffers, step, query.buffers)
-            yield Point(step, theta, buffers, support_loss, gradient, query, state)
+            yield Point(step, theta, buffers, support_loss, gradient, query, state, given)
             if step == num_steps:
                 return
             with torch.enable_grad():

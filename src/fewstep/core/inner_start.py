@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from fewstep.core.errors import InputError
+from fewstep.core.modules import last_layer
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,7 @@ class SupportSets:
     inputs_of: Callable[[str], Tensor]
 
 
-@runtime_checkable
-class InnerStart(Protocol):
+class InnerStart(ABC):
     """Slot s. Pure: what it learns is its table.
 
     theta[0] = s(phi, support set; table)
@@ -42,21 +42,23 @@ class InnerStart(Protocol):
         """Return the initial values of what is learned, by names of its own.
 
         Args:
-            phi: The parameters that are trained, each (*shape).
+            phi: The module's parameters, each (*shape), or (rows, *shape) where normalisation has
+                some for each step.
         """
         return {}
 
+    @abstractmethod
     def __call__(
         self, phi: Mapping[str, Tensor], support: SupportSets, table: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return the parameters that do not start as phi has them, each (tasks, *shape).
+        """Return the parameters that do not start as phi has them, in the shapes of phi.
 
         Args:
-            phi: The module's parameters, each (tasks, *shape): the same for every task.
+            phi: The module's parameters, each (tasks, *shape), or (tasks, rows, *shape): the same
+                for every task.
             support: The support sets.
             table: What is learned.
         """
-        ...
 
 
 @dataclass(frozen=True)
@@ -74,18 +76,20 @@ class SharedStart(InnerStart):
 class PrototypeStart(InnerStart):
     """A linear head starts at the classes' mean features, so that it tells them apart by distance.
 
-    c[n] = mean of the features f of class n;  w[n] = 2 c[n],  b[n] = -|c[n]|^2,
+    c[n] = mean of the features f of class n;  w[n] = 2 (c[n] - m),  b[n] = |m|^2 - |c[n]|^2,
 
-    so that w[n] . f + b[n] = |f|^2 - |f - c[n]|^2, of which |f|^2 is the same for all classes. A
-    class without support examples has its mean at 0. phi's own head is not used, and not learned.
+    so that w[n] . f + b[n] = |f - m|^2 - |f - c[n]|^2, of which |f - m|^2 is the same for all
+    classes: their probabilities, and gradients of the cross-entropy, are those of any m. m, the
+    mean of the c, keeps the numbers small. A class without support examples has its mean at 0.
+    phi's own head is not used, and not learned.
 
     Args:
         head: Name of the linear layer, with a bias, that gives the scores; None takes the layer of
             the module's last parameter.
 
     Raises:
-        InputError: when it is called: there is no such layer, or the targets are not one class for
-            each example.
+        InputError: when a learner is made: there is no such layer; when it is called: the targets
+            are not one class for each example.
 
     Reference: Snell, Swersky and Zemel, Prototypical networks for few-shot learning, NeurIPS 2017,
         arXiv:1703.05175, section 2.4; then adapted: Triantafillou et al., Meta-Dataset, ICLR 2020,
@@ -94,19 +98,24 @@ class PrototypeStart(InnerStart):
 
     head: str | None = None
 
+    def table(self, phi: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return nothing, if there is such a layer."""
+        weight, bias = self._names(phi)
+        if not {weight, bias} <= phi.keys() or phi[weight].ndim != 2:
+            raise InputError(
+                f"PrototypeStart(head={self.head!r}) needs a linear layer with a bias, and the "
+                f"parameters are {', '.join(phi)}; name one by head=..., without '.weight'"
+            )
+        return {}
+
     def __call__(
         self, phi: Mapping[str, Tensor], support: SupportSets, table: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Return the head's weight and bias."""
-        head = [*phi][-1].rpartition(".")[0] if self.head is None else self.head
-        weight, bias = (f"{head}.{name}".lstrip(".") for name in ("weight", "bias"))
-        if not {weight, bias} <= phi.keys() or phi[weight].ndim != 3:
-            raise InputError(
-                f"PrototypeStart(head={self.head!r}) needs a linear layer with a bias, and "
-                f"{head!r} is none; the parameters are {', '.join(phi)}"
-            )
+        weight, bias = self._names(phi)
+        head = weight.rpartition(".")[0]
         f, y = support.inputs_of(head), support.y
-        if y.is_floating_point() or y.shape != f.shape[:2]:
+        if y.is_floating_point() or y.shape != f.shape[:2] or f.ndim != 3:
             raise InputError(
                 f"PrototypeStart needs the number of a class for each support example, and targets "
                 f"are {y.dtype}, {tuple(y.shape[1:])} a task, where {head!r} is given "
@@ -114,4 +123,11 @@ class PrototypeStart(InnerStart):
             )
         of_class = (y[..., None] == torch.arange(phi[weight].shape[1], device=y.device)).to(f)
         c = of_class.mT @ f / of_class.sum(1).clamp(min=1)[..., None]
-        return {weight: 2 * c, bias: -(c * c).sum(-1)}
+        m = c.mean(1, keepdim=True)
+        return {weight: 2 * (c - m), bias: ((m - c) * (m + c)).sum(-1)}
+
+    def _names(self, phi: Mapping[str, Tensor]) -> tuple[str, str]:
+        """Return the names of the head's weight and bias."""
+        head = last_layer(phi) if self.head is None else self.head
+        path = f"{head}." if head else ""
+        return f"{path}weight", f"{path}bias"

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from fewstep.core.errors import InputError
+from fewstep.core.errors import InputError, check_betas, check_share
 
 
-@runtime_checkable
-class InnerStep(Protocol):
+class InnerStep(ABC):
     """Slot u. Pure: what it remembers of a task is its state, what it learns is its table.
 
     theta[k+1], state[k+1] = u(theta[k], g[k], alpha[k], state[k]; table)
@@ -45,6 +44,7 @@ class InnerStep(Protocol):
         """
         return {}
 
+    @abstractmethod
     def __call__(
         self,
         theta: Mapping[str, Tensor],
@@ -64,7 +64,6 @@ class InnerStep(Protocol):
             table: What is learned.
             step: k.
         """
-        ...
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class GradientStep(InnerStep):
         step: int,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return theta[k+1], and no state."""
-        return {n: p - alpha[n] * gradient[n] for n, p in theta.items()}, {}
+        return _moved(theta, gradient, alpha), {}
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class MomentumStep(InnerStep):
     momentum: float = 0.9
 
     def __post_init__(self) -> None:
-        _check_share("momentum", self.momentum)
+        check_share("momentum", self.momentum)
 
     def start(self, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return m before the first step: zeros."""
@@ -120,7 +119,7 @@ class MomentumStep(InnerStep):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return theta[k+1], and m[k]."""
         m = {n: self.momentum * state[n] + g for n, g in gradient.items()}
-        return GradientStep()(theta, m, alpha, {}, {}, step)[0], m
+        return _moved(theta, m, alpha), m
 
 
 @dataclass(frozen=True)
@@ -148,11 +147,7 @@ class AdamStep(InnerStep):
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        given: object = self.betas
-        if not isinstance(given, tuple | list) or len(given) != 2:
-            raise InputError(f"betas={given!r} must be two numbers, such as (0.9, 0.999)")
-        for beta in self.betas:
-            _check_share("betas", beta)
+        check_betas(self.betas)
         if not self.eps > 0:
             raise InputError(f"AdamStep(eps={self.eps}) must be positive")
 
@@ -176,15 +171,18 @@ class AdamStep(InnerStep):
         v = {n: b2 * state[f"v.{n}"] + (1 - b2) * g * g for n, g in gradient.items()}
         c1, c2 = 1 - b1 ** (step + 1), 1 - b2 ** (step + 1)
         direction = {n: m[n] / c1 / (_root(v[n] / c2) + self.eps) for n in theta}
-        after, _ = GradientStep()(theta, direction, alpha, {}, {}, step)
+        after = _moved(theta, direction, alpha)
         return after, {f"m.{n}": t for n, t in m.items()} | {f"v.{n}": t for n, t in v.items()}
+
+
+def _moved(
+    theta: Mapping[str, Tensor],
+    direction: Mapping[str, Tensor],
+    alpha: Mapping[str, Tensor | float],
+) -> dict[str, Tensor]:
+    return {n: p - alpha[n] * direction[n] for n, p in theta.items()}
 
 
 def _root(v: Tensor) -> Tensor:
     """Return the root, whose derivative is 0 where v is."""
     return torch.where(v > 0, torch.where(v > 0, v, 1).sqrt(), 0)
-
-
-def _check_share(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise InputError(f"{name}={value} must be between 0 and 1, such as 0.9")

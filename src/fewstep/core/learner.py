@@ -33,8 +33,9 @@ from fewstep.core.testing import Read, losses_and_metrics, outputs_of, test
 class MetaLearner:
     """A module, an algorithm and a loss.
 
-    phi are the module's own parameters, updated in place, and what the algorithm adds: learned
-    rates ("inner_lr.*") and, in place of the module's own, parameters with a row for each step.
+    phi are the module's own parameters, updated in place, and what the algorithm adds: what its
+    parts learn ("inner_lr.*", "inner_start.*", "inner_step.*") and, in place of the module's own,
+    parameters with a row for each step.
     Tasks count alike: the meta-loss is their mean, or their sum where the algorithm says so.
 
     Args:
@@ -324,21 +325,21 @@ class MetaLearner:
                 f"num_tasks={num_tasks} needs at least 1 of each and 2 tasks"
             )
         norm = self._norm_statistics(statistics)
-        before = _below(self.state_tensors(), "model.")
         own = self.ranks.span(num_tasks)
         after = (self._steps(num_steps),)
         losses, metrics = [], []
-        try:
-            for start in range(own.start, own.stop, self.chunk_size):
-                chunk = tasks_of(episodes, start, min(self.chunk_size, own.stop - start))
-                outputs = self._mean_outputs(
-                    states, [chunk.seen(v) for v in views], norm.use, after
-                )
-                loss, metric = self._network.judge.score(outputs, chunk.y_query)
-                losses.append(loss)
-                metrics.append(metric)
-        finally:
-            self._meta.load(before)
+        with self._network.alone():  # no other thread is to meet another state
+            before = _below(self.state_tensors(), "model.")
+            try:
+                for start in range(own.start, own.stop, self.chunk_size):
+                    chunk = tasks_of(episodes, start, min(self.chunk_size, own.stop - start))
+                    seen = [chunk.seen(v) for v in views]
+                    outputs = self._mean_outputs(states, seen, norm.use, after)
+                    loss, metric = self._network.judge.score(outputs, chunk.y_query)
+                    losses.append(loss)
+                    metrics.append(metric)
+            finally:
+                self._meta.load(before)
         loss, metric = self.ranks.join([torch.cat(losses), torch.cat(metrics)], num_tasks)
         judge = self._network.judge
         return judge.scores(loss, metric, chunk.y_query, norm.describe(self.module), after)
@@ -413,4 +414,4 @@ class MetaLearner:
 
 
 def _below(state: Tensors, prefix: str) -> Tensors:
-    return {n.removeprefix(prefix): t.clone() for n, t in state.items() if n.startswith(prefix)}
+    return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}

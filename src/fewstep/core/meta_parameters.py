@@ -82,10 +82,10 @@ class MetaParameters:
         fixed = algorithm.adapted.fixed(self.adapted)
         self.learned = {n: p for n, p in self.phi.items() if n not in fixed}
         initial = {n: self.phi[n] for n in self.adapted}
-        table = algorithm.inner_rate.table(initial, algorithm.num_steps)
-        self.rates = _leaves(table)
+        self.rates = _leaves(algorithm.inner_rate.table(initial, algorithm.num_steps))
         self.step_table = _leaves(algorithm.inner_step.table(initial, algorithm.num_steps))
-        self.start_table = _leaves(algorithm.inner_start.table(dict(self.phi)))
+        whole = {n: self.phi.get(n, p) for n, p in module.named_parameters()}
+        self.start_table = _leaves(algorithm.inner_start.table(whole))
         others = {START + n: t for n, t in self.start_table.items()}
         others |= {STEP + n: t for n, t in self.step_table.items()}
         self.of_parts = {RATE + n: t for n, t in self.rates.items()} | others
@@ -99,7 +99,7 @@ class MetaParameters:
             )
         self.harvested = () if update is None or update.exact else self.adapted
         self.hypergradients: Tensors = (
-            {} if update is None else {n: torch.zeros_like(t) for n, t in table.items()}
+            {} if update is None else {n: torch.zeros_like(t) for n, t in self.rates.items()}
         )
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -22,6 +22,18 @@ def under_two_names(module: nn.Module) -> list[nn.Module]:
     for _, part in module.named_modules(remove_duplicate=False):
         (again.append if part in met else met.add)(part)
     return again
+
+
+def layer_of(name: str) -> str:
+    """Return the layer that a parameter is of, also one that `nn.utils.parametrize` put apart."""
+    layer, apart, _ = f".{name}".partition(".parametrizations.")
+    return layer[1:] if apart else name.rpartition(".")[0]
+
+
+def last_layer(names: Iterable[str]) -> str:
+    """Return the layer of the last of a module's parameters, which usually gives the outputs."""
+    *_, last = names
+    return layer_of(last)
 
 
 def check_module(module: nn.Module) -> None:

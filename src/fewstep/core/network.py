@@ -37,7 +37,6 @@ Tensors = dict[str, Tensor]
 _OF_VMAP = ("vmap", "atching rule", "functorch")  # in messages of PyTorch
 _LOCK = threading.Lock()
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
-_OneTask = tuple[Tensor, Tensor, Tensor, Tensors]
 Found = TypeVar("Found")
 _Judgement = Callable[[Tensor, Tensor, Tensors], tuple[Tensor, Tensor]]
 
@@ -200,7 +199,9 @@ class TaskNetwork:
                 )
             return found.float() if found.dtype in (torch.bfloat16, torch.float16) else found
 
-        hook = parts[part].register_forward_pre_hook(lambda _, given: met.extend(given[:1]))
+        hook = parts[part].register_forward_pre_hook(
+            lambda _, given: met.extend(map(_as_given, given[:1]))
+        )
         try:
             with self._normalise():
                 return self._for_tasks(one_task, parameters, buffers, x)
@@ -256,7 +257,7 @@ class TaskNetwork:
         y: Tensor,
         *,
         without: int,
-    ) -> _OneTask:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensors]:
         # Modules change their buffers in place, or assign new ones, which come back in `tensors`.
         tensors = parameters | {name: b.clone() for name, b in buffers.items()}
         outputs = self._forward(tensors, x)
@@ -344,6 +345,11 @@ class TaskNetwork:
                 f"tasks ({reason}); write it in other operations, a mask as a factor in place of "
                 "an index, or pass vectorize=False to loop over the tasks"
             ) from error
+
+
+def _as_given(value: object) -> object:
+    """Return a tensor as it is now, before a part that works in place changes it."""
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _both(x_support: Tensor, x_query: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from fewstep.core.errors import InputError
+from fewstep.core.errors import InputError, check_betas, check_share
 
 
 @runtime_checkable
@@ -130,8 +130,7 @@ class Adam:
 
     def __post_init__(self) -> None:
         check_outer_lr(self.outer_lr)
-        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
-            raise InputError(f"Adam(betas={self.betas}) must be two, each 0 or more and below 1")
+        check_betas(self.betas)
         _check_weight_decay(self, self.weight_decay)
 
     def __call__(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
@@ -170,8 +169,7 @@ class SGD:
 
     def __post_init__(self) -> None:
         check_outer_lr(self.outer_lr)
-        if not 0 <= self.momentum < 1:
-            raise InputError(f"SGD(momentum={self.momentum}) must be 0 or more, and below 1")
+        check_share("momentum", self.momentum)
         _check_weight_decay(self, self.weight_decay)
 
     def __call__(self, parameters: list[Tensor]) -> torch.optim.Optimizer:

@@ -96,5 +96,5 @@ class OuterLoop:
                     f"the saved state is another outer optimiser's: it has `{full_name}`, which "
                     "this one has no use for; build the learner as it was"
                 )
-            state.setdefault(place, {})[key] = t
+            state.setdefault(place, {})[key] = t.clone()
         return state

@@ -12,25 +12,29 @@ import torch
 from torch import Tensor
 
 from fewstep.core.errors import InputError, check_name, check_some
+from fewstep.core.modules import last_layer, layer_of
 
 
 @runtime_checkable
 class InnerRate(Protocol):
-    """Slot alpha. Rates that are learned are values of a table, by name."""
+    """Slot alpha. Rates that are learned are values of a table, by name.
+
+    A subclass leaves out what it does not need.
+    """
 
     @property
     def is_learned(self) -> bool:
         """Tell whether the table holds anything."""
-        ...
+        return False
 
     @property
     def per_step(self) -> bool:
         """Tell whether the table has a row for each inner step, and so an end."""
-        ...
+        return False
 
     def table(self, adapted: Mapping[str, Tensor], num_steps: int) -> dict[str, Tensor]:
         """Return the initial values of what is learned; empty if nothing is."""
-        ...
+        return {}
 
     def __call__(self, table: Mapping[str, Tensor], name: str, step: int) -> Tensor | float:
         """Return alpha[step] of parameter `name`; broadcasts against (tasks, *shape)."""
@@ -44,7 +48,7 @@ def _check_rate(name: str, rate: object) -> None:
 
 
 @dataclass(frozen=True)
-class ConstantRate:
+class ConstantRate(InnerRate):
     """One fixed inner learning rate for every parameter and step.
 
     theta[k+1] = theta[k] - alpha * grad L_support(theta[k]); alpha is `inner_lr`.
@@ -56,15 +60,9 @@ class ConstantRate:
     """
 
     inner_lr: float
-    is_learned = False
-    per_step = False
 
     def __post_init__(self) -> None:
         _check_rate("inner_lr", self.inner_lr)
-
-    def table(self, adapted: Mapping[str, Tensor], num_steps: int) -> dict[str, Tensor]:
-        """Return nothing: no rate is learned."""
-        return {}
 
     def __call__(self, table: Mapping[str, Tensor], name: str, step: int) -> float:
         """Return alpha."""
@@ -72,7 +70,7 @@ class ConstantRate:
 
 
 @dataclass(frozen=True)
-class StepRates:
+class StepRates(InnerRate):
     """Fixed inner learning rates, one for each step.
 
     theta[k+1] = theta[k] - alpha[k] * grad L_support(theta[k])
@@ -85,8 +83,6 @@ class StepRates:
     """
 
     inner_lrs: tuple[float, ...]
-    is_learned = False
-    per_step = False
 
     def __post_init__(self) -> None:
         given: object = self.inner_lrs
@@ -96,17 +92,13 @@ class StepRates:
         for rate in self.inner_lrs:
             _check_rate("inner_lrs", rate)
 
-    def table(self, adapted: Mapping[str, Tensor], num_steps: int) -> dict[str, Tensor]:
-        """Return nothing: no rate is learned."""
-        return {}
-
     def __call__(self, table: Mapping[str, Tensor], name: str, step: int) -> float:
         """Return alpha[step]."""
         return self.inner_lrs[min(step, len(self.inner_lrs) - 1)]
 
 
 @dataclass(frozen=True)
-class LearnedRate:
+class LearnedRate(InnerRate):
     """One inner learning rate for every parameter and step, which is learned.
 
     theta[k+1] = theta[k] - alpha * grad L_support(theta[k])
@@ -122,7 +114,6 @@ class LearnedRate:
 
     inner_lr: float
     is_learned = True
-    per_step = False
 
     def __post_init__(self) -> None:
         _check_rate("inner_lr", self.inner_lr)
@@ -138,7 +129,7 @@ class LearnedRate:
 
 
 @dataclass(frozen=True)
-class ElementRates:
+class ElementRates(InnerRate):
     """A learned inner learning rate for each element of each parameter (Meta-SGD).
 
     theta[k+1] = theta[k] - alpha * grad L_support(theta[k]), alpha of the parameters' own shape.
@@ -156,7 +147,6 @@ class ElementRates:
 
     inner_lr: float
     is_learned = True
-    per_step = False
 
     def __post_init__(self) -> None:
         _check_rate("inner_lr", self.inner_lr)
@@ -174,7 +164,7 @@ class ElementRates:
 
 
 @dataclass(frozen=True)
-class LayerStepRates:
+class LayerStepRates(InnerRate):
     """A learned inner learning rate for each layer and step (LSLR).
 
     theta[k+1] = theta[k] - alpha[layer, k] * grad L_support(theta[k])
@@ -211,13 +201,12 @@ class LayerStepRates:
 
     def table(self, adapted: Mapping[str, Tensor], num_steps: int) -> dict[str, Tensor]:
         """Return `num_steps` equal rates for each tensor or layer."""
-        *_, last = adapted
-        initial = dict.fromkeys(map(_layer, adapted), self.inner_lr)
+        initial = dict.fromkeys(map(layer_of, adapted), self.inner_lr)
         if self.head_lr is not None:
-            initial[_layer(last)] = self.head_lr
+            initial[last_layer(adapted)] = self.head_lr
         return {
             self._entry(name): torch.full(
-                (num_steps,), initial[_layer(name)], dtype=_precise(p), device=p.device
+                (num_steps,), initial[layer_of(name)], dtype=_precise(p), device=p.device
             )
             for name, p in adapted.items()
         }
@@ -228,15 +217,9 @@ class LayerStepRates:
         return rates[min(step, len(rates) - 1)]
 
     def _entry(self, name: str) -> str:
-        return name if self.per == "tensor" else _layer(name)
+        return name if self.per == "tensor" else layer_of(name)
 
 
 def _precise(parameter: Tensor) -> torch.dtype:
     """Return the dtype of a parameter's rate: in bfloat16 small steps would not move it."""
     return torch.promote_types(parameter.dtype, torch.float32)
-
-
-def _layer(name: str) -> str:
-    """Return the layer that a parameter is of, also one that `nn.utils.parametrize` put apart."""
-    layer, apart, _ = f".{name}".partition(".parametrizations.")
-    return layer[1:] if apart else name.rpartition(".")[0]

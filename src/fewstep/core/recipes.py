@@ -86,7 +86,8 @@ def anil(
         num_steps: K, inner steps.
         inner_lr: alpha.
         outer_lr: Adam's rate.
-        head: Pattern of the head's parameters, "2.*" for the third layer of a Sequential.
+        head: Pattern of the names of the head's parameters, "2.*" for the third layer of a
+            Sequential.
 
     Reference: Raghu, Raghu, Bengio and Vinyals, Rapid learning or feature reuse?, ICLR 2020,
         arXiv:1909.09157.
@@ -146,7 +147,7 @@ def prototypical_networks(outer_lr: float = 1e-3, *, head: str | None = None) ->
 
     Args:
         outer_lr: Adam's rate.
-        head: The linear layer whose place the class means take, see `PrototypeStart`.
+        head: Name of the linear layer whose place the class means take, see `PrototypeStart`.
 
     Deviation: tests have as many classes as training, where the paper trains with more.
 
@@ -165,13 +166,13 @@ def proto_maml(
 ) -> Algorithm:
     """Proto-MAML: `maml` from a head that starts as a prototypical network's.
 
-    theta[0] = phi, with head w[n] = 2 c[n], b[n] = -|c[n]|^2;  then as `maml`
+    theta[0] = phi, with head w[n] = 2 c[n], b[n] = -|c[n]|^2 or as good;  then as `maml`
 
     Args:
         num_steps: K, inner steps.
         inner_lr: alpha.
         outer_lr: Adam's rate.
-        head: The linear layer that gives the scores, see `PrototypeStart`.
+        head: Name of the linear layer that gives the scores, see `PrototypeStart`.
 
     Reference: Triantafillou et al., Meta-Dataset, ICLR 2020, arXiv:1903.03096.
 
