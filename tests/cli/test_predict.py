@@ -13,7 +13,7 @@ from fewstep.cli.main import main
 from fewstep.data.folder import ImageFolder
 from fewstep.training.load import load_learner
 from fewstep.training.parse import load_config
-from tests.cli.conftest import refused, scribble, train_on_images
+from tests.cli.conftest import TINY, refused, scribble, train_on_images
 from tests.data.conftest import deny, write_images
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
@@ -124,7 +124,7 @@ def test_predict_refuses_what_it_cannot_read(run, sinusoid_run, empty_folder, ca
             assert f"cannot read {empty_folder / locked}: Permission denied" in error
     shutil.copytree(empty_folder / "support" / "dark", empty_folder / "support" / "third")
     assert "3 classes are too many" in refused(capsys, f"predict {run} {options}")
-    assert "layer was learned for 2 classes" in refused(capsys, f"evaluate {run} --ways 3")
+    assert "were learned for 2 classes" in refused(capsys, f"evaluate {run} --ways 3")
     shutil.rmtree(empty_folder / "support" / "dark")
     shutil.rmtree(empty_folder / "support" / "[light]")
     assert "1 class leaves nothing" in refused(capsys, f"predict {run} {options}")
@@ -134,6 +134,9 @@ def test_models_that_start_from_prototypes_take_any_number_of_classes(empty_fold
     command = f"{train_on_images(empty_folder / 'mine')} --recipe proto-maml --out run"
     assert main([*command.split(), "--learned-rates", "tensor", "--eval-steps", "5"]) == 0
     capsys.readouterr()
+    one = f"train --config run/config.toml --learned-rates element --out element {TINY}"
+    assert main(one.split()) == 0
+    assert "were learned for 2 classes" in refused(capsys, "evaluate element --ways 3")
     own, names = empty_folder / "support", ("a", "b", "c")
     for name in names:
         shutil.copytree(empty_folder / "mine" / f"c0{names.index(name)}", own / name)
@@ -143,6 +146,14 @@ def test_models_that_start_from_prototypes_take_any_number_of_classes(empty_fold
     assert {name for name, _ in _named(out).values()} <= set(names)
 
     run = load_config(Path("run") / "config.toml")
+    learner = load_learner("run", device="cpu")
+    optimiser = learner.state_tensors().keys() - learner.module.state_dict().keys()
+    assert any(name.startswith("optimiser.head.") for name in optimiser)  # whole as it is
+    torch.manual_seed(3)
+    expected = torch.rand(())
+    torch.manual_seed(3)
+    load_learner("run", device="cpu")
+    assert torch.rand(()) == expected  # a caller's numbers are left alone
     few, many = (load_learner("run", device="cpu", ways=ways) for ways in (2, 3))
     assert many.module.head.out_features == 3
     for name, tensor in few.parameters.items():
@@ -150,8 +161,8 @@ def test_models_that_start_from_prototypes_take_any_number_of_classes(empty_fold
             assert torch.equal(tensor, many.parameters[name])
     x = torch.rand(3, *run.data.image_shape)
     module = many.adapt(x, torch.arange(3), num_steps=0)
-    f = many.module.blocks(x)
-    torch.testing.assert_close(module.head.weight, 2 * f.detach())
+    f = many.module.blocks(x).detach()
+    torch.testing.assert_close(module.head.weight, 2 * (f - f.mean(0)))
 
     for command in ("--ways 4 --tasks 3", "--ways 4 --tasks 3 --checkpoint ensemble"):
         assert main(f"evaluate run {command} --device cpu".split()) == 0

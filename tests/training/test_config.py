@@ -290,6 +290,9 @@ def test_a_word_with_a_hyphen_is_no_option(tmp_path):
         (["--dataset", "sinusoid", "--recipe", "supervised"], "learns classes, and dataset='sin"),
         (["--dataset", "sinusoid", "--recipe", "proto-maml"], "start='prototypes' learns classes"),
         (["--recipe", "supervised", "--ways", "3"], "--ways goes with --recipe maml"),
+        (["--recipe", "supervised", "--start", "prototypes"], "no support set to adapt to or to"),
+        (["--recipe", "supervised", "--num-steps", "1"], "no support set to adapt to or to"),
+        (["--recipe", "supervised", "--statistics", "support"], "leave out num_steps, eval_steps"),
     ],
 )
 def test_a_wrong_option_is_refused_in_one_line(arguments, message, encoding, monkeypatch):

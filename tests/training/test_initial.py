@@ -6,15 +6,17 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+import fewstep
 from fewstep import MetaLearner, maml
 from fewstep.core.errors import InputError
 from fewstep.data.folder import ImageFolder
 from fewstep.models.features import projection_of
 from fewstep.training.algorithm_options import AlgorithmOptions
 from fewstep.training.build import Experiment
-from fewstep.training.config import ClassificationOptions
+from fewstep.training.config import ClassificationOptions, to_dict
 from fewstep.training.initial import read_initial, start_from
 from fewstep.training.network_options import Conv4Options
+from fewstep.training.parse import run_config
 from fewstep.training.presets import preset
 from fewstep.training.run_folder import RunFolder
 from tests.data.conftest import write_images
@@ -115,6 +117,36 @@ def test_a_run_starts_from_the_best_checkpoint_of_another(tmp_path, recipe, own_
             assert torch.equal(tensor, drawn.state_tensors()[name])
         else:  # every step's row of MAML++'s parts starts alike
             assert torch.equal(tensor, source.state_dict()[plain].expand_as(tensor)), name
+
+
+def test_the_unused_head_of_a_run_of_prototypes_is_no_start(tmp_path):
+    config = replace(preset(recipe="proto-maml"), model=Conv4Options(filters=4))
+    source = config.model.build((1, 28, 28), 5)
+    run = RunFolder.create(tmp_path, to_dict(config))
+    run.save_checkpoint({f"model.{n}": t for n, t in source.state_dict().items()}, None, 1, 0.9)
+    found = read_initial(tmp_path)
+    assert found.keys() == {n for n in source.state_dict() if not n.startswith("head.")}
+    arguments = ["--initial", str(tmp_path), "--recipe", "maml"]
+    own = run_config(arguments).model.build((1, 28, 28), 5)
+    start(own, found)
+    assert not own.head.weight.any()
+    assert torch.equal(own.blocks[3].conv.weight, source.blocks[3].conv.weight)
+
+
+def test_what_parts_have_learned_is_of_their_run(tmp_path):
+    class Shifted(fewstep.InnerStart):
+        def table(self, phi):
+            return {"by": torch.ones(3)}
+
+        def __call__(self, phi, support, table):
+            return {"head.bias": phi["head.bias"] + table["by"]}
+
+    algorithm = replace(maml(inner_lr=0.1), inner_start=Shifted())
+    learner = MetaLearner(network(), algorithm, F.cross_entropy)
+    state = learner.state_tensors()
+    assert "model.inner_start.by" in state
+    save_file(state, tmp_path / "state.safetensors")
+    start(network(), read_initial(tmp_path / "state.safetensors"))
 
 
 def test_a_head_of_one_dimension_has_no_projection():

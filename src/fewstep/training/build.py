@@ -189,8 +189,9 @@ def build_learner(
             "take; leave it out"
         )
     commit()  # of the code at work; another may be checked out when scores are written
-    torch.manual_seed(config.seed)  # on the CPU, so that every device starts alike
-    module = config.model.build(problem.input_shape, problem.outputs).to(device)
+    with torch.random.fork_rng(devices=[]):  # drawn on the CPU: every device starts alike
+        torch.default_generator.manual_seed(config.seed)
+        module = config.model.build(problem.input_shape, problem.outputs).to(device)
     learner = MetaLearner(
         module,
         config.algorithm.build(config.iterations, config.epoch_length),

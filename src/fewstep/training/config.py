@@ -111,9 +111,7 @@ class RunConfig:
     recipe: Recipe = "maml"
     """The method; sets the defaults of its parts. "supervised" tells all training classes apart,
     for another run to start from."""
-    data: Glyphs | Omniglot | MiniImageNet | ImageFolder | SinusoidData = field(
-        default_factory=Glyphs
-    )
+    data: Images | SinusoidData = field(default_factory=Glyphs)
     """Where the data come from."""
     episodes: EpisodeOptions = field(default_factory=ClassificationOptions)
     """What a task is."""
@@ -201,6 +199,13 @@ class RunConfig:
                     f"{tag}={getattr(self, tag)!r} goes with {part} of type {expected.__name__}, "
                     f"not {type(getattr(self, part)).__name__}"
                 )
+        of = self.algorithm
+        adapts = of.num_steps > 0 or of.eval_steps > 0 or of.start == "prototypes"
+        if is_supervised and (adapts or of.statistics == "support"):
+            raise InputError(
+                "recipe='supervised' has no support set to adapt to or to normalise by; leave out "
+                "num_steps, eval_steps, start and statistics='support'"
+            )
         if (self.dataset == "sinusoid") != (self.network == "sinusoid-mlp"):
             raise InputError(
                 f"network={self.network!r} does not fit dataset={self.dataset!r}; sinusoid takes "
@@ -223,12 +228,13 @@ class RunConfig:
         own = getattr(self.episodes, "ways", None)
         if ways is None or ways == own:
             return self
-        if self.algorithm.start != "prototypes":
+        if not isinstance(self.episodes, ClassificationOptions):
+            raise InputError(f"ways={ways}: the run's tasks have no classes; leave it out")
+        if self.algorithm.start != "prototypes" or self.algorithm.learned_rates == "element":
             raise InputError(
-                f"ways={ways}: the last layer was learned for {own} classes; leave it out, or "
-                "train with --start prototypes, whose tasks make a last layer of their own"
+                f"ways={ways}: the last layer, or its inner rates, were learned for {own} classes; "
+                "leave it out, or train with --start prototypes and no --learned-rates element"
             )
-        assert isinstance(self.episodes, ClassificationOptions)
         return replace(self, episodes=replace(self.episodes, ways=ways))
 
     def with_extra_steps(self, extra_steps: ExtraSteps | None) -> RunConfig:

@@ -11,17 +11,21 @@ from torch import nn
 from torch.nn import functional as F
 
 from fewstep.core.errors import InputError
+from fewstep.core.judge import SUPPORT_LOSS
 from fewstep.core.learner import MetaLearner
+from fewstep.core.meta_parameters import RATE, START, STEP
+from fewstep.core.modules import last_layer
 from fewstep.core.network import Tensors
 from fewstep.core.norm import NormStatistics, PerStepAffine
 from fewstep.models.conv import PROJECTION
 from fewstep.models.features import projection_of
-from fewstep.training.config import RunConfig, to_dict
+from fewstep.training.config import RunConfig, SinusoidData, to_dict
 from fewstep.training.parse import load_config
 from fewstep.training.run_folder import RunFolder
 
 _MODEL = "model."  # before the names of a module's tensors in a checkpoint
-_RATES = ("inner_lr.", "inner_lr_hypergradient.")  # of the learner, which a new run has its own of
+# What a learner has beside its module, of which a new run has its own.
+_BESIDE = (RATE, START, STEP, SUPPORT_LOSS, "inner_lr_hypergradient.")
 
 
 def initial_of(config: RunConfig) -> Tensors | None:
@@ -54,6 +58,13 @@ def read_initial(path: Path) -> Tensors:
         if (state := run.state()) is None:
             raise InputError(f"{path} has no checkpoint to start from; train it first")
         tensors = run.load_checkpoint(state.best[0].name)
+        config = load_config(run.path / "config.toml")
+        if config.algorithm.start == "prototypes":  # whose last layer nobody has learned
+            assert not isinstance(config.data, SinusoidData)
+            with torch.device("meta"):
+                module = config.model.build(config.data.image_shape, 1)
+            unlearned = f"{_MODEL}{last_layer(name for name, _ in module.named_parameters())}."
+            tensors = {n: t for n, t in tensors.items() if not n.startswith(unlearned)}
     else:
         try:
             tensors = load_file(path)
@@ -63,7 +74,7 @@ def read_initial(path: Path) -> Tensors:
             ) from error
     if any(name.startswith(_MODEL) for name in tensors):
         own = {n.removeprefix(_MODEL): t for n, t in tensors.items() if n.startswith(_MODEL)}
-        tensors = {name: t for name, t in own.items() if not name.startswith(_RATES)}
+        tensors = {name: t for name, t in own.items() if not name.startswith(_BESIDE)}
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise InputError(
@@ -108,8 +119,7 @@ def fitting(module: nn.Module, initial: Tensors) -> Tensors:
         InputError: another one is missing or of another shape, or there are more.
     """
     own = module.state_dict()
-    *_, last = (name for name, _ in module.named_parameters())
-    free = [last.rpartition(".")[0] + "."]
+    free = [last_layer(name for name, _ in module.named_parameters()) + "."]
     if PROJECTION in own:
         free.append(PROJECTION)
         initial = _with_projection(initial)

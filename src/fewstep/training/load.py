@@ -11,6 +11,7 @@ from fewstep.core.algorithm import ExtraSteps
 from fewstep.core.errors import InputError, check_name
 from fewstep.core.inner_start import PrototypeStart
 from fewstep.core.learner import MetaLearner
+from fewstep.core.modules import layer_of
 from fewstep.core.network import Tensors
 from fewstep.training.build import Problem, build_learner, resolve_device
 from fewstep.training.config import ClassificationOptions, SinusoidData
@@ -48,12 +49,12 @@ def load_learner(
     run = RunFolder.open(Path(path))
     config = load_config(run.path / "config.toml")
     check_unchanged(run, config)
-    config = config.with_extra_steps(extra_steps).with_ways(ways)
     if config.recipe == "supervised":
         raise InputError(
             f"{run.path} has learned to tell its training classes apart and no few-shot tasks; "
             f"start a run from it, with `fewstep train --initial {quote(str(run.path))}`"
         )
+    config = config.with_extra_steps(extra_steps).with_ways(ways)
     config = replace(config, device=resolve_device(device))
     problem = Problem({}, (1,), 1)
     if not isinstance(config.data, SinusoidData):
@@ -69,14 +70,18 @@ def load_learner(
 
 
 def fitting_head(learner: MetaLearner, state: Tensors) -> Tensors:
-    """Return a saved state with the learner's own last layer, if tasks make theirs in its place.
+    """Return a saved state, with the learner's own last layer where that has other outputs.
 
-    So that it may have other outputs.
+    They may differ where tasks make a last layer of their own.
     """
-    if not isinstance(learner.algorithm.inner_start, PrototypeStart):
+    named = dict(learner.module.named_parameters())
+    *_, last = named
+    if (
+        not isinstance(learner.algorithm.inner_start, PrototypeStart)
+        or state[f"model.{last}"].shape == named[last].shape
+    ):
         return state
-    *_, last = (name for name, _ in learner.module.named_parameters())
-    layer = last.rpartition(".")[0] + "."
-    own = {n: t for n, t in learner.state_tensors().items() if n.startswith("model." + layer)}
-    of_layer = ("model." + layer, "optimiser." + layer)
+    layer = layer_of(last)
+    own = {f"model.{n}": p.detach() for n, p in named.items() if layer_of(n) == layer}
+    of_layer = (f"model.{layer}.", f"optimiser.{layer}.")
     return {n: t for n, t in state.items() if not n.startswith(of_layer)} | own
