@@ -7,6 +7,7 @@ import pytest
 
 from fewstep.core.errors import InputError
 from fewstep.data.archives import folder_images, tar_images, zip_images
+from tests.data.conftest import deny
 
 
 def _zip(path, members):
@@ -63,8 +64,28 @@ def test_a_truncated_archive_is_named(tmp_path, write, read, name, share):
 
 @FORMATS
 def test_a_missing_archive_is_named(tmp_path, write, read, name):
-    with pytest.raises(InputError, match=f"there is no file .*{name}"):
+    with pytest.raises(InputError, match=f"cannot read .*{name}: No such file"):
         list(read(tmp_path / name))
+
+
+@FORMATS
+def test_an_archive_that_may_not_be_read_is_not_called_damaged(
+    tmp_path, monkeypatch, write, read, name
+):
+    write(tmp_path / name, MEMBERS)
+    deny(monkeypatch, tmp_path / name)
+    with pytest.raises(InputError, match=f"cannot read .*{name}: Permission denied; check"):
+        list(read(tmp_path / name))
+
+
+def test_a_damaged_zip_of_another_compression_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("c/1.png", bytes(range(256)) * 40)
+    content = bytearray((tmp_path / "a.zip").read_bytes())
+    content[50:80] = b"\xff" * 30
+    (tmp_path / "a.zip").write_bytes(content)
+    with pytest.raises(InputError, match="truncated or damaged"):
+        list(zip_images(tmp_path / "a.zip"))
 
 
 def test_a_changed_byte_in_a_zip_is_noticed(tmp_path):

@@ -1,3 +1,4 @@
+import math
 import re
 
 import pytest
@@ -159,6 +160,7 @@ def test_what_may_not_be_read_is_named(tmp_path, monkeypatch, locked):
         ({"root": "empty"}, "has no image in class/image"),
         ({"root": "two"}, "2 classes are too few"),
         ({"root": "two", "fractions": (0.5, 0.5, 0.5)}, "must be positive and sum to 1"),
+        ({"root": "two", "fractions": (math.nan, 0.5, 0.5)}, "must be positive and sum to 1"),
         ({"root": "two", "colour": "gray"}, "unknown colour 'gray'; did you mean 'grey'"),
         ({"root": "two", "size": 0}, "size=0 must be at least 1"),
     ],

@@ -1,6 +1,7 @@
 import csv
 import io
 import tarfile
+from collections import defaultdict
 
 import pytest
 
@@ -114,6 +115,38 @@ def test_wrong_csv_columns_are_named(tmp_path):
     (tmp_path / "val.csv").write_text("file,class\na.jpg,n01855672\n")
     with pytest.raises(InputError, match="must have the columns filename,label, not file,class"):
         MiniImageNet(tmp_path).splits()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"filename\na.jpg,n01855672\n", "columns filename,label, not filename; rename"),
+        (b"", "must have the columns"),
+        ("filename,label\na.jpg,n01855672\n".encode("utf-16"), "is no CSV file in UTF-8"),
+    ],
+)
+def test_what_is_no_table_of_labels_is_named(tmp_path, content, message):
+    _csv_splits(tmp_path)
+    (tmp_path / "val.csv").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        MiniImageNet(tmp_path).splits()
+
+
+def test_images_of_other_classes_are_not_kept(tmp_path, monkeypatch):
+    _class_folders(tmp_path)
+    (tmp_path / "n99999999").mkdir()
+    for i in range(3):
+        (tmp_path / "n99999999" / f"{i}.jpg").write_bytes(b"no image")
+    kept = []
+
+    class Counting(defaultdict):
+        def __missing__(self, key):
+            kept.append(key)
+            return super().__missing__(key)
+
+    monkeypatch.setattr("fewstep.data.mini_imagenet.defaultdict", Counting)
+    MiniImageNet(tmp_path, size=8).splits()
+    assert sorted(kept) == sorted(ALL)
 
 
 def test_what_spreadsheets_and_macs_leave_does_no_harm(tmp_path):

@@ -59,6 +59,27 @@ def test_a_damaged_description_is_refused(own_cache, text):
         verify_prepared(own_cache)
 
 
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"counts": [1, 2]}', '{"counts": 3}'])
+def test_what_is_damaged_is_refused_when_it_is_loaded(own_cache, text):
+    load_or_prepare("set", "v1", SHAPE, _classes)
+    (own_cache / "set-v1.json").write_text(text)
+    with pytest.raises(InputError, match=r"damaged .*remove .*set-v1\.json to prepare it again"):
+        load_or_prepare("set", "v1", SHAPE, _not_called)
+
+
+def test_an_empty_array_is_refused_when_it_is_loaded(own_cache):
+    load_or_prepare("set", "v1", SHAPE, _classes)
+    (own_cache / "set-v1.npy").write_bytes(b"")
+    with pytest.raises(InputError, match="damaged"):
+        load_or_prepare("set", "v1", SHAPE, _not_called)
+
+
+def test_garbage_beside_it_does_not_matter(own_cache):
+    load_or_prepare("other", "v1", SHAPE, _classes)
+    (own_cache / "other-v1.json").write_bytes(b"\xff\xfe")
+    load_or_prepare("set", "v1", SHAPE, _classes)
+
+
 def test_what_was_prepared_of_another_source_is_kept_once(own_cache):
     load_or_prepare("set", "v1", SHAPE, _classes)
     load_or_prepare("set", "v2", SHAPE, lambda: _classes()[:1])

@@ -348,6 +348,7 @@ def test_a_course_that_breaks_at_once_is_drawn_as_far_as_it_goes(tmp_path, monke
     )
     lines = drawn[0].axes[2].lines  # of the training losses
     assert [line.get_xydata().tolist() for line in lines] == [[[10.0, 3.0], [11.0, 3.0]]]
+    assert lines[0].get_color() == drawn[0].axes[0].lines[2].get_color()  # as in the legend
 
 
 @pytest.mark.parametrize(

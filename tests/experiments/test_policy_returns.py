@@ -221,6 +221,7 @@ def test_a_loss_that_is_not_finite_stops_with_what_to_do(tmp_path, capsys):
         (["--seeds", "0"], "seeds=0 must be at least 1"),
         (["--iterations", "-1"], "iterations=-1 must be at least 0"),
         (["--test-tasks", "1"], "test_tasks=1 must be at least 2"),
+        (["--test-lrs", "0.1", "nan"], "test_lrs=(0.1, nan) must be finite rates, one or more"),
         (["--inner-lr", "nan"], "inner_lr=nan must be a finite number"),
         (["--hidden", "0"], "must have at least 1 each"),
     ],

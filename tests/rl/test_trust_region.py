@@ -85,6 +85,20 @@ def test_nothing_moves_where_no_length_will_do():
     assert torch.equal(problem.x(), problem.start)
 
 
+def test_an_interrupted_search_leaves_the_policy_as_it_was():
+    problem = Quadratic()
+
+    def objective(*, differentiable):
+        if not differentiable:
+            assert not torch.equal(problem.x(), problem.start)  # a step is being tried
+            raise KeyboardInterrupt
+        return problem(differentiable=differentiable)
+
+    with pytest.raises(KeyboardInterrupt):
+        TrustRegion().step(problem.parameters, objective)
+    assert torch.equal(problem.x(), problem.start)
+
+
 def test_parameters_that_nothing_depends_on_stay():
     problem = Quadratic()
     idle = torch.randn(3, requires_grad=True)

@@ -22,6 +22,14 @@ def check_some(what: str, values: Sequence[object]) -> None:
         raise InputError(f"{what} is empty; give at least one")
 
 
+def check_names(option: str, values: Sequence[str], names: Iterable[str]) -> None:
+    """Raise InputError if there are none, or one is not among `names`."""
+    names = list(names)
+    check_some(f"{option}s", values)
+    for value in values:
+        check_name(option, value, names)
+
+
 def check_share(name: str, value: float) -> None:
     """Raise InputError unless a number is 0 or more, and below 1."""
     if not 0 <= value < 1:

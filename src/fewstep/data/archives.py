@@ -10,10 +10,15 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from fewstep.core.errors import InputError
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
+_OF_DAMAGE = (
+    zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, zlib.error, OSError, EOFError,
+    RuntimeError,
+)  # fmt: skip
 
 
 def is_image(name: str) -> bool:
@@ -32,16 +37,11 @@ def zip_images(path: Path) -> Iterator[tuple[str, bytes]]:
     Raises:
         InputError: it is missing, truncated or damaged, or names a path outside its folder.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                _check_inside(path, member.filename)
-                if is_image(member.filename):
-                    yield member.filename, archive.read(member)
-    except FileNotFoundError as error:
-        raise InputError(f"there is no file {path}; check the folder given with --root") from error
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError) as error:
-        raise _damaged(path, error) from error
+    with _opened(path) as file, zipfile.ZipFile(file) as archive:
+        for member in archive.infolist():
+            _check_inside(path, member.filename)
+            if is_image(member.filename):
+                yield member.filename, archive.read(member)
 
 
 def tar_images(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -50,19 +50,14 @@ def tar_images(path: Path) -> Iterator[tuple[str, bytes]]:
     Raises:
         InputError: it is missing, truncated or damaged, or names a path outside its folder.
     """
-    try:
-        with tarfile.open(path, mode="r:*") as archive:
-            for member in archive:
-                _check_inside(path, member.name)
-                file = archive.extractfile(member) if member.isfile() else None
-                if file is not None and is_image(member.name):
-                    yield member.name, file.read()
-            while archive.fileobj and archive.fileobj.read(1 << 20):
-                pass  # to the end, where a compressed file that was cut short shows
-    except FileNotFoundError as error:
-        raise InputError(f"there is no file {path}; check the folder given with --root") from error
-    except (tarfile.TarError, lzma.LZMAError, zlib.error, OSError, EOFError) as error:
-        raise _damaged(path, error) from error
+    with _opened(path) as file, tarfile.open(fileobj=file, mode="r:*") as archive:
+        for member in archive:
+            _check_inside(path, member.name)
+            content = archive.extractfile(member) if member.isfile() else None
+            if content is not None and is_image(member.name):
+                yield member.name, content.read()
+        while archive.fileobj and archive.fileobj.read(1 << 20):
+            pass  # to the end, where a compressed file that was cut short shows
 
 
 def folder_images(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -134,6 +129,20 @@ def _check_inside(archive: Path, member: str) -> None:
         )
 
 
-def _damaged(path: Path, error: Exception) -> InputError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return InputError(f"{path} is truncated or damaged ({reason}); download it again")
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """Open an archive; what goes wrong while it is read is damage.
+
+    Raises:
+        InputError: it cannot be opened, or is damaged.
+    """
+    with reading(path):
+        file = path.open("rb")
+    with file:
+        try:
+            yield file
+        except _OF_DAMAGE as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(
+                f"{path} is truncated or damaged ({reason}); download it again"
+            ) from error

@@ -65,15 +65,16 @@ def random_bits(key: int, *coordinates: Tensor) -> Tensor:
     return _shift_right(z, 1)
 
 
-def random_uniform(key: int, *coordinates: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return uniform numbers on [0, 1), exact multiples of 2^-24, one for every point.
+def random_uniform(key: int, *coordinates: Tensor) -> Tensor:
+    """Return uniform numbers on [0, 1), one for every point, in float64.
+
+    They are multiples of 2^-24, which float32 holds exactly, too.
 
     Args:
         key: 64-bit stream key, from `key_from_name`.
         coordinates: as in `random_bits`.
-        dtype: float32 or float64; both hold the numbers exactly.
     """
-    return (random_bits(key, *coordinates) >> 39).to(dtype) * 2.0**-24
+    return (random_bits(key, *coordinates) >> 39).double() * 2.0**-24
 
 
 def random_normal(key: int, *coordinates: Tensor) -> Tensor:

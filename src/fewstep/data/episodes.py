@@ -60,8 +60,9 @@ class ClassificationEpisodes:
         after class; y is int64, (tasks, ways * shots or queries).
 
     Raises:
-        InputError: the store has too few classes, a class too few images, or `rotations` is none
-            of these, or a shift is as wide as the images.
+        InputError: `ways`, `shots` or `queries` is below 1, the store has too few classes, a class
+            too few images, `rotations` is none of these or would turn images that are not square,
+            or a shift is as wide as the images.
 
     Reference: rotated classes, Santoro et al. 2016; turned per episode, the code of MAML; turned
         together, ours.

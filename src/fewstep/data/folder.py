@@ -10,14 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
-import torch
-
 from fewstep.core.errors import InputError, check_name
 from fewstep.data.archives import contents, files_below, is_image, reading
-from fewstep.data.counter_random import key_from_name, random_subset
 from fewstep.data.pixels import decode
 from fewstep.data.prepared import Pixels, RawClass, fingerprint, load_or_prepare, stamp
-from fewstep.data.store import ClassStore
+from fewstep.data.store import ClassStore, dealt
 
 SPLITS = ("train", "val", "test")
 _ALSO_CALLED = {
@@ -63,7 +60,7 @@ class ImageFolder:
         if self.size < 1:
             raise InputError(f"size={self.size} must be at least 1 pixel")
         check_name("colour", self.colour, get_args(Colour))
-        if min(self.fractions) <= 0 or abs(sum(self.fractions) - 1) > 1e-6:
+        if not (min(self.fractions) > 0 and abs(sum(self.fractions) - 1) <= 1e-6):
             raise InputError(f"fractions={self.fractions} must be positive and sum to 1")
         with reading(self.root):
             if self.root is None or not self.root.is_dir():
@@ -163,12 +160,4 @@ def _deal(names: tuple[str, ...], fractions: tuple[float, float, float]) -> dict
             f"the folder's {total} classes are too few for train, val and test; add classes or "
             "sort them into train/, val/ and test/"
         )
-    order = random_subset(
-        key_from_name(0, "folder"),
-        total,
-        torch.tensor([total]),
-        torch.zeros(1, dtype=torch.int64),
-        largest=total,
-    )[0].tolist()
-    parts = (order[:train], order[train : train + val], order[train + val :])
-    return dict(zip(SPLITS, parts, strict=True))
+    return dealt("folder", total, train, val)

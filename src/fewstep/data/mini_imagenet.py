@@ -106,11 +106,12 @@ def _root(root: Path | None) -> Path:
 def _read(root: Path, pixels: Callable[[bytes, str], Pixels]) -> list[RawClass]:
     labels = _labels(root)
     images: dict[str, list[tuple[str, bytes]]] = defaultdict(list)
+    wanted = dict.fromkeys(name for names in CLASSES.values() for name in names)
     for file, name, content in _entries(root):
         path = PurePosixPath(name)
         label = labels.get(path.name, path.parent.name)
-        images[label].append((f"{file}: {name}", content))
-    wanted = [name for names in CLASSES.values() for name in names]
+        if label in wanted:  # of all of ImageNet, the others would fill the memory
+            images[label].append((f"{file}: {name}", content))
     for name in wanted:
         if len(images[name]) != IMAGES:
             raise InputError(
@@ -142,13 +143,18 @@ def _labels(root: Path) -> dict[str, str]:
     for split in CLASSES:
         path = root / f"{split}.csv"
         if path.exists():
-            with reading(path), path.open(newline="", encoding="utf-8-sig") as file:
-                for row in csv.DictReader(file):
-                    try:
-                        labels[row["filename"]] = row["label"]
-                    except KeyError:
+            try:
+                with reading(path), path.open(newline="", encoding="utf-8-sig") as file:
+                    rows = csv.DictReader(file)
+                    columns = rows.fieldnames or ()
+                    if not {"filename", "label"} <= set(columns):
                         raise InputError(
                             f"{path} must have the columns filename,label, not "
-                            f"{','.join(row)}; rename them"
-                        ) from None
+                            f"{','.join(columns)}; rename them"
+                        )
+                    labels |= {row["filename"]: row["label"] for row in rows}
+            except (UnicodeDecodeError, csv.Error) as error:
+                raise InputError(
+                    f"{path} is no CSV file in UTF-8 ({error}); save it as one"
+                ) from error
     return labels

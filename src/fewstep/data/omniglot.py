@@ -11,16 +11,14 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
 import pooch
-import torch
 from requests.exceptions import RequestException
 
 from fewstep.core.cache import cache_folder
 from fewstep.core.errors import InputError, check_name
 from fewstep.data.archives import files_below, folder_images, reading, zip_images
-from fewstep.data.counter_random import key_from_name, random_subset
 from fewstep.data.pixels import strokes
 from fewstep.data.prepared import Pixels, RawClass, fingerprint, load_or_prepare, stamp
-from fewstep.data.store import ClassStore
+from fewstep.data.store import ClassStore, dealt
 
 PARTS = ("images_background", "images_evaluation")
 CLASSES, DRAWINGS = 1623, 20
@@ -157,22 +155,13 @@ def _read(sources: Sequence[Path], pixels: Callable[[bytes, str], Pixels]) -> li
 def _classes(split: str, names: Sequence[str]) -> dict[str, list[int]]:
     """Return the class numbers of train, val and test."""
     if split in RANDOM_SPLITS:
-        train, val = RANDOM_SPLITS[split]
-        key = key_from_name(0, f"omniglot/{split}")
-        population = torch.tensor([len(names)])
-        order = random_subset(
-            key, len(names), population, torch.zeros(1, dtype=torch.int64), largest=len(names)
-        )[0].tolist()
-        parts = (order[:train], order[train : train + val], order[train + val :])
-    else:
-        alphabets = [name.split("/")[0] for name in names]
-        test = [
-            i for i, (name, alphabet) in enumerate(zip(names, alphabets, strict=True))
-            if alphabet in TEST_ALPHABETS or name in TEST_CHARACTERS
-        ]  # fmt: skip
-        val_classes = [
-            i for i, alphabet in enumerate(alphabets) if alphabet in VALIDATION_ALPHABETS
-        ]
-        held_out = {*test, *val_classes}
-        parts = ([i for i in range(len(names)) if i not in held_out], val_classes, test)
-    return dict(zip(("train", "val", "test"), parts, strict=True))
+        return dealt(f"omniglot/{split}", len(names), *RANDOM_SPLITS[split])
+    alphabets = [name.split("/")[0] for name in names]
+    test = [
+        i for i, (name, alphabet) in enumerate(zip(names, alphabets, strict=True))
+        if alphabet in TEST_ALPHABETS or name in TEST_CHARACTERS
+    ]  # fmt: skip
+    val = [i for i, alphabet in enumerate(alphabets) if alphabet in VALIDATION_ALPHABETS]
+    held_out = {*test, *val}
+    train = [i for i in range(len(names)) if i not in held_out]
+    return {"train": train, "val": val, "test": test}

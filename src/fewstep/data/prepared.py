@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -100,21 +101,20 @@ def _load(stem: Path) -> ClassStore:
     try:
         description = json.loads(stem.with_suffix(".json").read_text())
         images = np.load(stem.with_suffix(".npy"), mmap_mode="c")
-        if len(images) != sum(description["counts"]):
+        names, counts = description["names"], description["counts"]
+        if len(images) != sum(counts) or len(names) != len(counts):
             raise ValueError("its length is wrong")
-    except (OSError, ValueError, KeyError) as error:
+        return ClassStore.from_counts(torch.from_numpy(images), counts, names)
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise InputError(
             f"the prepared set {stem} is damaged ({error}); remove {stem}.json to prepare it again"
         ) from error
-    return ClassStore.from_counts(
-        torch.from_numpy(images), description["counts"], description["names"]
-    )
 
 
 def _prepare(stem: Path, shape: tuple[int, int, int], classes: Sequence[RawClass]) -> None:
     """Write the array, then the description that makes it count."""
     total = sum(len(c.readers) for c in classes)
-    needed = total * int(np.prod(shape))
+    needed = total * math.prod(shape)
     temporary = stem.with_name(f".new-{secrets.token_hex(8)}")
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +152,11 @@ def _same_array(folder: Path, sha256: str) -> Path | None:
     """Return an array of this checksum, made of a source that was only moved or touched since."""
     for path in folder.glob("*.json"):
         array = path.with_suffix(".npy")
-        if array.exists() and f'"{sha256}"' in path.read_text() and _sha256(array) == sha256:
+        if (
+            array.exists()
+            and f'"{sha256}"'.encode() in path.read_bytes()
+            and _sha256(array) == sha256
+        ):
             return array
     return None
 

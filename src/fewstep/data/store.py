@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewstep.data.counter_random import key_from_name, random_subset
+
 
 @dataclass(frozen=True)
 class ClassStore:
@@ -52,6 +54,24 @@ class ClassStore:
         """Return the same store on `device`."""
         (moved,) = to_device({"": self}, device).values()
         return moved
+
+
+def dealt(name: str, classes: int, train: int, val: int) -> dict[str, list[int]]:
+    """Return the classes of train, val and test, drawn once for all runs.
+
+    Args:
+        name: What is dealt; another name, another order.
+        classes: How many there are.
+        train: How many of them are for training.
+        val: How many for validation; the others are for the test.
+    """
+    key, zero = key_from_name(0, name), torch.zeros(1, dtype=torch.int64)
+    order = random_subset(key, classes, zero + classes, zero, largest=classes)[0].tolist()
+    return {
+        "train": order[:train],
+        "val": order[train : train + val],
+        "test": order[train + val :],
+    }
 
 
 def to_device(

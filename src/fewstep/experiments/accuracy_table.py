@@ -58,8 +58,13 @@ def accuracy_table(
     ranks = Ranks.of_torchrun(device)
     if not ranks.is_first:
         console = Console(quiet=True)
-    folders = {name: _folders(out, name, of_seeds) for name, of_seeds in rows.items()}
-    plan = _by_seed(folders, rows, device)
+    folders = {name: _folders(out, name, configs) for name, configs in rows.items()}
+    of_seeds = next(iter(rows.values()))
+    plan = {  # all rows of a seed before the next seed
+        folders[name][i]: replace(configs[i], device=device)
+        for i in range(len(of_seeds))
+        for name, configs in rows.items()
+    }
     found = complete_all(plan, TESTS, console, workers=workers, ray=ray, ranks=ranks)
     ranks.part()
     if len(found) < len(plan):
@@ -67,7 +72,6 @@ def accuracy_table(
         return
     if not ranks.is_first:
         return
-    of_seeds = next(iter(rows.values()))
     title += f", {len(of_seeds)} seed{'s' * (len(of_seeds) > 1)}"
     title += f", {of_seeds[0].test_tasks} test tasks"
     numbers = {
@@ -80,18 +84,6 @@ def accuracy_table(
 def best_of(rows: Mapping[str, dict[str, Any]]) -> str:
     """Return the name of the row with the highest accuracy."""
     return max(rows, key=lambda name: float(rows[name]["single"]["mean"]))
-
-
-def _by_seed(
-    folders: Mapping[str, list[Path]], rows: Mapping[str, Sequence[RunConfig]], device: str
-) -> dict[Path, RunConfig]:
-    """Return the runs in their order: all rows of a seed before the next seed."""
-    by_seed = zip(*folders.values(), strict=True), zip(*rows.values(), strict=True)
-    return {
-        path: replace(config, device=device)
-        for paths, configs in zip(*by_seed, strict=True)
-        for path, config in zip(paths, configs, strict=True)
-    }
 
 
 def _write(

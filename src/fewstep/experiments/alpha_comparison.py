@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fewstep.core.errors import InputError, check_name, check_some
+from fewstep.core.errors import InputError, check_names
 from fewstep.experiments.alpha_runs import Setting, train
 from fewstep.experiments.pool import each
 from fewstep.experiments.write_up import write_up
@@ -70,14 +70,12 @@ class AlphaComparison:
 
     def run(self, console: Console) -> None:
         """Train what is not trained yet; write the table."""
-        check_some("methods", self.methods)
+        check_names("method", self.methods, CHANGES)
         if not 1 <= self.trials <= self.iterations // 2:
             raise InputError(
                 f"trials={self.trials} must be at least 1 and at most half of "
                 f"iterations={self.iterations}, an iteration each"
             )
-        for method in self.methods:
-            check_name("method", method, CHANGES)
         if self.seeds < 2:
             raise InputError(f"seeds={self.seeds} must be at least 2 to give an interval")
         if not 0 < self.bounds[0] < self.bounds[1] < math.inf:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -106,9 +107,12 @@ def plot_convergence(outcomes: Mapping[tuple[str, str], Mapping[str, Any]], path
     columns = list(dict.fromkeys(column for column, _ in outcomes))
     figure = new_figure(4.4 * len(columns), 10)
     axes = figure.subplots(4, len(columns), squeeze=False, sharex=True)
+    met: Counter[str] = Counter()
     for (column, label), outcome in outcomes.items():
         ax = axes[:, columns.index(column)]
-        style = {"label": label, "color": "black" if label == "MAML" else None}
+        color = "black" if label == "MAML" else f"C{met[column]}"  # the same in all rows
+        met[column] += 1
+        style = {"label": label, "color": color}
         iterations = range(1, len(outcome["losses"]) + 1)
         for row, name in ((0, "inner_lr"), (1, "outer_lr")):
             course = [rates.get(name, outcome[name]) for rates in outcome["rates"]]

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fewstep.core.learner import MetaLearner
-from fewstep.data.omniglot import Omniglot
 from fewstep.experiments.sweep import check_equal, check_same
 from fewstep.training.algorithm_options import AlgorithmOptions
 from fewstep.training.build import Problem, build_learner, build_problem
@@ -51,7 +50,6 @@ class Setting:
         return replace(
             preset(self.dataset),
             recipe="alpha-maml" if is_alpha_maml else "maml",
-            data=Omniglot() if self.dataset == "omniglot" else preset(self.dataset).data,
             episodes=ClassificationOptions(
                 ways=self.ways, shots=self.shots, queries=1, eval_queries=1
             ),

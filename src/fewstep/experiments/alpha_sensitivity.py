@@ -177,7 +177,7 @@ def plot_grids(
     columns = min(3, math.ceil(math.sqrt(len(grids))))
     rows = -(-len(grids) // columns)
     figure = new_figure(4.6 * columns, 4.2 * rows)
-    axes = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).flatten()
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for ax in axes[len(grids) :]:
         ax.set_axis_off()
     for ax, (name, grid) in zip(axes, grids.items(), strict=False):

@@ -63,7 +63,7 @@ class MamlPlusPlusFromClassifier:
     filters: int = 64
     """Channels of every block."""
     val_tasks: int = 200
-    """Tasks of a validation, of which there are eight."""
+    """Tasks of a validation, of which there are eight or fewer."""
     test_tasks: int = 600
     """Tasks of the test."""
     seed: int = 0
@@ -233,7 +233,7 @@ class MamlPlusPlusFromClassifier:
             model=replace(classifier.model, initialisation="zero-head", projection=True),
             episodes=episodes,
             algorithm=replace(algorithm, multi_step_epochs=0, statistics=self._statistics),
-            val_every=max(1, base.iterations // 8),
+            val_every=-(-base.iterations // 8),
         )
 
     def _markdown(self, found: Mapping[str, list[dict[str, Any]]]) -> str:

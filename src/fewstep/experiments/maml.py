@@ -10,7 +10,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from fewstep.core.errors import InputError, check_name, check_some
+from fewstep.core.errors import InputError, check_names
 from fewstep.core.precision import Precision
 from fewstep.data.episodes import Rotations
 from fewstep.data.omniglot import Omniglot
@@ -146,16 +146,13 @@ class MamlClassification:
             ("setting", self.settings, known),
         ):
             if asked is not None:
-                check_some(f"{what}s", asked)
-                for name in asked:
-                    check_name(what, name, names)
+                check_names(what, asked, names)
         rows = list(product(self.methods or METHODS, self.settings or known))
         if self.methods is None or self.settings is None:
             rows = [row for row in rows if ", ".join(row) in PAPER[self.dataset]]
-        if not rows:
+        if lacking := sorted(set(self.methods or ()) - {method for method, _ in rows}):
             raise InputError(
-                f"methods={self.methods}: the paper has none of them on {self.dataset}; name the "
-                "settings, too"
+                f"methods={self.methods}: no paper has {lacking[0]!r} there; name the settings, too"
             )
         return rows
 

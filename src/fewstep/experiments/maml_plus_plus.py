@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from fewstep.core.errors import InputError, check_name, check_some
+from fewstep.core.errors import InputError, check_names
 from fewstep.core.precision import Precision
 from fewstep.data.omniglot import Omniglot
 from fewstep.experiments.accuracy_table import accuracy_table
@@ -106,9 +106,7 @@ class MamlPlusPlusAblation:
 
     def run(self, console: Console) -> None:
         """Train what is not trained yet; write the table and the figure."""
-        check_some("variants", self.variants)
-        for variant in self.variants:
-            check_name("variant", variant, VARIANTS | BESIDE)
+        check_names("variant", self.variants, VARIANTS | BESIDE)
         if self.seeds < 1:
             raise InputError(f"seeds={self.seeds} must be at least 1")
         accuracy_table(

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fewstep.core.errors import InputError, check_name, check_some
+from fewstep.core.errors import InputError, check_names
 from fewstep.core.rates import StepRates
 from fewstep.experiments.policy_runs import train_policy, trained_policy
 from fewstep.experiments.policy_settings import METHODS, PolicyRun, Setting
@@ -64,9 +64,7 @@ class PolicyReturns(ABC):
 
     def run(self, console: Console) -> None:
         """Train what is not trained yet; write the table and the figures."""
-        check_some("methods", self.methods)
-        for method in self.methods:
-            check_name("method", method, METHODS)
+        check_names("method", self.methods, METHODS)
         if self.seeds < 1:
             raise InputError(f"seeds={self.seeds} must be at least 1")
         device = resolve_device(self.device)

@@ -134,7 +134,7 @@ def _iterate(run: PolicyRun, learner: PolicyLearner, course: _Course, iterations
         returns = learner.evaluate(run.tasks("val"), run.setting.val_tasks)
         row = [float(learner.iteration), returns.curve[-1], returns.curve_ci95[-1]]
         if row[1] > course.rank:
-            course.best = {n: t.detach().clone() for n, t in learner.state_tensors().items()}
+            course.best = learner.state_tensors()
         course.validation.append(row)
     course.seconds += time.monotonic() - began
 

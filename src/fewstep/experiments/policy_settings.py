@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -106,6 +107,10 @@ class Setting:
         for name, lowest in {**least, "test_episodes": 1, "val_tasks": 2, "test_tasks": 2}.items():
             if getattr(self, name) < lowest:
                 raise InputError(f"{name}={getattr(self, name)} must be at least {lowest}")
+        if not (self.test_lrs and all(0 <= rate < math.inf for rate in self.test_lrs)):
+            raise InputError(
+                f"test_lrs={self.test_lrs} must be finite rates, one or more, none negative"
+            )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fewstep.core.errors import InputError, check_name, check_some
+from fewstep.core.errors import InputError, check_names, check_some
 from fewstep.core.learner import MetaLearner
 from fewstep.core.scores import Scores
 from fewstep.data.sinusoid import SinusoidEpisodes
@@ -85,9 +85,7 @@ class MamlSinusoid:
 
     def run(self, console: Console) -> None:
         """Train what is not trained yet; write the table and the figures."""
-        check_some("methods", self.methods)
-        for method in self.methods:
-            check_name("method", method, RECIPES)
+        check_names("method", self.methods, RECIPES)
         check_some("points", self.points)
         asked = [("seeds", self.seeds, 1), ("test_tasks", self.test_tasks, 2)]
         for name, value, least in [*asked, *(("points", points, 1) for points in self.points)]:

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fewstep.core.errors import InputError
 from fewstep.data.counter_random import random_normal
 
 
@@ -69,6 +70,41 @@ class TaskEnvironments(Protocol):
             (horizon, tasks, episodes, action_size), of task i always the same.
         """
         ...
+
+
+class DrawnNoise:
+    """What sources of tasks share that draw the noise of their actions.
+
+    Args:
+        key: Of the noise, from `key_from_name`.
+        action_size: Numbers of an action.
+        horizon: Time steps of an episode, at most.
+        dtype: Of the noise.
+        device: Of the noise.
+
+    Raises:
+        InputError: `horizon` is below 1.
+    """
+
+    def __init__(
+        self,
+        key: int,
+        action_size: int,
+        horizon: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        if horizon < 1:
+            raise InputError(f"horizon={horizon} must be at least 1 time step")
+        self.action_size, self.horizon = action_size, horizon
+        self.dtype, self.device = dtype, device
+        self._key_noise = key
+
+    def noise(self, start: int, count: int, episodes: int, step: int) -> Tensor:
+        """Return the noise of the actions, (horizon, count, episodes, action_size)."""
+        tasks = torch.arange(start, start + count, device=self.device)
+        sizes = (self.horizon, episodes, self.action_size)
+        return action_noise(self._key_noise, tasks, step, *sizes).to(self.dtype)
 
 
 def action_noise(

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from fewstep.core.errors import InputError
 from fewstep.data.counter_random import key_from_name, random_bits
-from fewstep.rl.environments import Outcome, action_noise
+from fewstep.rl.environments import DrawnNoise, Outcome
 
 Environment = gymnasium.Env[Any, Any]
 Numbers = np.ndarray[Any, Any]
 
 
-class GymnasiumTasks:
+class GymnasiumTasks(DrawnNoise):
     """Tasks of environments that a function makes; each episode has an environment of its own.
 
     Where a number of an action is bounded on both sides, [-1, 1] of a policy is the whole of its
@@ -46,15 +46,11 @@ class GymnasiumTasks:
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if horizon < 1:
-            raise InputError(f"horizon={horizon} must be at least 1 time step")
-        self.horizon = horizon
-        self.dtype = dtype
         self._make = make
         with make(0) as first:
             self.observation_size = _size("observations", first.observation_space)
-            self.action_size = _action_size(first.action_space)
-        self._key_noise = key_from_name(seed, "gymnasium/noise")
+            action_size = _action_size(first.action_space)
+        super().__init__(key_from_name(seed, "gymnasium/noise"), action_size, horizon, dtype, "cpu")
         self._key_reset = key_from_name(seed, "gymnasium/reset")
 
     def environments(self, start: int, count: int, episodes: int) -> GymnasiumEnvironments:
@@ -67,14 +63,6 @@ class GymnasiumTasks:
             ),
             self.dtype,
         )
-
-    def noise(self, start: int, count: int, episodes: int, step: int) -> Tensor:
-        """Return the noise of the actions, (horizon, count, episodes, action_size)."""
-        tasks, sizes = (
-            torch.arange(start, start + count),
-            (self.horizon, episodes, self.action_size),
-        )
-        return action_noise(self._key_noise, tasks, step, *sizes).to(self.dtype)
 
 
 class GymnasiumEnvironments:

@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.core.errors import InputError, check_name
+from fewstep.core.errors import check_name
 from fewstep.data.counter_random import key_from_name, random_normal, random_uniform
-from fewstep.rl.environments import Outcome, action_noise
+from fewstep.rl.environments import DrawnNoise, Outcome
 
 Goal = Literal["direction", "velocity"]
-_STATE = mujoco.mjtState.mjSTATE_FULLPHYSICS
 
 
 class HalfCheetah:
@@ -97,7 +96,7 @@ class HalfCheetah:
         return torch.cat([seen, self.goals[..., None]], -1) if self.shows_goal else seen
 
 
-class HalfCheetahTasks:
+class HalfCheetahTasks(DrawnNoise):
     """Tasks of running; task i is a pure function of (seed, split, i), its noise too.
 
     s = -1 or 1, each as likely, of directions;  v* ~ U[0, 2] of velocities
@@ -120,8 +119,6 @@ class HalfCheetahTasks:
         observations, rewards and starts.
     """
 
-    action_size = 6
-
     def __init__(
         self,
         split: str,
@@ -134,16 +131,12 @@ class HalfCheetahTasks:
         device: torch.device | str = "cpu",
     ) -> None:
         check_name("goal", goal, get_args(Goal))
-        if horizon < 1:
-            raise InputError(f"horizon={horizon} must be at least 1 time step")
+        super().__init__(key_from_name(seed, f"{split}/cheetah/noise"), 6, horizon, dtype, device)
         self.goal: Goal = goal
-        self.horizon = horizon
         self.shows_goal = shows_goal
         self.observation_size = 21 if shows_goal else 20
-        self.dtype, self.device = dtype, device
         self._key_goal = key_from_name(seed, f"{split}/cheetah/{goal}")
         self._key_start = key_from_name(seed, f"{split}/cheetah/start")
-        self._key_noise = key_from_name(seed, f"{split}/cheetah/noise")
 
     def goals(self, start: int, count: int) -> Tensor:
         """Return s, or v*, of tasks start, ..., start + count - 1, (count,)."""
@@ -170,12 +163,6 @@ class HalfCheetahTasks:
         return HalfCheetah(
             self.goal, self.goals(start, count), starts, episodes, shows_goal=self.shows_goal
         )
-
-    def noise(self, start: int, count: int, episodes: int, step: int) -> Tensor:
-        """Return the noise of the actions, (horizon, count, episodes, 6)."""
-        tasks = torch.arange(start, start + count, device=self.device)
-        sizes = (self.horizon, episodes, self.action_size)
-        return action_noise(self._key_noise, tasks, step, *sizes).to(self.dtype)
 
 
 @cache

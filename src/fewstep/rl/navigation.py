@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewstep.core.errors import InputError
 from fewstep.data.counter_random import key_from_name, random_uniform
-from fewstep.rl.environments import Outcome, action_noise
+from fewstep.rl.environments import DrawnNoise, Outcome
 
 
 class Navigation:
@@ -49,7 +48,7 @@ class Navigation:
         return torch.cat([self.positions, self.goals], -1) if self.shows_goal else self.positions
 
 
-class NavigationTasks:
+class NavigationTasks(DrawnNoise):
     """Tasks of 2D navigation; task i is a pure function of (seed, split, i), its noise too.
 
     goal ~ U[-0.5, 0.5]^2
@@ -71,8 +70,6 @@ class NavigationTasks:
     Reference: Finn, Abbeel and Levine, ICML 2017, arXiv:1703.03400, section 5.3.
     """
 
-    action_size = 2
-
     def __init__(
         self,
         split: str,
@@ -83,14 +80,10 @@ class NavigationTasks:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        if horizon < 1:
-            raise InputError(f"horizon={horizon} must be at least 1 time step")
-        self.horizon = horizon
+        super().__init__(key_from_name(seed, f"{split}/noise"), 2, horizon, dtype, device)
         self.shows_goal = shows_goal
         self.observation_size = 4 if shows_goal else 2
-        self.dtype, self.device = dtype, device
         self._key_goal = key_from_name(seed, f"{split}/goal")
-        self._key_noise = key_from_name(seed, f"{split}/noise")
 
     def goals(self, start: int, count: int) -> Tensor:
         """Return the goals of tasks start, ..., start + count - 1, (count, 2)."""
@@ -101,9 +94,3 @@ class NavigationTasks:
     def environments(self, start: int, count: int, episodes: int) -> Navigation:
         """Return tasks start, ..., start + count - 1, with so many episodes of each."""
         return Navigation(self.goals(start, count), episodes, shows_goal=self.shows_goal)
-
-    def noise(self, start: int, count: int, episodes: int, step: int) -> Tensor:
-        """Return the noise of the actions, (horizon, count, episodes, 2)."""
-        tasks = torch.arange(start, start + count, device=self.device)
-        sizes = (self.horizon, episodes, self.action_size)
-        return action_noise(self._key_noise, tasks, step, *sizes).to(self.dtype)

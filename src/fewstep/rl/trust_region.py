@@ -107,16 +107,21 @@ class TrustRegion:
         direction, h_direction = conjugate_gradient(hessian, g, self.iterations)
         curvature = direction @ h_direction
         before = [p.detach().clone() for p in parameters]
-        if curvature > 0:
-            step = torch.sqrt(2 * self.max_divergence / curvature) * direction
-            for shrinks in range(self.lengths):
-                _move(parameters, before, -(self.shrink**shrinks) * step)
-                with torch.no_grad():
-                    losses, divergences, _ = zip(*objective(differentiable=False), strict=True)
-                new_loss, moved = sum_of(losses), sum_of(divergences)
-                if new_loss < loss and moved <= self.max_divergence:
-                    return Update(loss.item(), new_loss.item(), moved.item(), shrinks)
-        _move(parameters, before, torch.zeros_like(g))
+        accepted = False
+        try:
+            if curvature > 0:
+                step = torch.sqrt(2 * self.max_divergence / curvature) * direction
+                for shrinks in range(self.lengths):
+                    _move(parameters, before, -(self.shrink**shrinks) * step)
+                    with torch.no_grad():
+                        losses, divergences, _ = zip(*objective(differentiable=False), strict=True)
+                    new_loss, moved = sum_of(losses), sum_of(divergences)
+                    accepted = bool(new_loss < loss and moved <= self.max_divergence)
+                    if accepted:
+                        return Update(loss.item(), new_loss.item(), moved.item(), shrinks)
+        finally:  # also where it is interrupted
+            if not accepted:
+                _move(parameters, before, torch.zeros_like(g))
         return Update(loss.item(), loss.item(), 0.0, None)
 
 
