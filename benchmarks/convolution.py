@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -28,6 +27,7 @@ from fewstep.models.convolution import Space, convolve, gradients
 from fewstep.training.environment import command_line, environment
 from fewstep.training.run_folder import write_json
 from meta_gradient import flop_per_second, turn
+from options import options_of
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def check(options: Options, size: int) -> None:
 @fp32_products("float32")
 def main() -> None:
     """Measure every size, way and pass, and print FLOP/s."""
-    options = tyro.cli(Options)
+    options = options_of(Options)
     keep_freed_memory()
     best = flop_per_second(options.device)
     table = Table("size", "way", title=f"GFLOP/s (share of {best / 1e9:.0f}, a large product)")
@@ -198,7 +198,6 @@ def main() -> None:
             rows.append({"size": size, "way": way, "flop_per_second": speeds, "seconds": by_pass})
     Console().print(table)
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         settings = {k: v for k, v in asdict(options).items() if k != "out"}
         about = environment(command_line(), options.device)
         found = {"environment": about, "settings": settings, "large_product": best, "rows": rows}

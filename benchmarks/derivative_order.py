@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import tyro
 
 from fewstep import DerivativeAnnealing, MetaLearner, TaskBatch, maml_plus_plus
 from fewstep.core.allocator import keep_freed_memory
 from fewstep.models import Conv4
 from fewstep.training.environment import command_line, environment
 from fewstep.training.run_folder import write_json
+from options import options_of
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,7 @@ def measure(options: Options) -> dict[str, float]:
 
 def main() -> None:
     """Measure both phases and print the ratio."""
-    options = tyro.cli(Options)
-    if options.out is not None:  # now, not after all is measured
-        options.out.parent.mkdir(parents=True, exist_ok=True)
+    options = options_of(Options)
     if options.phase is not None:
         print(json.dumps(measure(options)))
         return

@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.console import Console
 
 from fewstep.training.environment import command_line, environment
 from fewstep.training.run_folder import write_json
 from meta_gradient import Turns, rows_of, say_missing
+from options import options_of
 from peers import Case
 from tables import Panel, plot, table_of
 
@@ -39,7 +39,7 @@ class Options(Turns):
 
 def main() -> None:
     """Measure every case, print both tables, and draw them."""
-    options = tyro.cli(Options)
+    options = options_of(Options)
     first = Case("", options.steps, 2, tasks=options.tasks[0], device=options.device)
     larger = [replace(first, size=side) for side in options.pixels if side != first.size]
     cases = [replace(first, tasks=tasks) for tasks in options.tasks] + larger
@@ -53,7 +53,6 @@ def main() -> None:
     for found, by in ((by_tasks, "tasks"), (by_pixels, "pixels")):
         Console(width=220).print(table_of(found, name, by))
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         about = environment(command_line(), options.device)
         write_json(options.out, {"case": name, "environment": about, "rows": rows})
         panels = [

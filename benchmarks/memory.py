@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -21,6 +20,7 @@ from rich.table import Table
 from fewstep.training.environment import command_line, environment
 from fewstep.training.run_folder import write_json
 from meta_gradient import CASES, Name, Process
+from options import options_of
 from peers import WAYS, Case
 
 
@@ -42,9 +42,7 @@ class Options:
 
 def main() -> None:
     """Measure every case and print a table of each."""
-    options = tyro.cli(Options)
-    if options.out is not None:  # now, not after all is measured
-        options.out.parent.mkdir(parents=True, exist_ok=True)
+    options = options_of(Options)
     ways = [way for way in options.ways if WAYS[way].is_installed()]
     rows: list[dict[str, Any]] = []
     for name in options.cases:

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,6 +33,7 @@ from fewstep.core.allocator import keep_freed_memory
 from fewstep.core.precision import fp32_products
 from fewstep.training.environment import command_line, environment
 from fewstep.training.run_folder import write_json
+from options import options_of
 from peers import WAYS, Case, Gradient
 from tables import Panel, plot, table_of
 
@@ -290,7 +290,7 @@ def panels_of(tables: dict[str, dict[str, Any]]) -> list[Panel]:
 
 def main() -> None:
     """Measure every case, print a table of each, and draw how they grow."""
-    options = tyro.cli(Options)
+    options = options_of(Options)
     tables: dict[str, dict[str, Any]] = {}
     if options.out is not None and options.out.exists():
         tables = json.loads(options.out.read_text())
@@ -302,7 +302,6 @@ def main() -> None:
             title = f"{CASES[name].name}, order {order}"
             Console(width=220).print(table_of(rows, title))
             if options.out is not None:
-                options.out.parent.mkdir(parents=True, exist_ok=True)
                 about = environment(command_line(), options.device)
                 tables[title] = {"environment": about, "rows": rows}
                 write_json(options.out, tables)

@@ -15,7 +15,6 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-import tyro
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -26,6 +25,7 @@ from fewstep.models import Conv4, kernels
 from fewstep.models.convolution import Space, convolve, gradients
 from fewstep.training.environment import command_line, environment
 from fewstep.training.run_folder import write_json
+from options import options_of
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,7 @@ def errors(options: Options, of: Callable[[Options, int, torch.dtype], Tensor]) 
 
 def main() -> None:
     """Print the median of each, and how many draws flipped."""
-    options = tyro.cli(Options)
-    if options.out is not None:  # now, not after all is measured
-        options.out.parent.mkdir(parents=True, exist_ok=True)
+    options = options_of(Options)
     if kernels.library() is None:
         raise SystemExit("there are no kernels to compare with: install a C++ compiler")
     found = {}

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from fewstep.core.allocator import keep_freed_memory
 from fewstep.training.build import build_learner, build_problem
 from fewstep.training.environment import command_line, environment
 from fewstep.training.presets import preset
 from fewstep.training.run_folder import write_json
+from options import options_of
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,7 @@ def sampling_and_iteration(dataset: str, recipe: str, repeats: int) -> tuple[flo
 
 def main() -> None:
     """Measure and print."""
-    options = tyro.cli(Options)
-    if options.out is not None:  # now, not after all is measured
-        options.out.parent.mkdir(parents=True, exist_ok=True)
+    options = options_of(Options)
     keep_freed_memory()
     found: dict[str, Any] = {}
     for dataset in options.datasets:

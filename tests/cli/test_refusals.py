@@ -39,6 +39,10 @@ def here(empty_folder, sinusoid_run):
         (f"{SINUSOID} --inner-lr nan", "inner_lr=nan must be a finite number"),
         (f"{SINUSOID} --outer-lr 0", "outer_lr=0.0 must be a positive number"),
         (f"{SINUSOID} --shots 0", "shots=0 must be at least 1"),
+        (
+            "train --dataset sinusoid --recipe maml++ --inner-clip-norm None",
+            "inner_clip_norm is None where the recipe has 10.0, which a run's file cannot say",
+        ),
         ("train --ways 1", "ways=1 must be at least 2"),
         ("train --shots 0", "shots=0 must be at least 1"),
         ("train --queries 0", "queries=0 must be at least 1"),

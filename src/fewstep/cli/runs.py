@@ -29,7 +29,7 @@ from fewstep.training.folders import locked, make_folder
 from fewstep.training.initial import fitting, initial_of
 from fewstep.training.parse import load_config, run_config
 from fewstep.training.run_folder import RunFolder
-from fewstep.training.same_settings import check_unchanged
+from fewstep.training.same_settings import check_can_be_kept, check_unchanged
 from fewstep.training.trainer import Trainer
 
 
@@ -50,6 +50,7 @@ class Train:
 
     def run(self, console: Console) -> None:
         """Make the run folder, train, test."""
+        check_can_be_kept(self.settings)
         config = replace(self.settings.placed(), device=resolve_device(self.settings.device))
         ranks = Ranks.of_torchrun(config.device)
         initial = initial_of(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
+from pathlib import Path
 from shlex import quote
 from typing import Any
 
@@ -33,6 +34,21 @@ def differences(held: Mapping[str, Any], asked: Any) -> Iterator[tuple[str, obje
         there, here = held.get(key, default.get(key)), settings.get(key)
         if key not in _HOW and there != here:
             yield key, there, here
+
+
+def check_can_be_kept(config: RunConfig) -> None:
+    """Check that a run's file can say all of its settings; it leaves out what is None.
+
+    Raises:
+        InputError: an option is None where the recipe has a value, which the file would go back to.
+    """
+    read = config_of(to_dict(config), Path("config.toml"))
+    for name, there, asked in differences(to_dict(read), config):
+        if asked is None:
+            raise InputError(
+                f"{name} is None where the recipe has {there!r}, which a run's file cannot say; "
+                "give another value, or another recipe"
+            )
 
 
 def check_unchanged(run: RunFolder, config: RunConfig) -> None:
