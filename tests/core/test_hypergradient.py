@@ -410,6 +410,29 @@ def test_a_rate_of_half_precision_follows_its_hypergradient():
         assert abs(learner.parameters["inner_lr.all"] / 0.1 - 1).item() == pytest.approx(1e-4, 0.01)
 
 
+def test_the_outer_rate_of_a_module_of_half_precision_moves_and_is_kept():
+    guards = Guards(step="sign")
+    outer = HypergradientSGD(0.1, 1e-4, guards)
+    x, y, *_ = CASE.batch().tensors()
+    batch = TaskBatch(x.bfloat16(), y, x.bfloat16(), y)
+
+    def learner():
+        return MetaLearner(nn.Linear(4, 3).bfloat16(), plain(2, outer=outer), F.cross_entropy)
+
+    first, second = learner(), learner()
+    for _ in range(3):
+        first.step(batch)
+    beta = first.rates()["outer_lr"]
+    assert beta.dtype == torch.float32
+    assert abs(beta / 0.1 - 1).item() == pytest.approx(2e-4, 0.01)
+    second.load_state_tensors(first.state_tensors())
+    assert second.rates()["outer_lr"].dtype == torch.float32
+    for each in (first, second):
+        each.step(batch)
+    assert torch.equal(first.rates()["outer_lr"], second.rates()["outer_lr"])
+    assert torch.equal(first.module.weight, second.module.weight)
+
+
 def test_an_optimiser_s_step_takes_no_closure():
     optimiser = HypergradientSGD(0.1, 0.01)([torch.ones(2, requires_grad=True)])
     with pytest.raises(InputError, match="takes no closure"):

@@ -207,6 +207,13 @@ class Hypergradient(torch.optim.Optimizer):
         own = {n: v for n, v in vars(self).items() if n in ("_hyper_lr", "_guards", "_direction")}
         return super().__getstate__() | own
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state; beta and h as precise as they were, not of the parameters' type."""
+        super().load_state_dict(state_dict)
+        first = self.param_groups[0]["params"][0]
+        saved = state_dict["state"].get(0, {})
+        self.state[first] |= {n: saved[n].to(first.device) for n in ("beta", "h") if n in saved}
+
     def rates(self) -> dict[str, Tensor]:
         """Return beta and its hypergradient."""
         first = self.state[self.param_groups[0]["params"][0]]
@@ -230,7 +237,9 @@ class Hypergradient(torch.optim.Optimizer):
         gradients = [p.grad for p in parameters if p.grad is not None]
         first = self.state[parameters[0]]
         if "beta" not in first:
-            first["beta"] = parameters[0].new_tensor(group["lr"])
+            # In bfloat16 small steps would not move it.
+            precise = torch.promote_types(parameters[0].dtype, torch.float32)
+            first["beta"] = parameters[0].new_tensor(group["lr"], dtype=precise)
             first["h"] = torch.zeros_like(first["beta"])
         else:
             pairs = zip(gradients, parameters, strict=True)
