@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -97,9 +98,7 @@ def with_fewstep(
     return lambda: list(learner.meta_gradient(batch)[0].values())
 
 
-def with_checkpoints(case: Case, dtype: torch.dtype) -> Gradient:
-    """Return it with the graph of one inner step at a time."""
-    return with_fewstep(case, dtype, checkpoint_every=1)
+RECORDED = partial(with_fewstep, replay=True)  # in the first call
 
 
 def with_least_memory(case: Case, dtype: torch.dtype) -> Gradient:
@@ -107,35 +106,10 @@ def with_least_memory(case: Case, dtype: torch.dtype) -> Gradient:
     return with_fewstep(replace(case, chunk_size=1), dtype, checkpoint_every=1)
 
 
-def with_replay(case: Case, dtype: torch.dtype) -> Gradient:
-    """Return it with the operations recorded in the first call."""
-    return with_fewstep(case, dtype, replay=True)
-
-
-def with_layers_of_pytorch(case: Case, dtype: torch.dtype) -> Gradient:
-    """Return it recorded, for the network that the peers get."""
-    return with_fewstep(case, dtype, of_pytorch=True, replay=True)
-
-
 def without_compiler(case: Case, dtype: torch.dtype) -> Gradient:
     """Return it recorded, by PyTorch's operations alone, as where there is no C++ compiler."""
     os.environ["CXX"] = ""  # of this way's process
-    return with_replay(case, dtype)
-
-
-def with_bfloat16(case: Case, dtype: torch.dtype) -> Gradient:
-    """Return it recorded, its products rounded to bfloat16."""
-    return with_fewstep(case, dtype, replay=True, precision="bfloat16")
-
-
-def with_tf32(case: Case, dtype: torch.dtype) -> Gradient:
-    """Return it recorded, its products rounded to TF32."""
-    return with_fewstep(case, dtype, replay=True, precision="tf32")
-
-
-def with_compile(case: Case, dtype: torch.dtype) -> Gradient:
-    """Return it with the recorded operations compiled."""
-    return with_fewstep(case, dtype, replay=True, compile=True)
+    return RECORDED(case, dtype)
 
 
 def with_loop_in_tf32(case: Case, dtype: torch.dtype) -> Gradient:
@@ -338,16 +312,6 @@ def with_jax(case: Case, dtype: torch.dtype, *, native: bool) -> Gradient:
     return gradient
 
 
-def with_jax_native(case: Case, dtype: torch.dtype) -> Gradient:
-    """Return it by JAX with its own convolution."""
-    return with_jax(case, dtype, native=True)
-
-
-def with_jax_matmul(case: Case, dtype: torch.dtype) -> Gradient:
-    """Return it by JAX with convolutions as products of matrices."""
-    return with_jax(case, dtype, native=False)
-
-
 @dataclass(frozen=True)
 class Way:
     """How to build a meta-gradient, what must be installed, and where it applies."""
@@ -372,14 +336,19 @@ def _has_tf32(case: Case) -> bool:
 
 WAYS = {
     "fewstep": Way(with_fewstep),
-    "fewstep, replay": Way(with_replay),
-    "fewstep, PyTorch's layers": Way(with_layers_of_pytorch, where=lambda case: case.size > 0),
+    "fewstep, replay": Way(RECORDED),
+    # The network that the peers get.
+    "fewstep, PyTorch's layers": Way(
+        partial(RECORDED, of_pytorch=True), where=lambda case: case.size > 0
+    ),
     "fewstep, no compiler": Way(without_compiler, where=lambda case: case.size > 0),
-    "fewstep, checkpoints": Way(with_checkpoints, orders=(2,)),
+    "fewstep, checkpoints": Way(partial(with_fewstep, checkpoint_every=1), orders=(2,)),
     "fewstep, least memory": Way(with_least_memory, orders=(2,), where=lambda case: case.size > 0),
-    "fewstep, compile": Way(with_compile, where=lambda case: case.size == 0),
-    "fewstep, tf32": Way(with_tf32, where=_has_tf32),
-    "fewstep, bfloat16": Way(with_bfloat16, where=lambda case: case.size > 0),
+    "fewstep, compile": Way(partial(RECORDED, compile=True), where=lambda case: case.size == 0),
+    "fewstep, tf32": Way(partial(RECORDED, precision="tf32"), where=_has_tf32),
+    "fewstep, bfloat16": Way(
+        partial(RECORDED, precision="bfloat16"), where=lambda case: case.size > 0
+    ),
     "plain loop": Way(with_loop),
     "plain loop, tf32": Way(with_loop_in_tf32, where=_has_tf32),
     # At order 1, higher drops its graph and with it the path from phi to theta[K]; torchopt has no
@@ -387,10 +356,10 @@ WAYS = {
     "higher": Way(with_higher, "higher", orders=(2,)),
     "torchopt": Way(with_torchopt, "torchopt", orders=(2,)),
     "parallel-metalearn": Way(with_parallel_metalearn, "metalearn"),
-    "JAX, matmul": Way(with_jax_matmul, "jax"),
+    "JAX, matmul": Way(partial(with_jax, native=False), "jax"),
     # 9 seconds for 5-way and 5 steps: a batch of filters has no fast kernel.
     "JAX, its convolution": Way(
-        with_jax_native,
+        partial(with_jax, native=True),
         "jax",
         where=lambda case: case.size == 28 and case.num_steps * case.tasks * case.ways <= 200,
     ),
