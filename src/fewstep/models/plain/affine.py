@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fewstep.models.plain.sums import sum_of_channel
+
 _leaky_relu_backward = torch.ops.aten.leaky_relu_backward
 
 
@@ -17,7 +19,7 @@ def forward(d: Tensor, a: Tensor, b: Tensor, slope: float) -> Tensor:
 def backward(gz: Tensor, d: Tensor, a: Tensor, z: Tensor, slope: float) -> tuple[Tensor, ...]:
     """Return gd, ga and gb."""
     g = _leaky_relu_backward(gz, z, slope, True)
-    return g * a, _sum(g * d), _sum(g)
+    return g * a, sum_of_channel(g * d), sum_of_channel(g)
 
 
 def second(
@@ -27,8 +29,4 @@ def second(
     g = _leaky_relu_backward(gz, z, slope, True)
     to_g = torch.addcmul(hb, d, ha).addcmul_(hd, a)
     to_gz = _leaky_relu_backward(to_g, z, slope, True)
-    return to_gz, g * ha, _sum(g * hd)
-
-
-def _sum(t: Tensor) -> Tensor:
-    return t.sum((0, 2, 3), keepdim=True)
+    return to_gz, g * ha, sum_of_channel(g * hd)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_SPACE = (0, 2, 3)
+from fewstep.models.plain.sums import SPACE, count_of_channel, sum_of_channel
 
 
 def forward(
@@ -14,7 +14,7 @@ def forward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return z, mean, var and r."""
     if mean is None or var is None:
-        var, mean = torch.var_mean(y[:examples], _SPACE, correction=0, keepdim=True)
+        var, mean = torch.var_mean(y[:examples], SPACE, correction=0, keepdim=True)
     r = torch.rsqrt(var + eps)
     return (y - mean).mul_(gamma * r).add_(beta), mean, var, r
 
@@ -24,10 +24,10 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Return gy, ggamma and gbeta."""
     d, a = y - mean, gamma * r
-    gbeta, ggamma = _sum(g), _sum(g * d).mul_(r)
+    gbeta, ggamma = sum_of_channel(g), sum_of_channel(g * d).mul_(r)
     gy = g * a
     if examples:
-        a_n = a / -_count(d[:examples])
+        a_n = a / -count_of_channel(d[:examples])
         gy[:examples].addcmul_(d[:examples], a_n * r * ggamma).add_(a_n * gbeta)
     return gy, ggamma, gbeta
 
@@ -39,10 +39,10 @@ def second(
     """Return the gradients by g, y and gamma of h . gy + hgamma . ggamma + hbeta . gbeta."""
     d, a = y - mean, gamma * r
     counted, h_counted = d[:examples], h[:examples]
-    n = _count(counted)
+    n = count_of_channel(counted)
     # h enters gy's three terms by its values and by two sums.
-    h0, h1 = _sum(h_counted) / n, _sum(h_counted * counted) * r / n
-    to_a = _sum(g * h) - gbeta * h0 - ggamma * h1
+    h0, h1 = sum_of_channel(h_counted) / n, sum_of_channel(h_counted * counted) * r / n
+    to_a = sum_of_channel(g * h) - gbeta * h0 - ggamma * h1
     to_ggamma, to_gbeta = hgamma - a * h1, hbeta - a * h0
     to_g = torch.addcmul(to_gbeta, d, to_ggamma * r).addcmul_(h, a)
     to_y = g * (to_ggamma * r)
@@ -53,11 +53,3 @@ def second(
         to_y[:examples].addcmul_(counted, of_d, value=-1).sub_(shift)
         to_y[:examples].addcmul_(h_counted, c * r / n, value=-1)
     return to_g, to_y, to_a * r
-
-
-def _sum(t: Tensor) -> Tensor:
-    return t.sum(_SPACE, keepdim=True)
-
-
-def _count(t: Tensor) -> int:
-    return max(t.numel() // t.shape[1], 1)

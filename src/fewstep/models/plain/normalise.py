@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from fewstep.models.form import Form
 from fewstep.models.plain.pool import pick, pool, unpool
+from fewstep.models.plain.sums import SPACE, count_of_channel, sum_of_channel
 
 _leaky_relu_backward = torch.ops.aten.leaky_relu_backward
-_SPACE = (0, 2, 3)
 
 
 def forward(
@@ -19,10 +19,10 @@ def forward(
     """Subtract the mean from y, and return z, mean, var, r, p and where the maxima are."""
     first = y[: form.examples]
     if mean is None:
-        mean = first.mean(_SPACE, keepdim=True)
+        mean = first.mean(SPACE, keepdim=True)
     d = y.sub_(mean)
     if var is None:
-        var = (first * first).mean(_SPACE, keepdim=True)
+        var = (first * first).mean(SPACE, keepdim=True)
     p, where = pool(d, form)
     r = torch.rsqrt(var + form.eps)
     z = F.leaky_relu_(torch.addcmul(beta, p, gamma * r), form.slope)
@@ -36,10 +36,10 @@ def backward(
     """Return gy, ggamma and gbeta."""
     ga = _leaky_relu_backward(gz, z, form.slope, True)
     a = gamma * r
-    gbeta = _sum(ga)
-    ggamma = _sum(ga * p).mul_(r)
+    gbeta = sum_of_channel(ga)
+    ggamma = sum_of_channel(ga * p).mul_(r)
     first = d[: form.examples]
-    a_n = a / -_count(first)
+    a_n = a / -count_of_channel(first)
     gy = unpool(ga * a, where, d.shape)
     gy[: form.examples].addcmul_(first, a_n * r * ggamma).add_(a_n * gbeta)
     return gy, ggamma, gbeta
@@ -52,12 +52,12 @@ def second(
     """Return the gradients by gz, y and gamma of hy . gy + hgamma . ggamma + hbeta . gbeta."""
     ga = _leaky_relu_backward(gz, z, form.slope, True)
     first, hfirst = d[: form.examples], hy[: form.examples]
-    a, r_n = gamma * r, r / _count(first)
+    a, r_n = gamma * r, r / count_of_channel(first)
     # hy enters gy's three terms by its values at the maxima and by two sums.
     u = pick(hy, where)
-    h0 = _sum(hfirst).div_(_count(first))
-    h1 = _sum(hfirst * first).mul_(r_n)
-    to_a = _sum(ga * u).sub_(gbeta * h0).sub_(ggamma * h1)
+    h0 = sum_of_channel(hfirst).div_(count_of_channel(first))
+    h1 = sum_of_channel(hfirst * first).mul_(r_n)
+    to_a = sum_of_channel(ga * u).sub_(gbeta * h0).sub_(ggamma * h1)
     to_ggamma = torch.addcmul(hgamma, a, h1, value=-1)
     to_gbeta = torch.addcmul(hbeta, a, h0, value=-1)
     to_p = to_ggamma * r
@@ -71,11 +71,3 @@ def second(
     to_first = to_y[: form.examples]
     to_first.addcmul_(first, slope, value=-1).sub_(shift).addcmul_(hfirst, c * r_n, value=-1)
     return to_gz, to_y, to_a * r
-
-
-def _sum(t: Tensor) -> Tensor:
-    return t.sum(_SPACE, keepdim=True)
-
-
-def _count(t: Tensor) -> int:
-    return max(t.numel() // t.shape[1], 1)
