@@ -140,7 +140,9 @@ def test_models_that_start_from_prototypes_take_any_number_of_classes(empty_fold
     own, names = empty_folder / "support", ("a", "b", "c")
     for name in names:
         shutil.copytree(empty_folder / "mine" / f"c0{names.index(name)}", own / name)
-    assert main(f"predict run --support {own} --query {own / 'b'} --device cpu".split()) == 0
+    yours = f"--support {own} --query {own / 'b'} --device cpu"
+    assert "3 classes are too many" in refused(capsys, f"predict element {yours}")
+    assert main(f"predict run {yours}".split()) == 0
     out = capsys.readouterr().out
     assert "3 classes, 18 images to learn from" in " ".join(out.split())
     assert {name for name, _ in _named(out).values()} <= set(names)

@@ -333,7 +333,9 @@ def in_place(phi, support):
         (Returning(lambda phi, s: {"x": s.inputs_of("0.x")}), "unknown part '0.x'"),
         (Returning(lambda phi, s: {"x": s.inputs_of("1.0")}), "not call its part '1.0'"),
         (PrototypeStart("0"), "needs the number of a class for each support example"),
-        (PrototypeStart("1.0"), "does not call its part '1.0' with a tensor; name one that it"),
+        (PrototypeStart("1.0"), "does not call its part '1.0' once, but 0 times; name another"),
+        (Returning(lambda phi, s: {"0.bias": phi["0.bias"] * 1j}), "gave complex numbers for `0.b"),
+        (Returning(lambda phi, s: [s.x.zero_(), {}][1]), "changed a tensor that it was given"),
     ],
 )
 def test_a_start_that_does_not_fit_is_refused(start, message):
@@ -368,7 +370,9 @@ def test_a_start_that_does_not_fit_is_refused(start, message):
     ],
 )  # fmt: skip
 def test_a_learner_is_not_made_with_a_head_that_is_none(module, head):
-    with pytest.raises(InputError, match=r"needs a linear layer with a bias, .*name one by head="):
+    with pytest.raises(
+        InputError, match=r"needs a linear layer with a bias, among .*name it, with"
+    ):
         MetaLearner(module, fewstep.prototypical_networks(head=head), F.cross_entropy)
 
 
@@ -382,7 +386,8 @@ def test_a_head_of_tokens_is_refused():
             return self.head(x).mean(1)
 
     x, y = torch.randn(1, 4, 4, 3), torch.tensor([[0, 1, 0, 1]])
-    learner = MetaLearner(OfTokens(), fewstep.prototypical_networks(), F.cross_entropy)
+    algorithm = fewstep.prototypical_networks(head="head")
+    learner = MetaLearner(OfTokens(), algorithm, F.cross_entropy)
     with pytest.raises(InputError, match=r"where 'head' is given \(4, 4, 3\)"):
         learner.meta_gradient(TaskBatch(x, y, x, y))
 
@@ -392,3 +397,227 @@ def test_targets_of_a_prototype_are_classes():
     x = torch.randn(2, 3, 1)
     with pytest.raises(InputError, match=r"targets are torch.float64, \(3, 1\) a task.*leave it"):
         learner.meta_gradient(TaskBatch(x, x, x, x))
+
+
+def of_mlp(start, *, order=2, steps=STEPS, module=None, **options):
+    algorithm = replace(
+        fewstep.maml(steps, RATE), inner_start=start, derivative_order=FixedOrder(order)
+    )
+    module = MODELS["mlp"].build() if module is None else module
+    return MetaLearner(module, algorithm, F.cross_entropy, **options)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
+def test_a_start_may_give_constants(route, order):
+    zeros = Returning(lambda phi, s: {n: 0 * phi[n].detach() for n in ("2.weight", "2.bias")})
+    module, batch = MODELS["mlp"].build(), MODELS["mlp"].batch()
+    phi, losses = dict(module.named_parameters()), []
+    for x, y, x_query, y_query in zip(*batch.tensors(), strict=True):
+        theta = phi | {n: torch.zeros_like(phi[n]).requires_grad_() for n in ("2.weight", "2.bias")}
+        for _ in range(STEPS):
+            loss = F.cross_entropy(functional_call(module, theta, (x,)), y)
+            gradient = torch.autograd.grad(loss, list(theta.values()), create_graph=order == 2)
+            theta = {n: p - RATE * g for (n, p), g in zip(theta.items(), gradient, strict=True)}
+        losses.append(F.cross_entropy(functional_call(module, theta, (x_query,)), y_query))
+    body = [phi["0.weight"], phi["0.bias"]]
+    expected = torch.autograd.grad(torch.stack(losses).mean(), body)
+    gradient, _ = of_mlp(zeros, order=order, module=module, **route).meta_gradient(batch)
+    found = {n: gradient[n] for n in ("0.weight", "0.bias")}
+    assert relative_error(found, dict(zip(found, expected, strict=True))) < 1e-12
+    assert not gradient["2.weight"].any()
+
+
+@pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
+def test_a_network_that_a_start_forgot_to_give_is_told(route):
+    class Forgot(InnerStart):
+        def __init__(self):
+            self.network = nn.Linear(8, 3)
+
+        def __call__(self, phi, support, table):
+            return {"2.bias": self.network(support.inputs_of("2")).mean(1)}
+
+    with pytest.raises(InputError, match=r"reads a parameter of shape .* that nothing would learn"):
+        of_mlp(Forgot(), **route).meta_gradient(MODELS["mlp"].batch())
+
+
+def test_a_table_is_not_a_start_s_to_change():
+    class Shifts(InnerStart):
+        def __init__(self, change):
+            self.change = change
+
+        def table(self, phi):
+            return {"by": torch.ones(3)}
+
+        def __call__(self, phi, support, table):
+            self.change(table)
+            return {"2.bias": phi["2.bias"] * table["by"]}
+
+    def replaced(table):
+        table["by"] = table["by"] + 1
+
+    def written(table):
+        with torch.no_grad():
+            table["by"].add_(1)
+
+    batch = MODELS["mlp"].batch()
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        of_mlp(Shifts(replaced)).meta_gradient(batch)
+    with pytest.raises(InputError, match="inner_start, Shifts, changed a tensor that it was given"):
+        of_mlp(Shifts(written)).meta_gradient(batch)
+
+
+@pytest.mark.parametrize(
+    "table", [None, [torch.ones(1)], {"k": 0.1}, {"k": torch.tensor(3)}, {3: torch.ones(1)}]
+)
+def test_a_table_is_of_tensors_that_can_be_learned(table):
+    class Given(InnerStart):
+        def table(self, phi):
+            return table
+
+        def __call__(self, phi, support, table):
+            return {}
+
+    with pytest.raises(InputError, match="the table of inner_start must be a dict of floating-poi"):
+        of_mlp(Given())
+
+
+def test_a_frozen_body_under_prototypes_learns_nothing_and_is_told():
+    module = MODELS["mlp"].build()
+    module[0].requires_grad_(False)
+    for algorithm in (
+        fewstep.prototypical_networks(),
+        replace(fewstep.proto_maml(2), derivative_order=FixedOrder(1)),
+    ):
+        learner = MetaLearner(module, algorithm, F.cross_entropy)
+        with pytest.raises(InputError, match="nothing that is learned takes part in the meta-loss"):
+            learner.meta_gradient(MODELS["mlp"].batch())
+
+
+def test_the_head_gives_the_outputs():
+    class HeadFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(6, 3)
+            self.body = nn.Linear(4, 6)
+            self.again = self.body
+
+        def forward(self, x):
+            return self.head(input=self.again(x).tanh())
+
+    batch, module = MODELS["mlp"].batch(), HeadFirst()
+    unnamed = MetaLearner(module, fewstep.prototypical_networks(), F.cross_entropy)
+    with pytest.raises(InputError, match="does not return what its part 'body' gives"):
+        unnamed.meta_gradient(batch)
+    named = MetaLearner(module, fewstep.prototypical_networks(head="head"), F.cross_entropy)
+    gradient, _ = named.meta_gradient(batch)
+    assert gradient["body.weight"].any()
+    assert not gradient["head.weight"].any()
+
+    seen = []
+    start = Returning(lambda phi, s: seen.append(s.inputs_of("again")) or {})
+    of_mlp(start, module=module).adapt(batch.x_support[0], batch.y_support[0])
+    assert torch.equal(seen[0][0], batch.x_support[0])
+
+
+def test_a_part_that_is_called_twice_has_no_one_input():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.layer(self.layer(x)))
+
+    look = Returning(lambda phi, s: {"head.bias": s.inputs_of("layer")[:, 0, :3]})
+    with pytest.raises(InputError, match="does not call its part 'layer' once, but 2 times; name"):
+        of_mlp(look, module=Twice()).meta_gradient(MODELS["mlp"].batch())
+
+
+class Modulated(InnerStart):
+    """Features of a modulated body, then prototypes of them (CNAPs), or a start by the gradient."""
+
+    def __init__(self, kind):
+        self.kind, self.modes = kind, []
+
+    def __call__(self, phi, support, table):
+        self.modes.append(support.is_training)
+        if self.kind == "gradient":
+            gradient = support.gradient()
+            return {n: p * torch.sigmoid(gradient[n]) for n, p in phi.items()}
+        scale = 1 + support.inputs_of("2").mean((1, 2))
+        body = {"0.weight": phi["0.weight"] * scale[:, None, None]}
+        return body | {"2.bias": support.inputs_of("2", body).mean(1)[:, :3]}
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
+@pytest.mark.parametrize("kind", ["gradient", "features"])
+def test_a_start_sees_gradients_and_features_of_what_it_makes(kind, route, order):
+    module, batch = MODELS["mlp"].build(), MODELS["mlp"].batch()
+    phi, losses = dict(module.named_parameters()), []
+    for x, y, x_query, y_query in zip(*batch.tensors(), strict=True):
+        if kind == "gradient":
+            loss = F.cross_entropy(functional_call(module, phi, (x,)), y)
+            gradient = torch.autograd.grad(loss, list(phi.values()), create_graph=order == 2)
+            pairs = zip(phi.items(), gradient, strict=True)
+            theta = {n: p * torch.sigmoid(g) for (n, p), g in pairs}
+        else:
+            scale = 1 + features_of(module, "2", phi, x).mean()
+            theta = phi | {"0.weight": phi["0.weight"] * scale}
+            theta["2.bias"] = features_of(module, "2", theta, x).mean(0)[:3]
+        for _ in range(STEPS):
+            theta = {n: p.clone() for n, p in theta.items()}
+            loss = F.cross_entropy(functional_call(module, theta, (x,)), y)
+            gradient = torch.autograd.grad(loss, list(theta.values()), create_graph=order == 2)
+            theta = {n: p - RATE * g for (n, p), g in zip(theta.items(), gradient, strict=True)}
+        losses.append(F.cross_entropy(functional_call(module, theta, (x_query,)), y_query))
+    gradient = torch.autograd.grad(
+        torch.stack(losses).mean(), list(phi.values()), materialize_grads=True, allow_unused=True
+    )
+    start = Modulated(kind)
+    learner = of_mlp(start, order=order, module=module, **route)
+    found, _ = learner.meta_gradient(batch)
+    assert relative_error(found, dict(zip(phi, gradient, strict=True))) < 1e-12
+    learner.predict(batch, 3)
+    assert (start.modes[0], start.modes[-1]) == (True, False)
+
+
+def test_attention_in_a_start_has_both_derivatives():
+    class Attends(InnerStart):
+        def __init__(self):
+            self.network = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def table(self, phi):
+            return dict(self.network.named_parameters())
+
+        def __call__(self, phi, support, table):
+            f = support.inputs_of("2")
+            mixed, _ = functional_call(
+                self.network, dict(table), (f, f, f), {"need_weights": False}
+            )
+            return {"2.bias": phi["2.bias"] + mixed.mean(1)[:, :3]}
+
+    start, batch, module = Attends(), MODELS["mlp"].batch(), MODELS["mlp"].build()
+    found = [
+        of_mlp(start, module=module, **route).meta_gradient(batch)[0]
+        for route in ({}, {"checkpoint_every": 1, "replay": True})
+    ]
+    assert relative_error(*found) < 1e-12
+
+
+def test_a_start_s_own_generator_draws_the_same_by_segments():
+    class Noisy(InnerStart):
+        def __init__(self):
+            self.generator = torch.Generator().manual_seed(3)
+
+        def __call__(self, phi, support, table):
+            noise = torch.randn(3, 3, generator=self.generator)
+            return {"2.bias": phi["2.bias"] + noise}
+
+    batch, module = MODELS["mlp"].batch(), MODELS["mlp"].build()
+    found = [
+        of_mlp(Noisy(), module=module, **route).meta_gradient(batch)[0]
+        for route in ({}, {"checkpoint_every": 1})
+    ]
+    assert relative_error(*found) < 1e-12

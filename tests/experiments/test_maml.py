@@ -96,7 +96,11 @@ def test_the_settings_are_the_papers(dataset, setting, tasks, steps, inner_lr, q
 def test_prototypes_differ_by_their_start_and_steps(method, steps):
     setting = "20-way 1-shot"
     plain, config = (MamlClassification().config(m, setting, 0) for m in ("MAML", method))
-    parts = replace(plain.algorithm, start="prototypes", num_steps=steps, eval_steps=steps)
+    parts = replace(
+        plain.algorithm, start="prototypes", num_steps=steps, eval_steps=steps,
+        inner_lr=config.algorithm.inner_lr,
+    )  # fmt: skip
+    assert steps == 0 or parts.inner_lr == 0.01  # of a head as large as class means
     assert config == replace(plain, recipe=PROTOTYPES[method], algorithm=parts)
 
 

@@ -82,6 +82,8 @@ def check_fits(
     if found.keys() == like.keys() and all(
         isinstance(found[n], Tensor) and found[n].shape == t.shape for n, t in like.items()
     ):
+        if made := [n for n, t in found.items() if t.is_complex() and not like[n].is_complex()]:
+            raise InputError(f"{what} complex numbers for `{made[0]}`, which is real; give .real")
         return
     for name in (*like, *found):
         got, needed = _shape(found, name), _shape(like, name)

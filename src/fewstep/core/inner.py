@@ -6,6 +6,7 @@ from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -134,7 +135,7 @@ class InnerLoop:
         point = self.start(len(batch)) if start is None else start
         theta, buffers, state, given = point.theta, point.buffers, point.state, point.given
         if point.step == 0:
-            start_of_tasks = self._start(theta, buffers, batch)
+            start_of_tasks = self._start(theta, buffers, batch, derivative_order)
             theta, given = theta | start_of_tasks, frozenset(start_of_tasks)
             state = _checked(self.algorithm.inner_step.start({n: theta[n] for n in adapted}))
         support_loss: Tensor | None = None
@@ -152,15 +153,7 @@ class InnerLoop:
             yield Point(step, theta, buffers, support_loss, gradient, query, state, given)
             if step == num_steps:
                 return
-            with torch.enable_grad():
-                # Order 1 differentiates at a copy that knows nothing of how theta[k] came about.
-                at = (_apart if derivative_order == 2 else _leaves)(theta, adapted)
-                support = network.support(
-                    rows.pick_parameters(at, step, is_query=False),
-                    rows.pick_buffers(buffers, step),
-                    batch,
-                )
-                gradient = _gradient(support.loss, {n: at[n] for n in adapted}, derivative_order)
+            support, gradient = self._gradient(theta, buffers, batch, step, derivative_order)
             here = {n: theta[n] for n in adapted}
             gradient = self.algorithm.inner_clipping(gradient)
             check_fits("inner_clipping gave", gradient, here, _OF_TASKS)
@@ -169,27 +162,41 @@ class InnerLoop:
             buffers = rows.put_buffers(buffers, step, support.buffers)
             support_loss = support.loss.detach()
 
-    def _start(self, phi: Tensors, buffers: Tensors, batch: TaskBatch) -> Tensors:
+    def _gradient(
+        self, theta: Tensors, buffers: Tensors, batch: TaskBatch, step: int, order: int
+    ) -> tuple[Result, Tensors]:
+        """Return what the support sets give, and the gradient by what is adapted."""
+        with torch.enable_grad():
+            # Order 1 differentiates at a copy that knows nothing of how theta[k] came about.
+            at = (_apart if order == 2 else _leaves)(theta, self.meta.adapted)
+            support = self.network.support(
+                self.meta.rows.pick_parameters(at, step, is_query=False),
+                self.meta.rows.pick_buffers(buffers, step),
+                batch,
+            )
+            return support, _gradient(support.loss, {n: at[n] for n in self.meta.adapted}, order)
+
+    def _start(self, phi: Tensors, buffers: Tensors, batch: TaskBatch, order: int) -> Tensors:
         """Return the parameters whose start is another than phi.
 
         Raises:
             InputError: the part gives something else, or changes what it was given.
         """
-        part, rows = self.algorithm.inner_start, self.meta.rows
-        support = SupportSets(
-            batch.x_support,
-            batch.y_support,
-            lambda name: self.network.inputs_of(
-                name,
-                rows.pick_parameters(phi, 0, is_query=False),
-                rows.pick_buffers(buffers, 0),
-                batch.x_support,
-            ),
-        )
+        part, meta, x, y = self.algorithm.inner_start, self.meta, batch.x_support, batch.y_support
+
+        def inputs_of(name: str, instead: Tensors, is_last: bool) -> Tensor:
+            at = meta.rows.pick_parameters(phi | instead, 0, is_query=False)
+            here = meta.rows.pick_buffers(buffers, 0)
+            return self.network.inputs_of(name, at, here, x, is_last=is_last)
+
+        def gradient(instead: Tensors) -> Tensors:
+            return self._gradient(phi | instead, buffers, batch, 0, order)[1]
+
+        support = SupportSets(x, y, self.network.is_training, inputs_of, gradient)
         of_module = {n: phi[n] for n, _ in self.network.module.named_parameters()}
-        with _unchanged("inner_start", part, of_module):
-            found = part(of_module, support, self.meta.start_table)
-            check_fits("inner_start gave", found, of_module, _OF_TASKS, may_lack=True)
+        with _unchanged("inner_start", part, of_module, {"x": x, "y": y}, meta.start_table):
+            found = part(dict(of_module), support, MappingProxyType(meta.start_table))
+        check_fits("inner_start gave", found, of_module, may_lack=True)
         return {n: t.type_as(phi[n]) for n, t in found.items()}
 
     def _step(
@@ -201,9 +208,10 @@ class InnerLoop:
             InputError: the part gives something else, or changes what it was given.
         """
         part, meta = self.algorithm.inner_step, self.meta
-        alpha = {n: self.algorithm.inner_rate(meta.rates, n, step) for n in theta}
-        with _unchanged("inner_step", part, theta, gradient, state):
-            found: object = part(dict(theta), gradient, alpha, dict(state), meta.step_table, step)
+        rates, table = MappingProxyType(meta.rates), MappingProxyType(meta.step_table)
+        alpha = {n: self.algorithm.inner_rate(rates, n, step) for n in theta}
+        with _unchanged("inner_step", part, theta, gradient, state, meta.step_table):
+            found: object = part(dict(theta), gradient, alpha, dict(state), table, step)
         if not isinstance(found, tuple) or len(found) != 2:
             raise InputError(
                 f"inner_step, {type(part).__name__}, returned a {type(found).__name__}; it must "
@@ -217,7 +225,7 @@ class InnerLoop:
 @contextmanager
 def _unchanged(slot: str, part: object, *given: Tensors) -> Iterator[None]:
     """Check that a part leaves the tensors that it is given as they are."""
-    tensors = [t for each in given for t in each.values()]
+    tensors = [t for each in given for t in each.values() if not t.is_inference()]
     versions = [t._version for t in tensors]
     yield
     if versions != [t._version for t in tensors]:
@@ -241,7 +249,9 @@ def _checked(state: object) -> Tensors:
 
 def _apart(theta: Tensors, adapted: tuple[str, ...]) -> Tensors:
     """Return the same, of which none is behind another, as a part may have made one of another."""
-    return theta | {n: theta[n].view_as(theta[n]) for n in adapted}
+    at = {n: theta[n].view_as(theta[n]) for n in adapted}
+    # What a part made a constant of is to be differentiated by, all the same.
+    return theta | {n: t if t.requires_grad else t.requires_grad_() for n, t in at.items()}
 
 
 def _leaves(theta: Tensors, adapted: tuple[str, ...]) -> Tensors:

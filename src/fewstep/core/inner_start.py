@@ -20,13 +20,45 @@ class SupportSets:
     Args:
         x: Inputs, (tasks, examples, ...).
         y: Targets, (tasks, examples, ...).
-        inputs_of: What a part of the module, by its name, is given when the module is called on x
-            with phi, (tasks, examples, ...). Derivatives go through it.
+        is_training: Whether this is training, or a test.
     """
 
     x: Tensor
     y: Tensor
-    inputs_of: Callable[[str], Tensor]
+    is_training: bool
+    _inputs_of: Callable[[str, dict[str, Tensor], bool], Tensor]
+    _gradient: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+    def inputs_of(
+        self, part: str, instead: Mapping[str, Tensor] | None = None, *, is_last: bool = False
+    ) -> Tensor:
+        """Return what a part of the module is given when that is called on x, (tasks, ...).
+
+        Derivatives go through it. Normalisation is that of the support sets; buffers stay.
+
+        Args:
+            part: Its name in the module.
+            instead: Parameters that take the place of phi's in the call, each (tasks, *shape).
+            is_last: The part must be the one whose outputs the module returns.
+
+        Raises:
+            InputError: no part has this name, the module does not call it once with a tensor, or it
+                is not the last.
+        """
+        return self._inputs_of(part, dict(instead or {}), is_last)
+
+    def gradient(self, instead: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Return the support gradient by the adapted parameters, each (tasks, *shape), unclipped.
+
+        A constant in the first order.
+
+        Args:
+            instead: Parameters that take the place of phi's, each (tasks, *shape).
+
+        Raises:
+            InputError: an adapted parameter does not take part in a support loss.
+        """
+        return self._gradient(dict(instead or {}))
 
 
 class InnerStart(ABC):
@@ -35,7 +67,9 @@ class InnerStart(ABC):
     theta[0] = s(phi, support set; table)
 
     Derivatives go through it, in the first order, too, whose inner gradients alone are constants.
-    A subclass that learns nothing leaves out `table`.
+    A subclass that learns nothing leaves out `table`. It may be called twice for the same tasks,
+    and without a graph, so that a network of its own has neither buffers nor dropout, and what it
+    differentiates itself is by `torch.func`. What it gives for a frozen parameter counts, too.
     """
 
     def table(self, phi: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -103,8 +137,8 @@ class PrototypeStart(InnerStart):
         weight, bias = self._names(phi)
         if not {weight, bias} <= phi.keys() or phi[weight].ndim != 2:
             raise InputError(
-                f"PrototypeStart(head={self.head!r}) needs a linear layer with a bias, and the "
-                f"parameters are {', '.join(phi)}; name one by head=..., without '.weight'"
+                f"PrototypeStart(head={self.head!r}) needs a linear layer with a bias, among "
+                f"{', '.join(phi)}; name it, without '.weight', as PrototypeStart's head"
             )
         return {}
 
@@ -114,7 +148,7 @@ class PrototypeStart(InnerStart):
         """Return the head's weight and bias."""
         weight, bias = self._names(phi)
         head = weight.rpartition(".")[0]
-        f, y = support.inputs_of(head), support.y
+        f, y = support.inputs_of(head, is_last=self.head is None), support.y
         if y.is_floating_point() or y.shape != f.shape[:2] or f.ndim != 3:
             raise InputError(
                 f"PrototypeStart needs the number of a class for each support example, and targets "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from fewstep.core.errors import InputError
 from fewstep.core.inner import InnerLoop, Point
 from fewstep.core.meta_parameters import RATE
 from fewstep.core.metrics import Metrics
@@ -109,6 +110,7 @@ def _differentiate(
     adjoint: Tensors = {}
     of_parts = {n: torch.zeros_like(t) for n, t in meta.of_parts.items()}
     q = {n: torch.zeros_like(meta.phi[n]) for n in meta.harvested}
+    is_learning = False
     for start, stop, here in segments_backwards(loop, tasks, counting, segment):
         leaves = start.leaves(meta.phi)
         for point in loop.trajectory(
@@ -123,7 +125,8 @@ def _differentiate(
         if terms:  # else nothing counts from here on
             ends = {n: point.theta[n] for n in meta.harvested if stop == num_steps}
             total = torch.stack(terms).sum()
-            loop.network.check_reads(total, (order, counting))
+            loop.network.check_reads(total, (order, counting, start.step))
+            is_learning = is_learning or total.requires_grad
             adjoint, by_parts, by_end = _grad(
                 total,
                 {n: t for n, t in leaves.carried.items() if t.requires_grad},
@@ -133,6 +136,10 @@ def _differentiate(
             of_parts = {n: t + by_parts[n] for n, t in of_parts.items()}
             q |= by_end
 
+    if not is_learning:
+        raise InputError(
+            "nothing that is learned takes part in the meta-loss; unfreeze a parameter that does"
+        )
     if seen.descent:  # q in place of every lambda
         by_rate = -torch.stack([(q[n] * s).sum() for n, s in seen.descent.items()]).sum()
         of_parts[RATE + "all"] = by_rate
@@ -173,7 +180,11 @@ class _Seen:
 def _grad(loss: Tensor, *groups: Tensors) -> list[Tensors]:
     """Return d loss / d t for every tensor of every group; its graph is freed."""
     inputs = [t for group in groups for t in group.values()]
-    found = iter(torch.autograd.grad(loss, inputs, allow_unused=True))
+    found = iter(
+        torch.autograd.grad(loss, inputs, allow_unused=True)
+        if loss.requires_grad
+        else [None] * len(inputs)
+    )
     return [
         {n: torch.zeros_like(t) if (g := next(found)) is None else g for n, t in group.items()}
         for group in groups

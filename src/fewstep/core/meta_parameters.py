@@ -82,10 +82,11 @@ class MetaParameters:
         fixed = algorithm.adapted.fixed(self.adapted)
         self.learned = {n: p for n, p in self.phi.items() if n not in fixed}
         initial = {n: self.phi[n] for n in self.adapted}
-        self.rates = _leaves(algorithm.inner_rate.table(initial, algorithm.num_steps))
-        self.step_table = _leaves(algorithm.inner_step.table(initial, algorithm.num_steps))
+        num_steps = algorithm.num_steps
+        self.rates = _leaves("inner_rate", algorithm.inner_rate.table(initial, num_steps))
+        self.step_table = _leaves("inner_step", algorithm.inner_step.table(initial, num_steps))
         whole = {n: self.phi.get(n, p) for n, p in module.named_parameters()}
-        self.start_table = _leaves(algorithm.inner_start.table(whole))
+        self.start_table = _leaves("inner_start", algorithm.inner_start.table(whole))
         others = {START + n: t for n, t in self.start_table.items()}
         others |= {STEP + n: t for n, t in self.step_table.items()}
         self.of_parts = {RATE + n: t for n, t in self.rates.items()} | others
@@ -253,8 +254,21 @@ def _adapted(module: nn.Module, algorithm: Algorithm, trained: Iterable[str]) ->
     return adapted
 
 
-def _leaves(table: Mapping[str, Tensor]) -> Tensors:
-    """Return copies to be learned of what a part starts from."""
+def _leaves(slot: str, table: Mapping[str, Tensor]) -> Tensors:
+    """Return copies to be learned of what a part starts from.
+
+    Raises:
+        InputError: it is no dict of tensors that can be learned.
+    """
+    given: object = table
+    if not isinstance(given, Mapping) or not all(
+        isinstance(n, str) and isinstance(t, Tensor) and t.is_floating_point()
+        for n, t in given.items()
+    ):
+        raise InputError(
+            f"the table of {slot} must be a dict of floating-point tensors by name, what is "
+            "learned; a number becomes one by torch.tensor(0.1), nothing is {}"
+        )
     return {name: t.detach().clone().requires_grad_() for name, t in table.items()}
 
 

@@ -99,7 +99,7 @@ class TaskNetwork:
         unset = [m for m in module.modules() if None in m._buffers.values()]  # that a call may set
         self._to_restore = [*under_two_names(module), *unset]
         self._use: Use = "batch"
-        self._is_training = True
+        self.is_training = True
         self._checked: set[Hashable] = set()
 
     def parts(self) -> list[nn.Module]:
@@ -136,17 +136,17 @@ class TaskNetwork:
         if self._use != "support":
             with self._normalise():
                 result = self._call(parameters, buffers, batch.x_query, y, judge)
-            return result if self._is_training else replace(result, buffers=buffers)
+            return result if self.is_training else replace(result, buffers=buffers)
         x = once(_both, batch.x_support, batch.x_query)
         shots = batch.x_support.shape[1]
-        update = follow if self._is_training and is_last else None
+        update = follow if self.is_training and is_last else None
         with NormaliseBy(Statistics(examples=shots, of=x.shape[1], update=update)):
             result = self._call(parameters, buffers, x, y, judge, without=shots)
         return result if update else replace(result, buffers=buffers)
 
     def _normalise(self) -> AbstractContextManager[object]:
         if self._use == "running":
-            update = follow if self._is_training else None
+            update = follow if self.is_training else None
             return NormaliseBy(Statistics(running=True, update=update))
         return nullcontext()
 
@@ -170,7 +170,9 @@ class TaskNetwork:
         one_task = partial(self._one_task, judge, without=without)
         return Result(*self._for_tasks(one_task, parameters, buffers, x, y))
 
-    def inputs_of(self, part: str, parameters: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
+    def inputs_of(
+        self, part: str, parameters: Tensors, buffers: Tensors, x: Tensor, *, is_last: bool
+    ) -> Tensor:
         """Return what a part is given when the module is called, (tasks, examples, ...).
 
         Buffers stay as they are.
@@ -180,33 +182,52 @@ class TaskNetwork:
             parameters: By name, each (tasks, *shape).
             buffers: By name, each (tasks, *shape).
             x: Inputs, (tasks, ...).
+            is_last: The part must be the one whose outputs the module returns.
 
         Raises:
-            InputError: no part has this name, or the module does not call it with a tensor.
+            InputError: no part has this name, the module does not call it once with a tensor, or it
+                is not the last.
         """
-        parts = dict(self.module.named_modules())
+        kind = type(self.module).__name__
+        parts = dict(self.module.named_modules(remove_duplicate=False))
         check_name("part", part, parts)
-        met: list[object] = []
+        given: list[object] = []
+        gave: dict[nn.Module, object] = {}
+
+        def note_given(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            first = next(iter((*args, *named.values())), None)
+            # As it is now, before a part that works in place changes it.
+            given.append(first.clone() if isinstance(first, Tensor) else first)
+
+        def note_gave(called: nn.Module, _: object, outputs: object) -> None:
+            gave[called] = outputs
 
         def one_task(parameters: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
+            given.clear()
             self._forward(parameters | {name: b.clone() for name, b in buffers.items()}, x)
-            found = met[0] if met else None
-            met.clear()
+            found = given[0] if len(given) == 1 else None
             if not isinstance(found, Tensor):
+                times = "with a tensor" if len(given) == 1 else f"once, but {len(given)} times"
+                raise InputError(f"{kind} does not call its part {part!r} {times}; name another")
+            if is_last and gave[parts[part]] is not gave[self.module]:
                 raise InputError(
-                    f"{type(self.module).__name__} does not call its part {part!r} with a tensor; "
-                    "name one that it does"
+                    f"{kind} does not return what its part {part!r} gives, the layer of its last "
+                    "parameter; name the one that gives its outputs"
                 )
             return found.float() if found.dtype in (torch.bfloat16, torch.float16) else found
 
-        hook = parts[part].register_forward_pre_hook(
-            lambda _, given: met.extend(map(_as_given, given[:1]))
-        )
+        hooks = [
+            parts[part].register_forward_pre_hook(note_given, with_kwargs=True),
+            *(m.register_forward_hook(note_gave) for m in {parts[part], self.module}),
+        ]
         try:
             with self._normalise():
                 return self._for_tasks(one_task, parameters, buffers, x)
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
+            given.clear()
+            gave.clear()
 
     def outputs(self, parameters: Tensors, x: Tensor) -> Tensor:
         """Return what a module without buffers gives, (tasks, ...).
@@ -229,7 +250,7 @@ class TaskNetwork:
         """
         versions = [p._version for p in parameters.values()]
         device = next(iter(parameters.values())).device
-        with DIFFERENTIABLE_TWICE, self._layers(), forward_pass(self.precision, device):
+        with self._layers(), forward_pass(self.precision, device):
             if self.vectorize:
                 with nothing_left_behind(self.parts()):
                     found: Found = torch.vmap(one_task, randomness="different")(parameters, *others)
@@ -320,11 +341,11 @@ class TaskNetwork:
             )
         for called in self._called:
             set_mode(called, is_training=is_training)
-        self._is_training, self._use = is_training, use
+        self.is_training, self._use = is_training, use
         device = next(self.module.parameters()).device
         exact = torch.autocast(device.type, enabled=False)
         try:
-            with fp32_products(self.precision), exact, self._vmap_explained():
+            with DIFFERENTIABLE_TWICE, fp32_products(self.precision), exact, self._vmap_explained():
                 yield
         finally:
             for module, mode in before:
@@ -345,11 +366,6 @@ class TaskNetwork:
                 f"tasks ({reason}); write it in other operations, a mask as a factor in place of "
                 "an index, or pass vectorize=False to loop over the tasks"
             ) from error
-
-
-def _as_given(value: object) -> object:
-    """Return a tensor as it is now, before a part that works in place changes it."""
-    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _both(x_support: Tensor, x_query: Tensor) -> Tensor:

@@ -129,7 +129,9 @@ class _RandomState:
         if not needed:
             return cls()
         device = tasks.x_support.device
-        kept = [v for part in loop.network.parts() for v in vars(part).values()]
+        algorithm = loop.algorithm
+        parts = [*loop.network.parts(), algorithm.inner_start, algorithm.inner_step]
+        kept = [v for part in parts for v in getattr(part, "__dict__", {}).values()]
         return cls(
             torch.get_rng_state(),
             (device, torch.cuda.get_rng_state(device)) if device.type == "cuda" else None,

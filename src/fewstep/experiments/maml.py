@@ -81,8 +81,8 @@ class MamlClassification:
     steps), or 4 and 2 (mini-ImageNet with 1 and 5 shots, five steps, ten in the test). The inner
     rates are the paper's times the ways, as its code sums over the classes what is a mean here.
     Scale and shift of batch norm are not adapted; the code has no scale. Prototypical networks,
-    whose paper trains them on more ways, and Proto-MAML have all of this but the start of the head;
-    the former take no step.
+    whose paper trains them on more ways, and Proto-MAML have all of this but the start of the head
+    and its inner rate, 0.01; prototypical networks take no step.
     """
 
     dataset: Literal["omniglot", "mini-imagenet"] = "omniglot"
@@ -167,6 +167,7 @@ class MamlClassification:
             recipe=PROTOTYPES.get(method, "maml"),
         )
         takes_steps = base.algorithm.num_steps > 0
+        has_prototypes = base.algorithm.start == "prototypes"
         model: Conv4Options | FullyConnectedOptions = FullyConnectedOptions()
         if not is_plain:
             model = Conv4Options(filters=32) if is_mini else OMNIGLOT_NETWORK
@@ -187,7 +188,7 @@ class MamlClassification:
                 num_steps=of.num_steps if takes_steps else 0,
                 eval_steps=of.eval_steps if takes_steps else 0,
                 start=base.algorithm.start,
-                inner_lr=of.ways * of.inner_lr,
+                inner_lr=base.algorithm.inner_lr if has_prototypes else of.ways * of.inner_lr,
                 first_order_epochs=math.inf if method == "first-order MAML" else 0,
                 not_adapted=("2.*", "5.*", "8.*", "11.*") if is_plain else ("*.norm.*",),
                 clip_value=10 / of.ways if is_mini else None,

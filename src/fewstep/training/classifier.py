@@ -73,7 +73,8 @@ class FewShotClassifier:
             load_learner, path, checkpoint=checkpoint, device=device, extra_steps=extra_steps
         )
         self._learner = learner = self._load()
-        self._takes_any = config.algorithm.start == "prototypes"
+        of = config.algorithm
+        self._takes_any = of.start == "prototypes" and of.learned_rates != "element"
         assert isinstance(config.episodes, ClassificationOptions)
         self._data = config.data
         self._views = views_of(views)

@@ -59,7 +59,9 @@ def preset(dataset: str = "glyphs", network: str | None = None, recipe: str = "m
             algorithm = replace(config.algorithm, num_steps=0, eval_steps=0, start="prototypes")
             return replace(config, algorithm=algorithm)
         case "proto-maml":
-            return replace(config, algorithm=replace(config.algorithm, start="prototypes"))
+            # A head of class means is large, and larger steps than the recipe's destroy it.
+            algorithm = replace(config.algorithm, start="prototypes", inner_lr=0.01)
+            return replace(config, algorithm=algorithm)
         case "alpha-maml":
             return replace(config, algorithm=_alpha_maml(config))
         case "maml++":
