@@ -32,6 +32,7 @@ from fewstep.core.once import once
 from fewstep.core.precision import Precision, forward_pass, fp32_products
 from fewstep.core.reads import check_reads
 from fewstep.core.tasks import TaskBatch
+from fewstep.core.watch import watching
 
 Tensors = dict[str, Tensor]
 _OF_VMAP = ("vmap", "atching rule", "functorch")  # in messages of PyTorch
@@ -188,46 +189,16 @@ class TaskNetwork:
             InputError: no part has this name, the module does not call it once with a tensor, or it
                 is not the last.
         """
-        kind = type(self.module).__name__
         parts = dict(self.module.named_modules(remove_duplicate=False))
         check_name("part", part, parts)
-        given: list[object] = []
-        gave: dict[nn.Module, object] = {}
+        with watching(self.module, parts[part]) as watch, self._normalise():
 
-        def note_given(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-            first = next(iter((*args, *named.values())), None)
-            # As it is now, before a part that works in place changes it.
-            given.append(first.clone() if isinstance(first, Tensor) else first)
+            def one_task(parameters: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
+                watch.begin()
+                self._forward(parameters | {name: b.clone() for name, b in buffers.items()}, x)
+                return _unrounded(watch.given(part, is_last=is_last))
 
-        def note_gave(called: nn.Module, _: object, outputs: object) -> None:
-            gave[called] = outputs
-
-        def one_task(parameters: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
-            given.clear()
-            self._forward(parameters | {name: b.clone() for name, b in buffers.items()}, x)
-            found = given[0] if len(given) == 1 else None
-            if not isinstance(found, Tensor):
-                times = "with a tensor" if len(given) == 1 else f"once, but {len(given)} times"
-                raise InputError(f"{kind} does not call its part {part!r} {times}; name another")
-            if is_last and gave[parts[part]] is not gave[self.module]:
-                raise InputError(
-                    f"{kind} does not return what its part {part!r} gives, the layer of its last "
-                    "parameter; name the one that gives its outputs"
-                )
-            return found.float() if found.dtype in (torch.bfloat16, torch.float16) else found
-
-        hooks = [
-            parts[part].register_forward_pre_hook(note_given, with_kwargs=True),
-            *(m.register_forward_hook(note_gave) for m in {parts[part], self.module}),
-        ]
-        try:
-            with self._normalise():
-                return self._for_tasks(one_task, parameters, buffers, x)
-        finally:
-            for hook in hooks:
-                hook.remove()
-            given.clear()
-            gave.clear()
+            return self._for_tasks(one_task, parameters, buffers, x)
 
     def outputs(self, parameters: Tensors, x: Tensor) -> Tensor:
         """Return what a module without buffers gives, (tasks, ...).
@@ -303,9 +274,7 @@ class TaskNetwork:
                 f"{type(self.module).__name__} returned a {type(outputs).__name__}; it must return "
                 "a tensor, so wrap it in a module that does"
             )
-        if outputs.dtype in (torch.bfloat16, torch.float16):  # losses are not rounded so far
-            return outputs.float()
-        return outputs
+        return _unrounded(outputs)  # losses are not rounded so far
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -366,6 +335,11 @@ class TaskNetwork:
                 f"tasks ({reason}); write it in other operations, a mask as a factor in place of "
                 "an index, or pass vectorize=False to loop over the tasks"
             ) from error
+
+
+def _unrounded(t: Tensor) -> Tensor:
+    """Return a tensor of half precision as float32, any other as it is."""
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
 
 def _both(x_support: Tensor, x_query: Tensor) -> Tensor:
