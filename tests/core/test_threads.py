@@ -1,7 +1,7 @@
 """Learners in several threads go by their own statistics and leave the process as it was."""
 
 import copy
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextvars import ContextVar
 from dataclasses import replace
 from threading import Barrier
@@ -132,3 +132,23 @@ def test_one_learner_in_several_threads(replay):
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(adapt, range(4)))
+
+
+def test_nobody_predicts_by_the_states_of_another_s_ensemble(monkeypatch):
+    x, y = torch.randn(2, 3, 4, 3), torch.randn(2, 3, 4, 2)
+    batch = TaskBatch(x[0], y[0], x[1], y[1])
+    learner = MetaLearner(nn.Linear(3, 2), maml(1, 0.1), F.mse_loss)
+    expected = learner.predict(batch, 3)
+    other = {n: t + 1 if n.startswith("model.") else t for n, t in learner.state_tensors().items()}
+    load, pool, waiting = learner._meta.load, ThreadPoolExecutor(1), []
+
+    def load_and_be_asked(state):
+        load(state)
+        if not waiting:  # the other state is in place
+            waiting.append(pool.submit(learner.predict, batch, 3))
+            assert not wait(waiting, timeout=0.3).done
+
+    monkeypatch.setattr(learner._meta, "load", load_and_be_asked)
+    with pool:
+        learner.evaluate_ensemble([other], batch, 3)
+        assert torch.equal(waiting[0].result(), expected)

@@ -174,7 +174,8 @@ class InnerLoop:
                 self.meta.rows.pick_buffers(buffers, step),
                 batch,
             )
-            return support, _gradient(support.loss, {n: at[n] for n in self.meta.adapted}, order)
+            here = {n: at[n] for n in self.meta.adapted}
+            return support, _differentiated(support.loss, here, order)
 
     def _start(self, phi: Tensors, buffers: Tensors, batch: TaskBatch, order: int) -> Tensors:
         """Return the parameters whose start is another than phi.
@@ -261,7 +262,7 @@ def _leaves(theta: Tensors, adapted: tuple[str, ...]) -> Tensors:
     return detached
 
 
-def _gradient(of_tasks: Tensor, at: Tensors, derivative_order: int) -> Tensors:
+def _differentiated(of_tasks: Tensor, at: Tensors, derivative_order: int) -> Tensors:
     """Return the gradient of each task's loss, (tasks,), by its own parameters."""
     found: tuple[Tensor | None, ...] = (None,) * len(at)
     if of_tasks.requires_grad:  # else autograd would complain before _all_used can
