@@ -291,6 +291,15 @@ def test_a_compiled_recording_trains_alike():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own modules
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_gradient_of_rounding_errors_alone_is_compiled():
+    before_norm = [nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh()]
+    case = Case(lambda: nn.Sequential(*before_norm, nn.Linear(8, 3)), (4,))
+    _, seen = train(case, fewstep.maml(1, 0.1), replay=True, compile=True)
+    assert all(each.isfinite().all() for each in seen)
+
+
 def miscompile(function, **_):
     return lambda *arguments: [1.001 * each for each in function(*arguments)]
 

@@ -8,7 +8,14 @@ import pytest
 from rich.console import Console
 
 from fewstep.core.errors import InputError
-from fewstep.experiments.maml import METHODS, PAPER, PROTOTYPES, SETTINGS, MamlClassification
+from fewstep.experiments.maml import (
+    METHODS,
+    NO_CONVOLUTIONS,
+    PAPER,
+    PROTOTYPES,
+    SETTINGS,
+    MamlClassification,
+)
 from fewstep.models.mlp import fully_connected
 
 ONE = "5-way 1-shot"
@@ -102,6 +109,11 @@ def test_prototypes_differ_by_their_start_and_steps(method, steps):
     )  # fmt: skip
     assert steps == 0 or parts.inner_lr == 0.01  # of a head as large as class means
     assert config == replace(plain, recipe=PROTOTYPES[method], algorithm=parts)
+
+
+def test_only_the_network_without_convolutions_is_compiled():
+    experiment = MamlClassification(compile=True)
+    assert [m for m in METHODS if experiment.config(m, ONE, 0).compile] == [NO_CONVOLUTIONS]
 
 
 def test_the_network_without_convolutions_adapts_its_linear_layers():
