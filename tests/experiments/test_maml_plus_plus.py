@@ -144,6 +144,15 @@ def test_the_parts_of_the_rows(ablation):
         assert all(getattr(plain, slot) != getattr(changed, slot) for slot in slots)
         full = algorithm("MAML++")
         assert all(getattr(full, slot) == getattr(changed, slot) for slot in slots)
+    for variant, slots in {
+        "first-order MAML": ["derivative_order"],
+        "ANIL": ["adapted"],
+        "Meta-SGD": ["inner_rate", "num_steps"],
+        "Proto-MAML": ["inner_start"],
+    }.items():
+        changed = algorithm(variant)
+        assert replace(plain, **{slot: getattr(changed, slot) for slot in slots}) == changed
+        assert all(getattr(plain, slot) != getattr(changed, slot) for slot in slots)
 
 
 @pytest.mark.parametrize(

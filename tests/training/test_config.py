@@ -20,6 +20,7 @@ from fewstep.core.hypergradient import (
     HypergradientAdam,
     HypergradientRates,
 )
+from fewstep.core.modules import last_layer, layer_of
 from fewstep.core.outer import SGD
 from fewstep.core.rates import LayerStepRates
 from fewstep.data.omniglot import Omniglot
@@ -62,8 +63,9 @@ SETTINGS_OF_AN_ALGORITHM = {
     "learned_rates": "layer", "head_lr": 0.2, "inner_clip_norm": 2.0,
     "inner_hyper_lr": 0.1, "multi_step_epochs": 3,
     "first_order_epochs": 2, "per_step_affine": True, "per_step_statistics": True,
-    "statistics": "support", "not_adapted": ("head.*",), "outer": "sgd", "outer_lr": 0.02,
-    "momentum": 0.5, "weight_decay": 0.1, "outer_hyper_lr": 0.2, "hyper_step": "sign",
+    "statistics": "support", "adapted": ("head.*",), "not_adapted": ("head.*",),
+    "outer": "sgd", "outer_lr": 0.02, "momentum": 0.5, "weight_decay": 0.1,
+    "outer_hyper_lr": 0.2, "hyper_step": "sign",
     "task_reduction": "sum", "outer_schedule": "cosine", "final_outer_lr": 1e-4,
     "clip_value": 5.0, "extra_steps": "repeat",
 }  # fmt: skip
@@ -155,7 +157,8 @@ def test_every_changed_setting_survives_the_file(tmp_path):
         "--learned-rates layer --head-lr 0.2 --multi-step-epochs 3 --first-order-epochs 2 "
         "--inner-clip-norm 6 --clip-value 5 --statistics support "
         "--per-step-affine True --per-step-statistics True "
-        "--outer-lr 0.01 --outer-schedule constant --final-outer-lr 0.001 --not-adapted head.* "
+        "--outer-lr 0.01 --outer-schedule constant --final-outer-lr 0.001 "
+        "--adapted blocks.* --not-adapted *.norm.* "
         "--inner-hyper-lr 0.1 --outer sgd --outer-hyper-lr 0.2 --hyper-step sign "
         "--task-reduction sum --extra-steps repeat --iterations 7 --epoch-length 3 --keep-best 2 "
         "--tasks 3 --chunk-size 2 --val-every 4 --val-tasks 5 --test-tasks 6 --seed 9 --device cpu "
@@ -321,6 +324,7 @@ def test_every_network_has_a_preset():
     [
         ("maml", partial(fewstep.maml, 5, 0.1)),
         ("fomaml", partial(fewstep.fomaml, 5, 0.1)),
+        ("anil", partial(fewstep.anil, 5, 0.1)),
         (
             "alpha-maml",
             partial(
@@ -342,13 +346,22 @@ def test_every_network_has_a_preset():
 )
 def test_a_recipe_has_the_same_parts_here_and_in_python(name, recipe):
     settings = preset("omniglot", recipe=name).algorithm
-    if name in ("maml", "fomaml"):
+    if name in ("maml", "fomaml", "anil"):
         settings = replace(
             settings, num_steps=5, inner_lr=0.1, outer_lr=1e-3, outer_schedule="constant"
         )
     algorithm = settings.build(iterations=6000)
     same_unit = {"iterations_per_epoch": 60}
     assert replace(algorithm, **same_unit) == replace(recipe(), **same_unit)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_anil_adapts_the_last_layer_of_every_network(network):
+    dataset = "sinusoid" if network == "sinusoid-mlp" else "omniglot"
+    config = preset(dataset, network, "anil")
+    names = dict(config.model.build((1, 28, 28), 5).named_parameters())
+    adapted = config.algorithm.build(100).adapted.choose(names)
+    assert [n for n in names if layer_of(n) == last_layer(names)] == list(adapted)
 
 
 @pytest.mark.parametrize(

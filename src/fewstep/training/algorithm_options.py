@@ -71,8 +71,10 @@ class AlgorithmOptions:
     """Running statistics for each step (BNRS)."""
     statistics: Use = "batch"
     """What batch norm normalises by: batch (transductive), support set or running averages."""
+    adapted: tuple[str, ...] = ("*",)
+    """Patterns of names of the parameters that the inner loop changes, such as "head.*" (ANIL)."""
     not_adapted: tuple[str, ...] = ()
-    """Patterns of parameter names that the inner loop leaves alone, such as "*.norm.*"."""
+    """Patterns of those that it leaves alone of them, such as "*.norm.*"."""
     outer: Literal["adam", "sgd"] = "adam"
     """The outer optimiser."""
     outer_lr: float = 1e-3
@@ -144,7 +146,7 @@ class AlgorithmOptions:
             if self.multi_step_epochs
             else FinalStep(),
             derivative_order=_derivative_order(self.first_order_epochs),
-            adapted=AdaptedParameters(exclude=self.not_adapted),
+            adapted=AdaptedParameters(self.adapted, self.not_adapted),
             norm_affine=PerStepAffine() if self.per_step_affine else SharedAffine(),
             norm_statistics=NormStatistics(self.statistics, self.per_step_statistics),
             outer=self._outer(),

@@ -29,7 +29,7 @@ from fewstep.training.network_options import (
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 Recipe = Literal[
-    "maml", "fomaml", "maml++", "maml++-reference-code", "meta-sgd", "alpha-maml", "auto",
+    "maml", "fomaml", "anil", "maml++", "maml++-reference-code", "meta-sgd", "alpha-maml", "auto",
     "prototypes", "proto-maml", "supervised",
 ]  # fmt: skip
 Images = Glyphs | Omniglot | MiniImageNet | ImageFolder

@@ -18,6 +18,8 @@ from fewstep.training.config import (
 )
 from fewstep.training.network_options import NETWORKS, Conv4Options
 
+HEADS = {"conv4": ("head.*",), "fully-connected": ("13.*",), "sinusoid-mlp": ("4.*",)}
+
 
 def preset(dataset: str = "glyphs", network: str | None = None, recipe: str = "maml") -> RunConfig:
     """Return the default settings for a data set, a network and a recipe.
@@ -49,6 +51,8 @@ def preset(dataset: str = "glyphs", network: str | None = None, recipe: str = "m
     match recipe:
         case "fomaml":
             return replace(config, algorithm=replace(config.algorithm, first_order_epochs=math.inf))
+        case "anil":
+            return replace(config, algorithm=replace(config.algorithm, adapted=HEADS[network]))
         case "meta-sgd":
             num_steps = config.algorithm.num_steps  # rates of one step may diverge in the next
             return replace(
