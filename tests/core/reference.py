@@ -119,9 +119,9 @@ def batch_norm_cnn() -> nn.Module:
 
 def two_blocks() -> nn.Module:
     """Two of a Conv4's blocks: one of data, and one as the others."""
-    return nn.Sequential(
-        Conv4(1, WAYS, 16, filters=4).blocks[:2], nn.Flatten(), nn.Linear(64, WAYS)
-    )
+    module = nn.Sequential(Conv4(1, WAYS, 16, filters=4).blocks[:2], nn.Flatten())
+    module.add_module("head", nn.Linear(64, WAYS))
+    return module
 
 
 @dataclass(frozen=True)

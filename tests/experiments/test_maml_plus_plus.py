@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import tomllib
 from dataclasses import replace
 
 import pytest
@@ -77,6 +78,14 @@ def test_the_table_and_the_figure(ablation, monkeypatch, capsys):
 def test_the_best_row_is_the_one_with_the_highest_accuracy():
     means = {"a": 0.1, "b": 0.3, "c": 0.2}
     assert best_of({name: {"single": {"mean": mean}} for name, mean in means.items()}) == "b"
+
+
+def test_rows_from_prototypes_may_be_trained_on_more_ways(ablation):
+    replace(ablation, variants=("Proto-MAML",), seeds=1, train_ways=3).run(Console(quiet=True))
+    assert "glyphs 2-way" in (table := (ablation.out / "table.md").read_text())
+    assert "4 iterations of 2 tasks of 3 classes" in table
+    trained = tomllib.loads((ablation.out / "proto-maml-seed0" / "config.toml").read_text())
+    assert trained["episodes"]["train_ways"] == 3
 
 
 def test_one_seed_has_no_deviation(ablation):
@@ -183,6 +192,7 @@ def test_the_length_is_the_authors(
         ({"variants": ("MAML+LSRL",)}, "did you mean 'MAML\\+LSLR'"),
         ({"seeds": 0}, "seeds=0 must be"),
         ({"workers": 0}, "workers=0 must be"),
+        ({"train_ways": 3}, "MAML learns its last layer for 2 classes; name variants that"),
     ],
 )
 def test_bad_input(ablation, changes, message):

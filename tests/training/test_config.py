@@ -146,8 +146,8 @@ def test_ways_to_step_are_guards(hyper_step, guards):
 def test_every_changed_setting_survives_the_file(tmp_path):
     changed = (
         "--dataset omniglot --root /data/o --class-split finn --size 32 --ways 20 --shots 5 "
-        "--queries 2 --eval-queries 3 --rotations episode --eval-rotations episode --flips True "
-        "--shifts 3 --crops 0.4 --colours 0.2 "
+        "--train-ways 30 --queries 2 --eval-queries 3 --rotations episode "
+        "--eval-rotations episode --flips True --shifts 3 --crops 0.4 --colours 0.2 "
         "--filters 16 "
         "--norm layer --downsample stride --activation leaky-relu --conv-bias True "
         "--initialisation torch --spatial-mean True --projection True "
@@ -293,6 +293,12 @@ def test_a_word_with_a_hyphen_is_no_option(tmp_path):
         (["--dataset", "sinusoid", "--recipe", "supervised"], "learns classes, and dataset='sin"),
         (["--dataset", "sinusoid", "--recipe", "proto-maml"], "start='prototypes' learns classes"),
         (["--recipe", "supervised", "--ways", "3"], "--ways goes with --recipe maml"),
+        (["--train-ways", "20"], "train_ways=20: the last layer, or its inner rates, are learned"),
+        (
+            ["--recipe", "prototypes", "--train-ways", "20", "--learned-rates", "element"],
+            "train with --start prototypes and no --learned-rates element",
+        ),
+        (["--recipe", "prototypes", "--train-ways", "1"], "train_ways=1 must be at least 2"),
         (["--recipe", "supervised", "--start", "prototypes"], "no support set to adapt to or to"),
         (["--recipe", "supervised", "--num-steps", "1"], "no support set to adapt to or to"),
         (["--recipe", "supervised", "--statistics", "support"], "leave out num_steps, eval_steps"),

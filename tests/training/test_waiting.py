@@ -80,9 +80,9 @@ def learner_and_episodes(
         rotations="episode",
         augmentation=changes,
     )
-    module = nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)
-    ).to(device)
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU())
+    module.add_module("head", nn.Linear(8, 3))
+    module.to(device)
     algorithm = preset("glyphs", recipe=recipe).algorithm.build(iterations=10, epoch_length=1)
     return MetaLearner(module, algorithm, F.cross_entropy, replay=replay), episodes
 

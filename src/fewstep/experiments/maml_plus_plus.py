@@ -110,6 +110,8 @@ class MamlPlusPlusAblation:
     """Classes of a task."""
     shots: int = 1
     """Support images of each class."""
+    train_ways: int | None = None
+    """Classes of a task in training, of rows that start from prototypes; None takes the ways."""
     variants: tuple[str, ...] = tuple(VARIANTS)
     """Rows of the table: the paper's, or those beside them."""
     seeds: int = 3
@@ -142,11 +144,19 @@ class MamlPlusPlusAblation:
         check_names("variant", self.variants, VARIANTS | BESIDE)
         if self.seeds < 1:
             raise InputError(f"seeds={self.seeds} must be at least 1")
+        others = [v for v in self.variants if "start" not in (VARIANTS | BESIDE)[v]]
+        if self.train_ways is not None and others:
+            raise InputError(
+                f"train_ways={self.train_ways}: {others[0]} learns its last layer for {self.ways} "
+                "classes; name variants that start from prototypes, or leave it out"
+            )
         accuracy_table(
             {v: [self.config(v, seed) for seed in range(self.seeds)] for v in self.variants},
             PAPER.get((self.dataset, self.ways, self.shots), {}),
             f"{self.dataset} {self.ways}-way {self.shots}-shot, Conv4-{self._filters}, "
-            f"{self.iterations:,} iterations of {self._tasks} tasks, {self.precision}",
+            f"{self.iterations:,} iterations of {self._tasks} tasks"
+            + ("" if self.train_ways is None else f" of {self.train_ways} classes")
+            + f", {self.precision}",
             self.out,
             console,
             workers=self.workers,
@@ -172,6 +182,7 @@ class MamlPlusPlusAblation:
             data=Omniglot(class_split="maml++") if self.dataset == "omniglot" else base.data,
             episodes=ClassificationOptions(
                 ways=self.ways,
+                train_ways=self.train_ways,
                 shots=self.shots,
                 queries=15 if is_mini else 1,
                 eval_queries=15 if is_mini else 1,

@@ -30,6 +30,7 @@ from fewstep.training.config import (
     SupervisedOptions,
 )
 from fewstep.training.environment import commit
+from fewstep.training.head import fitting_head
 from fewstep.training.initial import start_from
 
 EVAL_SEED = 0  # validation and test tasks are the same for every run, so that runs compare
@@ -58,16 +59,24 @@ class Problem:
 
     episodes: dict[Split, Episodes]
     input_shape: tuple[int, ...]
-    outputs: int
+    outputs: int  # of a learner that is trained on them
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What the settings of a run stand for."""
+    """What the settings of a run stand for.
+
+    Args:
+        config: The settings.
+        problem: The episodes.
+        learner: What is trained.
+        tester: What is tested: the learner, or one for tasks of other ways.
+    """
 
     config: RunConfig
     problem: Problem
     learner: MetaLearner
+    tester: MetaLearner
 
     @classmethod
     def build(
@@ -103,7 +112,20 @@ class Experiment:
                 if "train" in splits:
                     raise
                 learner.chunk_size = 1  # in tests no graph outlives a step
-        return cls(config, problem, learner)
+        tester, tests = learner, config.for_tests()
+        if tests != config:
+            assert isinstance(tests.episodes, ClassificationOptions)
+            of_tests = replace(problem, outputs=tests.episodes.ways)
+            tester = build_learner(tests, of_tests, config.device, ranks)
+            tester.chunk_size = learner.chunk_size
+        return cls(config, problem, learner, tester)
+
+    def current(self) -> MetaLearner:
+        """Return the tester with what the learner has learned so far."""
+        if self.tester is not self.learner:
+            state = fitting_head(self.tester, self.learner.state_tensors())
+            self.tester.load_state_tensors(state)
+        return self.tester
 
 
 def build_problem(config: RunConfig, device: str, splits: Sequence[Split] = SPLITS) -> Problem:
@@ -129,7 +151,8 @@ def build_problem(config: RunConfig, device: str, splits: Sequence[Split] = SPLI
         split: classification_episodes(config.episodes, stores, split, seed)
         for split, seed in seeds.items()
     }
-    return Problem(_drawn_ahead(episodes), stores["train"].image_shape, config.episodes.ways)
+    outputs = config.episodes.ways_of("train")
+    return Problem(_drawn_ahead(episodes), stores["train"].image_shape, outputs)
 
 
 def _supervised(options: SupervisedOptions, store: ClassStore, seeds: dict[Split, int]) -> Problem:
@@ -166,7 +189,7 @@ def classification_episodes(
     return ClassificationEpisodes(
         stores[split],
         split,
-        ways=options.ways,
+        ways=options.ways_of(split),
         shots=options.shots,
         queries=options.queries if is_train else options.eval_queries,
         rotations=options.rotations if is_train else options.eval_rotations,

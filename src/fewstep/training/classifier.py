@@ -73,8 +73,7 @@ class FewShotClassifier:
             load_learner, path, checkpoint=checkpoint, device=device, extra_steps=extra_steps
         )
         self._learner = learner = self._load()
-        of = config.algorithm
-        self._takes_any = of.start == "prototypes" and of.learned_rates != "element"
+        self._takes_any = config.takes_any_ways
         assert isinstance(config.episodes, ClassificationOptions)
         self._data = config.data
         self._views = views_of(views)

@@ -46,6 +46,9 @@ class _Drawing:
 
     ways: int = 5
     """Classes of an episode."""
+    train_ways: int | None = None
+    """Classes of an episode in training, where tasks start from prototypes; as many as in tests if
+    not given."""
     shots: int = 1
     """Support images of each class."""
     queries: int = 5
@@ -65,9 +68,15 @@ class ClassificationOptions(Augmentation, _Drawing):  # the last one's fields co
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("ways", 2), ("shots", 1), ("queries", 1), ("eval_queries", 1)):
-            if (value := getattr(self, name)) < least:
+        for name, least in (
+            ("ways", 2), ("train_ways", 2), ("shots", 1), ("queries", 1), ("eval_queries", 1),
+        ):  # fmt: skip
+            if (value := getattr(self, name)) is not None and value < least:
                 raise InputError(f"{name}={value} must be at least {least}")
+
+    def ways_of(self, split: Split) -> int:
+        """Return the classes of an episode of a split."""
+        return self.ways if split != "train" or self.train_ways is None else self.train_ways
 
 
 @dataclass(frozen=True)
@@ -206,6 +215,13 @@ class RunConfig:
                 "recipe='supervised' has no support set to adapt to or to normalise by; leave out "
                 "num_steps, eval_steps, start and statistics='support'"
             )
+        train_ways = getattr(self.episodes, "train_ways", None)
+        if train_ways is not None and not self.takes_any_ways:
+            raise InputError(
+                f"train_ways={train_ways}: the last layer, or its inner rates, are learned for as "
+                "many classes as tests have; leave it out, or train with --start prototypes and no "
+                "--learned-rates element"
+            )
         if (self.dataset == "sinusoid") != (self.network == "sinusoid-mlp"):
             raise InputError(
                 f"network={self.network!r} does not fit dataset={self.dataset!r}; sinusoid takes "
@@ -219,23 +235,28 @@ class RunConfig:
         data = self.data if root is None else replace(self.data, root=root.absolute())
         return replace(self, initial=initial, data=data)
 
-    def with_ways(self, ways: int | None) -> RunConfig:
-        """Return the settings for tests on tasks of so many classes; None leaves them.
+    @property
+    def takes_any_ways(self) -> bool:
+        """Whether tasks may have any number of classes, as no part is of a certain class."""
+        return self.algorithm.start == "prototypes" and self.algorithm.learned_rates != "element"
+
+    def for_tests(self, ways: int | None = None) -> RunConfig:
+        """Return the settings for tasks of so many classes, in each split; None takes the tests'.
 
         Raises:
             InputError: the last layer is one of other classes, which tasks start from.
         """
-        own = getattr(self.episodes, "ways", None)
-        if ways is None or ways == own:
-            return self
         if not isinstance(self.episodes, ClassificationOptions):
-            raise InputError(f"ways={ways}: the run's tasks have no classes; leave it out")
-        if self.algorithm.start != "prototypes" or self.algorithm.learned_rates == "element":
+            if ways is not None:
+                raise InputError(f"ways={ways}: the run's tasks have no classes; leave it out")
+            return self
+        own = self.episodes.ways
+        if ways not in (None, own) and not self.takes_any_ways:
             raise InputError(
                 f"ways={ways}: the last layer, or its inner rates, were learned for {own} classes; "
                 "leave it out, or train with --start prototypes and no --learned-rates element"
             )
-        return replace(self, episodes=replace(self.episodes, ways=ways))
+        return replace(self, episodes=replace(self.episodes, ways=ways or own, train_ways=None))
 
     def with_extra_steps(self, extra_steps: ExtraSteps | None) -> RunConfig:
         """Return the settings for tests of more steps than trained; None leaves them."""

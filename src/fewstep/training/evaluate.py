@@ -20,7 +20,7 @@ from fewstep.training.build import Experiment
 from fewstep.training.config import Split, to_dict
 from fewstep.training.display import bars, counting
 from fewstep.training.environment import command_line, environment
-from fewstep.training.load import fitting_head
+from fewstep.training.head import fitting_head
 from fewstep.training.run_folder import Kept, RunFolder, write_json
 
 Checkpoint = Literal["best", "last", "ensemble"]
@@ -68,7 +68,7 @@ def evaluate_run(
     Of several processes, each scores its share of the tasks.
 
     Args:
-        experiment: Its learner is given the checkpoint.
+        experiment: Its tester is given the checkpoint.
         run: Where the checkpoint is and the scores will go; None in all processes but the first.
         console: Where to show how far it is.
         split: Where the tasks come from.
@@ -84,7 +84,7 @@ def evaluate_run(
     Raises:
         InputError: the run has no checkpoint.
     """
-    learner = experiment.learner
+    learner = experiment.tester
     kept = () if run is None else _kept(run, checkpoint)
     states = [] if run is None else [run.load_checkpoint(each.name) for each in kept]
     states = [fitting_head(learner, state) for state in states]

@@ -9,12 +9,10 @@ from typing import Literal, get_args
 
 from fewstep.core.algorithm import ExtraSteps
 from fewstep.core.errors import InputError, check_name
-from fewstep.core.inner_start import PrototypeStart
 from fewstep.core.learner import MetaLearner
-from fewstep.core.modules import layer_of
-from fewstep.core.network import Tensors
 from fewstep.training.build import Problem, build_learner, resolve_device
 from fewstep.training.config import ClassificationOptions, SinusoidData
+from fewstep.training.head import fitting_head
 from fewstep.training.parse import load_config
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.same_settings import check_unchanged
@@ -54,7 +52,7 @@ def load_learner(
             f"{run.path} has learned to tell its training classes apart and no few-shot tasks; "
             f"start a run from it, with `fewstep train --initial {quote(str(run.path))}`"
         )
-    config = config.with_extra_steps(extra_steps).with_ways(ways)
+    config = config.with_extra_steps(extra_steps).for_tests(ways)
     config = replace(config, device=resolve_device(device))
     problem = Problem({}, (1,), 1)
     if not isinstance(config.data, SinusoidData):
@@ -67,21 +65,3 @@ def load_learner(
     learner = build_learner(config, problem, config.device)
     learner.load_state_tensors(fitting_head(learner, run.load_checkpoint(name)))
     return learner
-
-
-def fitting_head(learner: MetaLearner, state: Tensors) -> Tensors:
-    """Return a saved state, with the learner's own last layer where that has other outputs.
-
-    They may differ where tasks make a last layer of their own.
-    """
-    named = dict(learner.module.named_parameters())
-    *_, last = named
-    if (
-        not isinstance(learner.algorithm.inner_start, PrototypeStart)
-        or state[f"model.{last}"].shape == named[last].shape
-    ):
-        return state
-    layer = layer_of(last)
-    own = {f"model.{n}": p.detach() for n, p in named.items() if layer_of(n) == layer}
-    of_layer = (f"model.{layer}.", f"optimiser.{layer}.")
-    return {n: t for n, t in state.items() if not n.startswith(of_layer)} | own

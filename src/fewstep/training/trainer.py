@@ -127,7 +127,7 @@ class Trainer:
             display.advance(name, loss, metric, seconds)
 
     def _validate(self, iteration: int, state: State, log: NoLog, display: Display) -> State:
-        config, learner = self.experiment.config, self.experiment.learner
+        config, learner = self.experiment.config, self.experiment.current()
         episodes = self.experiment.problem.episodes["val"]
         with display.validation(episodes, learner.ranks.count(config.val_tasks)) as counted:
             scores = learner.evaluate(

@@ -1,0 +1,26 @@
+"""A saved last layer under a learner for other classes."""
+
+from __future__ import annotations
+
+from fewstep.core.inner_start import PrototypeStart
+from fewstep.core.learner import MetaLearner
+from fewstep.core.modules import layer_of
+from fewstep.core.network import Tensors
+
+
+def fitting_head(learner: MetaLearner, state: Tensors) -> Tensors:
+    """Return a saved state, with the learner's own last layer where that has other outputs.
+
+    They may differ where tasks make a last layer of their own.
+    """
+    named = dict(learner.module.named_parameters())
+    *_, last = named
+    if (
+        not isinstance(learner.algorithm.inner_start, PrototypeStart)
+        or state[f"model.{last}"].shape == named[last].shape
+    ):
+        return state
+    layer = layer_of(last)
+    own = {f"model.{n}": p.detach() for n, p in named.items() if layer_of(n) == layer}
+    of_layer = (f"model.{layer}.", f"optimiser.{layer}.")
+    return {n: t for n, t in state.items() if not n.startswith(of_layer)} | own
