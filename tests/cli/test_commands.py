@@ -28,7 +28,8 @@ from fewstep.cli.main import COMMANDS, main
 from fewstep.cli.score_table import score_table
 from fewstep.data.folder import ImageFolder
 from fewstep.training.build import Experiment
-from fewstep.training.config import SOURCES, ClassificationOptions
+from fewstep.training.config import SOURCES
+from fewstep.training.episode_options import ClassificationOptions
 from fewstep.training.load import load_learner
 from fewstep.training.network_options import Conv4Options
 from fewstep.training.parse import load_config

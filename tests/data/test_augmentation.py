@@ -5,7 +5,7 @@ from torch import Tensor
 from fewstep import InputError
 from fewstep.data import augmentation as augmentation_module
 from fewstep.data.augmentation import UNCHANGED, Augmentation
-from fewstep.training.config import ClassificationOptions, SupervisedOptions
+from fewstep.training.episode_options import ClassificationOptions, SupervisedOptions
 
 SIDE, COUNT = 5, 1000
 AT = torch.arange(SIDE)

@@ -13,7 +13,7 @@ from rich.console import Console
 from fewstep.core.errors import InputError
 from fewstep.experiments.from_classifier import MamlPlusPlusFromClassifier
 from fewstep.models.features import projection_of
-from fewstep.training.config import SupervisedOptions
+from fewstep.training.episode_options import SupervisedOptions
 from fewstep.training.parse import load_config
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.trainer import Trainer

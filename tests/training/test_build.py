@@ -7,7 +7,7 @@ from fewstep.core.errors import InputError
 from fewstep.core.ranks import Ranks
 from fewstep.data.store import ClassStore, to_device
 from fewstep.training.build import Experiment, build_problem, classification_episodes
-from fewstep.training.config import ClassificationOptions, SupervisedOptions
+from fewstep.training.episode_options import ClassificationOptions, SupervisedOptions
 from fewstep.training.presets import preset
 
 AS_DRAWN = torch.tensor([[10, 20], [30, 40]], dtype=torch.uint8)

@@ -13,7 +13,8 @@ from fewstep.data.folder import ImageFolder
 from fewstep.models.features import projection_of
 from fewstep.training.algorithm_options import AlgorithmOptions
 from fewstep.training.build import Experiment
-from fewstep.training.config import ClassificationOptions, to_dict
+from fewstep.training.config import to_dict
+from fewstep.training.episode_options import ClassificationOptions
 from fewstep.training.initial import read_initial, start_from
 from fewstep.training.network_options import Conv4Options
 from fewstep.training.parse import run_config

@@ -17,16 +17,9 @@ from fewstep.data.glyphs import Glyphs
 from fewstep.data.prepared import verify_prepared
 from fewstep.report.episode_picture import picture_episodes
 from fewstep.training.build import classification_episodes
-from fewstep.training.config import (
-    SOURCES,
-    ClassificationOptions,
-    Images,
-    SinusoidData,
-    Split,
-    option_arguments,
-    to_dict,
-)
+from fewstep.training.config import SOURCES, Images, SinusoidData, option_arguments, to_dict
 from fewstep.training.display import say
+from fewstep.training.episode_options import ClassificationOptions, Split
 from fewstep.training.parse import value_of
 from fewstep.training.presets import preset
 

@@ -19,8 +19,13 @@ from fewstep.core.ranks import Ranks
 from fewstep.data.episodes import Rotations
 from fewstep.data.views import Views
 from fewstep.training.build import Experiment, resolve_device
-from fewstep.training.config import EpisodeOptions, RegressionOptions, Split, SupervisedOptions
 from fewstep.training.display import say
+from fewstep.training.episode_options import (
+    EpisodeOptions,
+    RegressionOptions,
+    Split,
+    SupervisedOptions,
+)
 from fewstep.training.evaluate import Checkpoint, evaluate_run
 from fewstep.training.parse import load_config
 from fewstep.training.run_folder import RunFolder

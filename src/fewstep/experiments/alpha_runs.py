@@ -13,7 +13,8 @@ from fewstep.core.learner import MetaLearner
 from fewstep.experiments.sweep import check_equal, check_same
 from fewstep.training.algorithm_options import AlgorithmOptions
 from fewstep.training.build import Problem, build_learner, build_problem
-from fewstep.training.config import ClassificationOptions, RunConfig, to_dict
+from fewstep.training.config import RunConfig, to_dict
+from fewstep.training.episode_options import ClassificationOptions
 from fewstep.training.folders import make_folder
 from fewstep.training.network_options import Conv4Options
 from fewstep.training.presets import preset

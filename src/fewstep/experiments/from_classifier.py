@@ -23,8 +23,9 @@ from fewstep.experiments.sweep import Test, check_plan, complete
 from fewstep.experiments.write_up import write_up
 from fewstep.training.algorithm_options import AlgorithmOptions
 from fewstep.training.build import build_problem, resolve_device
-from fewstep.training.config import ClassificationOptions, RunConfig, SupervisedOptions
+from fewstep.training.config import RunConfig
 from fewstep.training.display import say
+from fewstep.training.episode_options import ClassificationOptions, SupervisedOptions
 from fewstep.training.network_options import Conv4Options
 from fewstep.training.presets import preset
 from fewstep.training.run_folder import RunFolder

@@ -16,7 +16,8 @@ from fewstep.data.episodes import Rotations
 from fewstep.data.omniglot import Omniglot
 from fewstep.experiments.accuracy_table import accuracy_table
 from fewstep.training.algorithm_options import AlgorithmOptions
-from fewstep.training.config import ClassificationOptions, RunConfig
+from fewstep.training.config import RunConfig
+from fewstep.training.episode_options import ClassificationOptions
 from fewstep.training.network_options import Conv4Options, FullyConnectedOptions
 from fewstep.training.presets import preset
 

@@ -14,7 +14,8 @@ from fewstep.core.precision import Precision
 from fewstep.data.omniglot import Omniglot
 from fewstep.experiments.accuracy_table import accuracy_table
 from fewstep.training.algorithm_options import AlgorithmOptions
-from fewstep.training.config import ClassificationOptions, Recipe, RunConfig
+from fewstep.training.config import Recipe, RunConfig
+from fewstep.training.episode_options import ClassificationOptions
 from fewstep.training.network_options import Conv4Options
 from fewstep.training.presets import HEADS, preset
 

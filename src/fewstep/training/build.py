@@ -20,16 +20,15 @@ from fewstep.data.episodes import ClassificationEpisodes
 from fewstep.data.labelled import LabelledImages, hold_out
 from fewstep.data.sinusoid import SinusoidEpisodes
 from fewstep.data.store import ClassStore, to_device
-from fewstep.training.config import (
+from fewstep.training.config import RunConfig, SinusoidData
+from fewstep.training.environment import commit
+from fewstep.training.episode_options import (
     SPLITS,
     ClassificationOptions,
     RegressionOptions,
-    RunConfig,
-    SinusoidData,
     Split,
     SupervisedOptions,
 )
-from fewstep.training.environment import commit
 from fewstep.training.head import fitting_head
 from fewstep.training.initial import start_from
 

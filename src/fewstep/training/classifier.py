@@ -21,7 +21,8 @@ from fewstep.core.errors import InputError
 from fewstep.core.norm import Use
 from fewstep.data.archives import contents
 from fewstep.data.views import Views, views_of
-from fewstep.training.config import ClassificationOptions, SinusoidData
+from fewstep.training.config import SinusoidData
+from fewstep.training.episode_options import ClassificationOptions
 from fewstep.training.load import OneCheckpoint, load_learner
 from fewstep.training.parse import load_config
 from fewstep.training.run_folder import RunFolder

@@ -6,19 +6,22 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from fewstep.core.algorithm import ExtraSteps
 from fewstep.core.errors import InputError, check_name
 from fewstep.core.precision import Precision
-from fewstep.data.augmentation import Augmentation
-from fewstep.data.episodes import Rotations
 from fewstep.data.folder import ImageFolder
 from fewstep.data.glyphs import Glyphs
-from fewstep.data.labelled import TurnedClasses
 from fewstep.data.mini_imagenet import MiniImageNet
 from fewstep.data.omniglot import Omniglot
 from fewstep.training.algorithm_options import AlgorithmOptions
+from fewstep.training.episode_options import (
+    ClassificationOptions,
+    EpisodeOptions,
+    RegressionOptions,
+    SupervisedOptions,
+)
 from fewstep.training.network_options import (
     NETWORKS,
     Conv4Options,
@@ -26,8 +29,6 @@ from fewstep.training.network_options import (
     SinusoidMLPOptions,
 )
 
-Split = Literal["train", "val", "test"]
-SPLITS: tuple[Split, ...] = get_args(Split)
 Recipe = Literal[
     "maml", "fomaml", "anil", "maml++", "maml++-reference-code", "meta-sgd", "alpha-maml", "auto",
     "prototypes", "proto-maml", "supervised",
@@ -38,75 +39,6 @@ Images = Glyphs | Omniglot | MiniImageNet | ImageFolder
 @dataclass(frozen=True)
 class SinusoidData:
     """Sinusoid regression; needs no files."""
-
-
-@dataclass(frozen=True)
-class _Drawing:
-    """How an N-way K-shot episode is drawn."""
-
-    ways: int = 5
-    """Classes of an episode."""
-    train_ways: int | None = None
-    """Classes of an episode in training, where tasks start from prototypes; as many as in tests if
-    not given."""
-    shots: int = 1
-    """Support images of each class."""
-    queries: int = 5
-    """Query images of each class, in training."""
-    eval_queries: int = 15
-    """Query images of each class, in validation and test."""
-    rotations: Rotations = "none"
-    """Training: turn no image, make every quarter turn a class, and its mirror image too, or turn
-    the classes of an episode, each by a quarter of its own or all together."""
-    eval_rotations: Rotations = "none"
-    """The same in validation and test."""
-
-
-@dataclass(frozen=True)
-class ClassificationOptions(Augmentation, _Drawing):  # the last one's fields come first
-    """What an N-way K-shot episode holds."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, least in (
-            ("ways", 2), ("train_ways", 2), ("shots", 1), ("queries", 1), ("eval_queries", 1),
-        ):  # fmt: skip
-            if (value := getattr(self, name)) is not None and value < least:
-                raise InputError(f"{name}={value} must be at least {least}")
-
-    def ways_of(self, split: Split) -> int:
-        """Return the classes of an episode of a split."""
-        return self.ways if split != "train" or self.train_ways is None else self.train_ways
-
-
-@dataclass(frozen=True)
-class RegressionOptions:
-    """What a regression episode holds."""
-
-    shots: int = 10
-    """Support points."""
-    queries: int = 10
-    """Query points, in training, validation and test."""
-
-
-@dataclass(frozen=True)
-class _Labelled:
-    """How a batch of all training classes is drawn."""
-
-    examples: int = 128
-    """Images of a batch."""
-    held_out: float = 0.05
-    """Share of each class's images for validation, and as many for test."""
-    rotations: TurnedClasses = "none"
-    """Make every quarter turn of a class a class of its own, and its mirror image too."""
-
-
-@dataclass(frozen=True)
-class SupervisedOptions(Augmentation, _Labelled):
-    """What a batch of all training classes holds; each class keeps images for validation, test."""
-
-
-EpisodeOptions = ClassificationOptions | RegressionOptions | SupervisedOptions
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from fewstep.core.norm import Use
 from fewstep.core.scores import Scores
 from fewstep.data.views import Views, views_of
 from fewstep.training.build import Experiment
-from fewstep.training.config import Split, to_dict
+from fewstep.training.config import to_dict
 from fewstep.training.display import bars, counting
 from fewstep.training.environment import command_line, environment
+from fewstep.training.episode_options import Split
 from fewstep.training.head import fitting_head
 from fewstep.training.run_folder import Kept, RunFolder, write_json
 

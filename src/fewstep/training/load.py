@@ -11,7 +11,8 @@ from fewstep.core.algorithm import ExtraSteps
 from fewstep.core.errors import InputError, check_name
 from fewstep.core.learner import MetaLearner
 from fewstep.training.build import Problem, build_learner, resolve_device
-from fewstep.training.config import ClassificationOptions, SinusoidData
+from fewstep.training.config import SinusoidData
+from fewstep.training.episode_options import ClassificationOptions
 from fewstep.training.head import fitting_head
 from fewstep.training.parse import load_config
 from fewstep.training.run_folder import RunFolder

@@ -8,12 +8,10 @@ from typing import Any, get_args
 
 from fewstep.core.errors import check_name
 from fewstep.training.algorithm_options import AlgorithmOptions
-from fewstep.training.config import (
-    SOURCES,
+from fewstep.training.config import SOURCES, Recipe, RunConfig
+from fewstep.training.episode_options import (
     ClassificationOptions,
-    Recipe,
     RegressionOptions,
-    RunConfig,
     SupervisedOptions,
 )
 from fewstep.training.network_options import NETWORKS, Conv4Options
