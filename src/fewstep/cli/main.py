@@ -28,10 +28,10 @@ from fewstep.experiments.alpha_comparison import AlphaComparison
 from fewstep.experiments.alpha_convergence import AlphaConvergence
 from fewstep.experiments.alpha_sensitivity import AlphaSensitivity
 from fewstep.experiments.from_classifier import MamlPlusPlusFromClassifier
-from fewstep.experiments.half_cheetah import MamlHalfCheetah
 from fewstep.experiments.maml import MamlClassification
 from fewstep.experiments.maml_plus_plus import MamlPlusPlusAblation
 from fewstep.experiments.navigation import MamlNavigation
+from fewstep.experiments.running import MamlAnt, MamlHalfCheetah
 from fewstep.experiments.sinusoid import MamlSinusoid
 from fewstep.training.parse import parse
 from fewstep.training.trainer import TrainingStopped
@@ -63,6 +63,7 @@ COMMANDS: dict[str, type[Command]] = {
     "reproduce maml++-from-classifier": MamlPlusPlusFromClassifier,
     "reproduce maml-navigation": MamlNavigation,
     "reproduce maml-half-cheetah": MamlHalfCheetah,
+    "reproduce maml-ant": MamlAnt,
     "reproduce alpha-sensitivity": AlphaSensitivity,
     "reproduce alpha-convergence": AlphaConvergence,
     "reproduce alpha-comparison": AlphaComparison,

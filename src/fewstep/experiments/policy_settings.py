@@ -53,21 +53,26 @@ METHODS = {
 }
 
 
-def _half_cheetah(split: str, goal: Literal["direction", "velocity"], **kwargs: Any) -> Any:
+def _running(
+    split: str, body: str, goal: Literal["direction", "velocity"], **kwargs: Any
+) -> TaskEnvironments:
     try:
-        from fewstep.rl.half_cheetah import HalfCheetahTasks
+        from fewstep.rl.bodies import BODIES
+        from fewstep.rl.locomotion import RunningTasks
     except ModuleNotFoundError as error:
         raise InputError(
-            f"half-cheetahs need {error.name}, which is not installed: "
+            f"half-cheetahs and ants need {error.name}, which is not installed: "
             'pip install -e ".[locomotion]"'
         ) from error
-    return HalfCheetahTasks(split, goal, **kwargs)
+    return RunningTasks(BODIES[body], split, goal, **kwargs)
 
 
 PROBLEMS: dict[str, Callable[..., TaskEnvironments]] = {
     "navigation": NavigationTasks,
-    "half-cheetah direction": partial(_half_cheetah, goal="direction"),
-    "half-cheetah velocity": partial(_half_cheetah, goal="velocity"),
+    "half-cheetah direction": partial(_running, body="half-cheetah", goal="direction"),
+    "half-cheetah velocity": partial(_running, body="half-cheetah", goal="velocity"),
+    "ant direction": partial(_running, body="ant", goal="direction"),
+    "ant velocity": partial(_running, body="ant", goal="velocity"),
 }
 
 

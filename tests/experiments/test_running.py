@@ -1,8 +1,9 @@
-"""The table and the figures of half-cheetahs, on short episodes of few tasks."""
+"""The tables and the figures of bodies that run, on short episodes of few tasks."""
 
 import json
 import sys
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from rich.console import Console
 
 from fewstep.cli.main import main
 from fewstep.core.errors import InputError
-from fewstep.experiments.half_cheetah import MamlHalfCheetah
 from fewstep.experiments.policy_settings import PolicyRun, Setting
-from fewstep.rl.half_cheetah import HalfCheetahTasks
+from fewstep.experiments.running import MamlAnt, MamlHalfCheetah
+from fewstep.rl.bodies import BODIES
+from fewstep.rl.locomotion import RunningTasks
 
 QUIET = Console(quiet=True)
 SETTING = Setting(
@@ -45,6 +47,28 @@ def test_the_defaults_are_those_of_the_policy_that_the_authors_test():
     assert (setting.inner_lr, setting.test_lrs, setting.test_episodes) == (0.1, (0.1, 0.05), 20)
 
 
+@pytest.mark.pictures
+def test_ants_have_the_same_table_and_figures(tmp_path):
+    experiment = MamlAnt(seeds=1, setting=SETTING, out=tmp_path, methods=("MAML",))
+    experiment.run(QUIET)
+    text = (tmp_path / "table.md").read_text()
+    assert text.startswith("Ant direction, 2 iterations of 2 tasks of 2 episodes")
+    assert "paper" not in text
+    with Image.open(tmp_path / "courses.png") as image:
+        assert min(image.size) > 300
+
+
+@pytest.mark.parametrize("experiment", [MamlHalfCheetah(), MamlAnt()])
+def test_courses_are_those_of_the_centre_of_mass(experiment):
+    body = BODIES[experiment.body]
+    environments = RunningTasks(body, "test").environments(0, 1, episodes=1)
+    environments.reset()
+    environments._states[0, 1] = 7.0  # x
+    observations = environments.step(torch.zeros(1, 1, environments._model.nu)).observations
+    assert observations[0, 0, experiment.centre].item() == pytest.approx(7, abs=0.3)
+    assert environments._model.opt.timestep == experiment.seconds
+
+
 def test_velocities_have_no_numbers_of_the_paper(tmp_path):
     MamlHalfCheetah(
         seeds=1, setting=SETTING, out=tmp_path, methods=("pretrained",), goal="velocity"
@@ -53,24 +77,25 @@ def test_velocities_have_no_numbers_of_the_paper(tmp_path):
 
 
 def test_a_run_has_the_tasks_of_its_problem_and_seed():
-    for goal in ("direction", "velocity"):
-        runs = [PolicyRun(f"half-cheetah {goal}", "oracle", seed, SETTING) for seed in (0, 1)]
+    for name, goal in product(BODIES, ("direction", "velocity")):
+        runs = [PolicyRun(f"{name} {goal}", "oracle", seed, SETTING) for seed in (0, 1)]
         for split in ("train", "val", "test"):
             found = [run.tasks(split) for run in runs]
-            expected = HalfCheetahTasks(split, goal, horizon=5, shows_goal=True)
+            expected = RunningTasks(BODIES[name], split, goal, horizon=5, shows_goal=True)
             assert torch.equal(found[0].goals(0, 9), expected.goals(0, 9))
             assert torch.equal(*(tasks.noise(0, 1, 1, 0) for tasks in found)) == (split != "train")
-            assert found[0].observation_size == 21
+            assert found[0].observation_size == expected.observation_size
 
 
 def test_without_mujoco_what_to_install_is_told(tmp_path, monkeypatch, capsys):
     for name in [name for name in sys.modules if name.split(".")[0] == "mujoco"]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delitem(sys.modules, "fewstep.rl.half_cheetah")
+    for name in ("bodies", "locomotion"):
+        monkeypatch.delitem(sys.modules, f"fewstep.rl.{name}")
     monkeypatch.setitem(sys.modules, "mujoco", None)
     words = ["--methods", "MAML", "--out", str(tmp_path / "out")]
     assert main(["reproduce", "maml-half-cheetah", *words]) == 2
     told = capsys.readouterr().err
     assert told.startswith(
-        "fewstep: half-cheetahs need mujoco, which is not installed: pip install"
+        "fewstep: half-cheetahs and ants need mujoco, which is not installed: pip install"
     )

@@ -1,4 +1,4 @@
-"""Half-cheetahs side by side against MuJoCo's own steps of one after the other."""
+"""Bodies side by side against MuJoCo's own steps of one after the other."""
 
 import mujoco
 import numpy as np
@@ -7,13 +7,14 @@ import torch
 
 from fewstep import InputError
 from fewstep.rl import GaussianPolicy, PolicyLearner, TrustRegion
-from fewstep.rl.half_cheetah import HalfCheetahTasks, _model
+from fewstep.rl.bodies import BODIES
+from fewstep.rl.locomotion import RunningTasks, models
 
-TORSO = 1
+CHEETAH, ANT = BODIES.values()
 
 
-def tasks(goal="direction", split="train", **kwargs):
-    return HalfCheetahTasks(split, goal, **{"horizon": 30, "dtype": torch.float64} | kwargs)
+def tasks(goal="direction", split="train", body=CHEETAH, **kwargs):
+    return RunningTasks(body, split, goal, **{"horizon": 30, "dtype": torch.float64} | kwargs)
 
 
 def centre_of_mass(data):
@@ -28,43 +29,80 @@ def centre_of_mass(data):
     return (masses @ data.xipos[1:] / masses.sum(), masses @ np.array(velocities) / masses.sum())
 
 
+def felt(body, data):
+    if body is CHEETAH:
+        return [data.qpos[1:], data.qvel]
+    return [data.qpos, data.qvel, data.body("torso").xmat]
+
+
+def rewarded(body, goal, v, s, a):
+    if body is CHEETAH:
+        return (s * v if goal == "direction" else -abs(v - s)) - 0.05 * (a @ a)
+    return (s * v if goal == "direction" else 1 - abs(v - s)) + 0.05 - 0.005 * (a @ a)
+
+
 @pytest.mark.parametrize("goal", ["direction", "velocity"])
-def test_episodes_are_those_of_single_steps(goal):
+@pytest.mark.parametrize("body", [CHEETAH, ANT], ids=list(BODIES))
+def test_episodes_are_those_of_single_steps(body, goal):
     """State, centre of mass and reward at each time, with actions of which some are cut off."""
-    source = tasks(goal)
+    source = tasks(goal, body=body)
     environments = source.environments(2, 3, episodes=2)
     observations = environments.reset()
     assert observations.shape == (3, 2, source.observation_size)
-    goals, model = source.goals(2, 3).tolist(), _model()
+    goals, (model, _) = source.goals(2, 3).tolist(), models(body)
     singles = {}
     for task in range(3):
         for episode in range(2):
             data = singles[task, episode] = mujoco.MjData(model)
             state = environments._states[2 * task + episode]
-            data.qpos[:], data.qvel[:] = state[1:10], state[10:]
+            data.qpos[:], data.qvel[:] = np.split(state[1:], [model.nq])
             mujoco.mj_forward(model, data)
     generator = torch.Generator().manual_seed(0)
     for _ in range(source.horizon):
         for at, data in singles.items():
-            seen = [data.qpos[1:], data.qvel, centre_of_mass(data)[0]]
-            np.testing.assert_allclose(observations[at], np.concatenate(seen), atol=1e-9)
-        actions = 1.5 * torch.randn(3, 2, 6, generator=generator, dtype=torch.float64)
-        found = environments.step(actions)
+            seen = [*felt(body, data), centre_of_mass(data)[0]]
+            np.testing.assert_allclose(observations[at], np.concatenate(seen), atol=1e-7)
+        actions = torch.randn(3, 2, model.nu, generator=generator, dtype=torch.float64)
+        found = environments.step(1.5 * actions)
         observations = found.observations
-        assert not found.ended.any()
         for (task, episode), data in singles.items():
-            data.ctrl[:] = actions[task, episode].clamp(-1, 1)
+            data.ctrl[:] = (1.5 * actions[task, episode]).clamp(-1, 1)
             mujoco.mj_step(model, data)
             mujoco.mj_forward(model, data)
-            v, s = centre_of_mass(data)[1][0], goals[task]
-            reward = s * v if goal == "direction" else -abs(v - s)
-            reward -= 0.05 * (data.ctrl**2).sum()
-            assert found.rewards[task, episode].item() == pytest.approx(reward, abs=1e-9)
+            reward = rewarded(body, goal, centre_of_mass(data)[1][0], goals[task], data.ctrl)
+            assert found.rewards[task, episode].item() == pytest.approx(reward, abs=1e-7)
+            is_low = body is ANT and not 0.2 <= data.qpos[2] <= 1
+            assert found.ended[task, episode].item() == is_low
+
+
+def test_an_ant_that_falls_or_jumps_is_done():
+    heights = torch.tensor([0.1, 0.19, 0.21, 0.55, 0.99, 1.01, torch.nan])
+    positions = np.zeros((7, 15))
+    positions[:, 2] = heights
+    assert ANT.has_fallen(positions).tolist() == [True, True, False, False, False, True, True]
+    assert not CHEETAH.has_fallen(positions).any()
+    environments = tasks(body=ANT, horizon=200).environments(0, 2, episodes=3)
+    environments.reset()
+    environments._states[4, 3] = 1.5
+    ended = environments.step(torch.zeros(2, 3, 8)).ended
+    assert ended.tolist() == [[False] * 3, [False, True, False]]
 
 
 def test_time_steps_are_those_of_the_paper():
-    assert _model().opt.timestep == 0.01
-    assert HalfCheetahTasks("train").horizon == 200
+    assert [models(body)[0].opt.timestep for body in (CHEETAH, ANT)] == [0.01, 0.02]
+    assert RunningTasks(ANT, "train").horizon == 200
+
+
+def test_an_ant_stands_as_the_authors_has_it():
+    model, _ = models(ANT)
+    seen = tasks(body=ANT).environments(0, 10, episodes=40).reset()
+    expected = [0, 0, 0.55, 1, 0, 0, 0, 0, 1, 0, -1, 0, -1, 0, 1]
+    np.testing.assert_allclose(seen[..., :15].mean((0, 1)), expected, atol=2e-3)
+    assert seen[..., :15].std((0, 1)).numpy() == pytest.approx(0.01, rel=0.15)
+    assert seen[..., 15:29].std((0, 1)).numpy() == pytest.approx(0.1, rel=0.15)
+    np.testing.assert_allclose(seen[..., 29:38].mean((0, 1)), np.eye(3).ravel(), atol=2e-3)
+    assert model.actuator_gear[:, 0].tolist() == [150] * 8
+    assert model.geom_solimp[:, :3].tolist() == [[0.8, 0.8, 0.01]] * model.ngeom
 
 
 def test_an_episode_does_not_depend_on_the_others():
@@ -98,9 +136,10 @@ def test_goals_are_as_likely_as_the_paper_says():
     directions = tasks().goals(0, 10_000)
     assert directions.unique().tolist() == [-1, 1]
     assert directions.mean().item() == pytest.approx(0, abs=0.03)
-    velocities = tasks("velocity").goals(0, 10_000)
-    assert 0 <= velocities.min() < 0.01 < 1.99 < velocities.max() < 2
-    assert velocities.mean().item() == pytest.approx(1, abs=0.02)
+    for body, fastest in ((CHEETAH, 2), (ANT, 3)):
+        velocities = tasks("velocity", body=body).goals(0, 10_000) / fastest
+        assert 0 <= velocities.min() < 0.01 < 0.99 < velocities.max() < 1
+        assert velocities.mean().item() == pytest.approx(0.5, abs=0.01)
     assert torch.equal(tasks().goals(3, 4), directions[3:7])
 
 
@@ -113,11 +152,12 @@ def test_splits_and_seeds_have_other_tasks(other):
     assert not torch.isclose(*starts).any()
 
 
-def test_the_goal_can_be_shown():
-    source = tasks("velocity", shows_goal=True)
+@pytest.mark.parametrize(("body", "size"), [(CHEETAH, 21), (ANT, 42)])
+def test_the_goal_can_be_shown(body, size):
+    source = tasks("velocity", body=body, shows_goal=True)
     seen = source.environments(4, 3, episodes=2).reset()
-    assert seen.shape == (3, 2, source.observation_size)
-    assert torch.equal(seen[:, 1, 20], source.goals(4, 3))
+    assert seen.shape == (3, 2, source.observation_size) == (3, 2, size)
+    assert torch.equal(seen[:, 1, -1], source.goals(4, 3))
 
 
 def test_a_policy_learns_to_run_where_it_is_told():

@@ -1,0 +1,90 @@
+"""Half-cheetahs and ants: MAML's returns before and after gradient steps, and baselines'."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from fewstep.experiments.policy_returns import Numbers, PolicyReturns
+from fewstep.experiments.policy_settings import Setting
+from fewstep.report.courses import plot_courses
+from fewstep.rl.rollouts import Rollouts
+
+PAPER: dict[str, Numbers] = {  # of the others there are figures alone
+    "half-cheetah direction": {
+        "MAML": (-50.69, 293.19, 313.48, 315.65),
+        "context": (-40.49, -44.08, -38.27, -42.50),
+    },
+}
+
+
+@dataclass(frozen=True)
+class _Running(PolicyReturns):
+    goal: Literal["direction", "velocity"] = "direction"
+    """What tasks differ in: forward or backward, or how fast."""
+
+    body: ClassVar[str]
+    centre: ClassVar[int]
+    """Place of the centre of mass among the observations."""
+    seconds: ClassVar[float]
+    """Of a time step."""
+
+    @property
+    def problem(self) -> str:
+        """One of PROBLEMS."""
+        return f"{self.body} {self.goal}"
+
+    @property
+    def paper(self) -> Numbers:
+        """The paper's returns after 0, 1, ... steps, by the method."""
+        return PAPER.get(self.problem, {})
+
+    def draw(self, title: str, rollouts: Sequence[Rollouts]) -> Path:
+        """Draw how far some of them run."""
+        picture = self.out / "courses.png"
+        plot_courses(rollouts, title, picture, centre=self.centre, seconds=self.seconds)
+        return picture
+
+
+@dataclass(frozen=True)
+class MamlHalfCheetah(_Running):
+    """The returns of half-cheetahs after 0 to 3 gradient steps, MAML against its baselines.
+
+    A half-cheetah of MuJoCo is to run forward or backward, or so fast, which it learns by the
+    rewards alone. Methods are those of maml-navigation.
+    """
+
+    setting: Setting = field(
+        default_factory=lambda: Setting(
+            iterations=300, tasks=40, max_divergence=0.02, horizon=200, test_episodes=20
+        )
+    )
+    """What is learned, and how it is tested; defaults are those of the paper's policy."""
+    out: Path = Path("runs/maml-half-cheetah")
+    """Folder of the runs, the table and the figures; a second call goes on where one stopped."""
+
+    body = "half-cheetah"
+    centre = 17
+    seconds = 0.01
+
+
+@dataclass(frozen=True)
+class MamlAnt(_Running):
+    """The returns of ants after 0 to 3 gradient steps, MAML against its baselines.
+
+    An ant of MuJoCo, on four legs, is to run forward or backward, or so fast, which it learns by
+    the rewards alone. Methods are those of maml-navigation.
+    """
+
+    setting: Setting = field(
+        default_factory=lambda: Setting(iterations=300, tasks=40, horizon=200, test_episodes=20)
+    )
+    """What is learned, and how it is tested; defaults are those of the authors' code."""
+    out: Path = Path("runs/maml-ant")
+    """Folder of the runs, the table and the figures; a second call goes on where one stopped."""
+
+    body = "ant"
+    centre = 38
+    seconds = 0.02
