@@ -1,6 +1,7 @@
 """Tables and figures of policies, on short episodes of few tasks."""
 
 import json
+import math
 import statistics
 from dataclasses import replace
 
@@ -109,6 +110,18 @@ def test_settings_reach_what_they_set(run):
         assert torch.equal(*goals) == (split != "train")
 
 
+def test_results_that_came_without_policies_have_a_table(experiment, run):
+    one = replace(experiment, seeds=1, methods=("MAML",))
+    one.run(QUIET)
+    for file in ("maml-seed0/policy.safetensors", "table.md", "paths.png"):
+        (one.out / file).unlink()
+    one.run(QUIET)
+    assert "| MAML |" in (one.out / "table.md").read_text()
+    assert not (one.out / "paths.png").exists()
+    with pytest.raises(InputError, match=r"maml-seed0 came without its policy.safetensors"):
+        trained_policy(one.out / "maml-seed0", run)
+
+
 def test_a_killed_run_goes_on_to_the_bit(run, tmp_path, monkeypatch):
     straight = train_policy(tmp_path / "straight", run)
     save, calls = policy_runs._save, []
@@ -124,8 +137,10 @@ def test_a_killed_run_goes_on_to_the_bit(run, tmp_path, monkeypatch):
         train_policy(tmp_path / "killed", run)
     monkeypatch.setattr(policy_runs, "_save", save)
     again = train_policy(tmp_path / "killed", run)
-    for part in ("training", "validation", "test", "best"):
+    for part in ("training", "validation", "updates", "test", "best"):
         assert again[part] == straight[part]
+    assert len(again["updates"]) == SETTING.iterations
+    assert all(0 < u["divergence"] <= SETTING.max_divergence for u in again["updates"])
     policies = [load_file(tmp_path / n / "policy.safetensors") for n in ("straight", "killed")]
     assert all(torch.equal(t, policies[1][name]) for name, t in policies[0].items())
 
@@ -166,8 +181,9 @@ def test_a_finished_run_without_its_state_is_kept(run, tmp_path):
     assert train_policy(tmp_path / "run", run) == first
 
 
-def test_the_best_policy_in_validation_is_tested(run, tmp_path, monkeypatch):
-    evaluate, told, seen = PolicyLearner.evaluate, iter([1.0, 3.0, 2.0, 3.0]), {}
+@pytest.mark.parametrize("first", [1.0, math.nan])
+def test_the_best_policy_in_validation_is_tested(first, run, tmp_path, monkeypatch):
+    evaluate, told, seen = PolicyLearner.evaluate, iter([first, 3.0, 2.0, 3.0]), {}
 
     def judged(self, tasks, num_tasks, **test):
         if test:
@@ -178,7 +194,7 @@ def test_the_best_policy_in_validation_is_tested(run, tmp_path, monkeypatch):
     monkeypatch.setattr(PolicyLearner, "evaluate", judged)
     run = replace(run, setting=replace(SETTING, iterations=4, val_every=1))
     outcome = train_policy(tmp_path / "run", run)
-    assert outcome["validation"] == [[1, 1, 0], [2, 3, 0], [3, 2, 0], [4, 3, 0]]
+    assert outcome["validation"][1:] == [[2, 3, 0], [3, 2, 0], [4, 3, 0]]
     learner = trained_policy(tmp_path / "run", run)
     assert learner.iteration == outcome["best"] == 2
     assert torch.equal(learner.policy.log_std, seen[2])
@@ -211,7 +227,7 @@ def test_a_loss_that_is_not_finite_stops_with_what_to_do(tmp_path, capsys):
     assert main(["reproduce", "maml-navigation", "--out", str(tmp_path / "out"), *words]) == 1
     told = capsys.readouterr().err
     assert told.startswith("fewstep: training stopped: MAML, seed 0, iteration 1: the loss is nan")
-    assert told.endswith("try a smaller inner_lr in another folder\n")
+    assert told.endswith("try a smaller --inner-lr and --test-lrs, in another folder\n")
 
 
 @pytest.mark.parametrize(

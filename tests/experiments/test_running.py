@@ -19,7 +19,7 @@ from fewstep.rl.locomotion import RunningTasks
 
 QUIET = Console(quiet=True)
 SETTING = Setting(
-    iterations=2, tasks=2, episodes=2, hidden=(6,), horizon=5, val_tasks=2, test_tasks=3,
+    iterations=2, tasks=2, episodes=2, hidden=(6,), horizon=25, val_tasks=2, test_tasks=3,
     test_episodes=2,
 )  # fmt: skip
 
@@ -49,7 +49,8 @@ def test_the_defaults_are_those_of_the_policy_that_the_authors_test():
 
 @pytest.mark.pictures
 def test_ants_have_the_same_table_and_figures(tmp_path):
-    experiment = MamlAnt(seeds=1, setting=SETTING, out=tmp_path, methods=("MAML",))
+    setting = replace(SETTING, horizon=50)
+    experiment = MamlAnt(seeds=1, setting=setting, out=tmp_path, methods=("MAML",))
     experiment.run(QUIET)
     text = (tmp_path / "table.md").read_text()
     assert text.startswith("Ant direction, 2 iterations of 2 tasks of 2 episodes")
@@ -81,7 +82,7 @@ def test_a_run_has_the_tasks_of_its_problem_and_seed():
         runs = [PolicyRun(f"{name} {goal}", "oracle", seed, SETTING) for seed in (0, 1)]
         for split in ("train", "val", "test"):
             found = [run.tasks(split) for run in runs]
-            expected = RunningTasks(BODIES[name], split, goal, horizon=5, shows_goal=True)
+            expected = RunningTasks(BODIES[name], split, goal, horizon=25, shows_goal=True)
             assert torch.equal(found[0].goals(0, 9), expected.goals(0, 9))
             assert torch.equal(*(tasks.noise(0, 1, 1, 0) for tasks in found)) == (split != "train")
             assert found[0].observation_size == expected.observation_size

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from fewstep.core.errors import InputError
 from fewstep.rl.advantages import advantages, discounted_sums, linear_baseline
 from fewstep.rl.rollouts import Rollouts
 
@@ -93,3 +94,18 @@ def test_tasks_do_not_see_each_other(rollouts):
 def test_the_return_is_the_mean_over_the_episodes(rollouts):
     expected = [np.mean([r.sum() for _, r in episodes_of(rollouts, t)]) for t in range(TASKS)]
     assert rollouts.returns.tolist() == pytest.approx(expected)
+
+
+def test_a_baseline_that_would_fit_anything_is_refused():
+    """Of 2 observed numbers it has 8: from 9 times on something is left."""
+    whole = Rollouts(
+        observations=torch.randn(1, 1, 9, 2),
+        actions=torch.randn(1, 1, 9, 1),
+        outputs=torch.randn(1, 1, 9, 2),
+        rewards=torch.randn(1, 1, 9),
+        running=torch.ones(1, 1, 9),
+    )
+    assert advantages(whole, discount=0.9, trace=1.0).isfinite().all()
+    short = Rollouts(**{name: each[:, :, :8] for name, each in vars(whole).items()})
+    with pytest.raises(InputError, match=r"1 episodes of 8 time steps are too few .* whose 8 num"):
+        advantages(short, discount=0.9, trace=1.0)

@@ -5,6 +5,7 @@ import torch
 from torch.distributions import Categorical as OneOf
 from torch.distributions import Independent, Normal, kl_divergence
 
+from fewstep import InputError
 from fewstep.rl import Categorical, Gaussian
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -67,3 +68,8 @@ def test_a_deviation_has_a_floor():
     mean, log_std = Gaussian().mean_and_log_std(torch.tensor([1.0, -100.0]))
     assert mean.item() == 1
     assert log_std.exp().item() == pytest.approx(1e-6)
+
+
+def test_one_action_is_no_choice():
+    with pytest.raises(InputError, match=r"Categorical\(\) has 1 action to choose from"):
+        Categorical().output_size(1)

@@ -16,7 +16,7 @@ TASKS, EPISODES, TIME = 2, 2, 5
 def test_what_came_after_the_end_of_an_episode_does_not_count():
     lengths = torch.tensor([[5, 2], [1, 3]])
     running = (torch.arange(TIME) < lengths[..., None]).double()
-    sizes = {"observations": 3, "actions": 1, "outputs": 2}
+    sizes = {"observations": 2, "actions": 1, "outputs": 2}
     parts = {n: torch.randn(TASKS, EPISODES, TIME, d) for n, d in sizes.items()}
     rewards = torch.randn(TASKS, EPISODES, TIME) * running
     rollouts = Rollouts(**parts, rewards=rewards, running=running)
@@ -32,6 +32,6 @@ def test_what_came_after_the_end_of_an_episode_does_not_count():
         ]
         loss = policy_gradient_loss(Gaussian(), new[j], tasks.y_support[j])
         torch.testing.assert_close(loss, -torch.stack(terms).mean())
-        seen = tasks.x_support[j].view(EPISODES, TIME, 3)
+        seen = tasks.x_support[j].view(EPISODES, TIME, 2)
         assert torch.equal(seen, parts["observations"][j])
     assert torch.equal(experience.weights.mean(1), torch.ones(TASKS))

@@ -108,12 +108,20 @@ def test_every_environment_is_closed():
             is_open.remove(self)
 
     learner = PolicyLearner(GaussianPolicy(2, 2, hidden=(4,)), 1, episodes=2)
-    tasks = GymnasiumTasks(Door, horizon=3)
+    tasks = GymnasiumTasks(Door, horizon=5)
     learner.step(tasks, 0, 3)
     learner.evaluate(tasks, 3)
     assert not is_open
     tasks.environments(0, 2, 2)
     assert len(is_open) == 4
+
+
+def test_an_environment_of_several_episodes_is_refused():
+    one = pendulum(0)
+    for make in (lambda task: one, lambda task: gymnasium.wrappers.FlattenObservation(one)):
+        with pytest.raises(InputError, match="make gave one environment for several episodes"):
+            GymnasiumTasks(make, horizon=3).environments(0, 2, 1)
+    GymnasiumTasks(lambda task: one, horizon=3).environments(0, 1, 1)
 
 
 def test_seeds_have_other_noise_and_other_starts():

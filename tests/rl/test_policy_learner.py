@@ -368,6 +368,12 @@ def test_returns_do_not_depend_on_the_other_tasks():
     torch.testing.assert_close(torch.stack([r.returns for r in alone], 1), whole[3:4])
 
 
+def test_a_test_may_begin_beyond_the_tasks_of_training():
+    of, tasks = learner(), navigation()
+    whole = of.evaluate(tasks, 7).of_tasks
+    torch.testing.assert_close(of.evaluate(tasks, 3, start=4, chunk_size=2).of_tasks, whole[4:])
+
+
 def test_a_test_changes_nothing_and_takes_rates_of_its_own():
     of, tasks = learner(), navigation()
     before = of.state_tensors()

@@ -1,5 +1,7 @@
 """The trust region on quadratics, where its step has a closed form."""
 
+import math
+
 import pytest
 import torch
 
@@ -117,8 +119,11 @@ def test_a_loss_that_is_not_finite_changes_nothing():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"max_divergence": 0.0}, {"damping": -1.0}, {"shrink": 1.0}, {"lengths": 0},
-              {"iterations": 0}],
+    "wrong",
+    [
+        {"max_divergence": 0.0}, {"max_divergence": math.inf}, {"damping": -1.0}, {"shrink": 1.0},
+        {"lengths": 0}, {"iterations": 0},
+    ],
 )  # fmt: skip
 def test_arguments_out_of_range_are_refused(wrong):
     with pytest.raises(InputError, match="TrustRegion"):

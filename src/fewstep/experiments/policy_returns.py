@@ -15,7 +15,7 @@ from rich.console import Console
 
 from fewstep.core.errors import InputError, check_names
 from fewstep.core.rates import StepRates
-from fewstep.experiments.policy_runs import train_policy, trained_policy
+from fewstep.experiments.policy_runs import has_policy, train_policy, trained_policy
 from fewstep.experiments.policy_settings import METHODS, PolicyRun, Setting
 from fewstep.experiments.pool import each
 from fewstep.experiments.seeds import over_seeds
@@ -81,7 +81,8 @@ class PolicyReturns(ABC):
         rows = {method: _row(of_seeds) for method, of_seeds in outcomes.items()}
         plot_returns(outcomes, self.paper, self.out / "returns.png")
         pictures = ["returns.png"]
-        if (best := self._best(rows)) is not None:
+        kept = {m: row for m, row in rows.items() if has_policy(plan[m, 0][0])}
+        if (best := self._best(kept)) is not None:
             pictures.append(self.draw(f"{best}, seed 0", self._rollouts(*plan[best, 0])).name)
         table, numbers = self._markdown(rows), ("table.json", {"rows": rows})
         write_up(self.out, device, console, numbers, table=table, pictures=pictures)

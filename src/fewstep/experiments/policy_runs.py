@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +38,20 @@ class _Course:
     validation: list[list[float]]
     best: dict[str, Tensor]
     seconds: float
+    updates: list[dict[str, float | None]] = field(default_factory=list)
 
     @property
     def rank(self) -> float:
         """The best return in validation so far."""
-        return max((row[1] for row in self.validation), default=-float("inf"))
+        returns = (row[1] for row in self.validation)
+        return max((r for r in returns if math.isfinite(r)), default=-math.inf)
 
 
 def train_policy(path: Path, run: PolicyRun, console: Console | None = None) -> dict[str, Any]:
     """Train a policy from wherever its run stands, and test the one that was best in validation.
 
     Every iteration is saved; a killed run goes on to the bit, and a finished one if it is to have
-    more iterations.
+    more iterations, with the validation of its end among those that choose.
 
     Args:
         path: Folder of the run; need not exist.
@@ -77,7 +80,8 @@ def train_policy(path: Path, run: PolicyRun, console: Console | None = None) -> 
             while learner.iteration < iterations:
                 _iterate(run, learner, course, iterations)
                 _save(path / "state.safetensors", run, learner, course)
-                text = f"return {course.training[-1][-1]:.1f}"
+                is_refused = course.updates[-1]["shrinks"] is None
+                text = f"return {course.training[-1][-1]:.1f}" + ", no update" * is_refused
                 progress.update(bar, completed=learner.iteration, rate=text)
             if course.best:
                 learner.load_state_tensors(course.best)
@@ -90,6 +94,7 @@ def train_policy(path: Path, run: PolicyRun, console: Console | None = None) -> 
             "best": learner.iteration,
             "training": course.training,
             "validation": course.validation,
+            "updates": course.updates,
             "test": {
                 "curve": returns.curve,
                 "ci95": returns.curve_ci95,
@@ -112,10 +117,21 @@ def evaluate_policy(run: PolicyRun, learner: PolicyLearner) -> Returns:
 
 
 def trained_policy(path: Path, run: PolicyRun) -> PolicyLearner:
-    """Return the learner that a finished run has kept."""
+    """Return the learner that a finished run has kept.
+
+    Raises:
+        InputError: it came without.
+    """
     learner = run.learner()
+    if not has_policy(path):
+        raise InputError(f"{path} came without its policy.safetensors; train it in another folder")
     learner.load_state_tensors(load_file(path / "policy.safetensors"))
     return learner
+
+
+def has_policy(path: Path) -> bool:
+    """Whether a finished run has kept its policy, as not all do that come along with results."""
+    return (path / "policy.safetensors").exists()
 
 
 def _iterate(run: PolicyRun, learner: PolicyLearner, course: _Course, iterations: int) -> None:
@@ -125,11 +141,13 @@ def _iterate(run: PolicyRun, learner: PolicyLearner, course: _Course, iterations
     try:
         metrics = learner.step(run.tasks("train"), learner.iteration * tasks, tasks)
     except FloatingPointError as error:
+        rates = "--inner-lr and --test-lrs" if METHODS[run.method].num_steps else "--max-divergence"
         raise TrainingStopped(
             f"{run.method}, seed {run.seed}, iteration {learner.iteration + 1}: {error}; try a "
-            "smaller inner_lr in another folder"
+            f"smaller {rates}, in another folder"
         ) from error
     course.training.append(metrics.returns.curve)
+    course.updates.append(asdict(metrics.update))
     if learner.iteration % run.setting.val_every == 0 or learner.iteration == iterations:
         returns = learner.evaluate(run.tasks("val"), run.setting.val_tasks)
         row = [float(learner.iteration), returns.curve[-1], returns.curve_ci95[-1]]
@@ -142,7 +160,7 @@ def _iterate(run: PolicyRun, learner: PolicyLearner, course: _Course, iterations
 def _save(path: Path, run: PolicyRun, learner: PolicyLearner, course: _Course) -> None:
     tensors = {f"now.{name}": t for name, t in learner.state_tensors().items()}
     tensors |= {f"best.{name}": t for name, t in course.best.items()}
-    told = {"training": course.training, "validation": course.validation}
+    told = {name: getattr(course, name) for name in ("training", "validation", "updates")}
     metadata = {
         "run": json.dumps(to_dict(run)),
         "course": json.dumps(told | {"seconds": course.seconds}),

@@ -87,7 +87,7 @@ class Setting:
     episodes: int = 20
     """Episodes of a task, before the step and after it."""
     inner_lr: float = 0.1
-    """Inner rate in training."""
+    """Inner rate in training and validation; the test has rates of its own, below."""
     max_divergence: float = 0.01
     """How far adapted policies may move in an iteration, in nats."""
     hidden: tuple[int, ...] = (100, 100)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fewstep.core.errors import InputError
 from fewstep.rl.rollouts import Rollouts
 
 
@@ -31,6 +32,10 @@ def linear_baseline(rollouts: Rollouts, returns: Tensor) -> Tensor:
     Returns:
         V of every time, 0 after the end of an episode, (tasks, episodes, time).
 
+    Raises:
+        InputError: the episodes of a task have no more times than w has numbers, so that V would be
+            what they gave, and what is left of it rounding errors.
+
     Reference: Duan et al., Benchmarking deep reinforcement learning, ICML 2016.
     """
     o = rollouts.observations.double().clamp(-10, 10)
@@ -39,6 +44,11 @@ def linear_baseline(rollouts: Rollouts, returns: Tensor) -> Tensor:
     features = torch.cat([o, o.square(), times.expand(*o.shape[:3], 4)], -1)
     features = features * rollouts.running[..., None]
     x, y = features.flatten(1, 2), returns.double().flatten(1, 2)[..., None]
+    if x.shape[1] <= x.shape[2]:
+        raise InputError(
+            f"{o.shape[1]} episodes of {o.shape[2]} time steps are too few for the baseline, whose "
+            f"{x.shape[2]} numbers would fit them whatever was done; take more, or longer ones"
+        )
     ridge = 1e-5 * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
     w: Tensor = torch.linalg.solve(x.mT @ x + ridge, x.mT @ y)
     return (x @ w).view_as(returns).to(returns.dtype)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, one_hot
 
+from fewstep.core.errors import InputError
+
 _LEAST_LOG_STD = math.log(1e-6)
 
 
@@ -84,7 +86,16 @@ class Categorical:
     """
 
     def output_size(self, action_size: int) -> int:
-        """Return how many actions there are."""
+        """Return how many actions there are.
+
+        Raises:
+            InputError: there is one, and nothing to choose.
+        """
+        if action_size < 2:
+            raise InputError(
+                f"Categorical() has {action_size} action to choose from; actions of numbers take "
+                "Gaussian()"
+            )
         return action_size
 
     def act(self, outputs: Tensor, noise: Tensor) -> Tensor:

@@ -72,6 +72,9 @@ class GymnasiumEnvironments:
         environments: Those of each task's episodes.
         seeds: Gives the seeds of all resets, (tasks, episodes), by how many there were before.
         dtype: Of observations and rewards.
+
+    Raises:
+        InputError: two of them are one.
     """
 
     def __init__(
@@ -81,6 +84,11 @@ class GymnasiumEnvironments:
         dtype: torch.dtype,
     ) -> None:
         self._all = [environment for of_task in environments for environment in of_task]
+        if len({id(environment.unwrapped) for environment in self._all}) < len(self._all):
+            raise InputError(
+                "make gave one environment for several episodes, which would step in turn; make a "
+                "new one at each call"
+            )
         self._shape = (len(environments), len(environments[0]))
         self._seeds, self._dtype, self._resets = seeds, dtype, 0
         self._action_of = [_action_of(environment.action_space) for environment in self._all]

@@ -168,16 +168,19 @@ class PolicyLearner:
         tasks: TaskEnvironments,
         num_tasks: int = 40,
         *,
+        start: int = 0,
         num_steps: int | None = None,
         inner_rate: InnerRate | None = None,
         episodes: int | None = None,
         chunk_size: int = 40,
     ) -> Returns:
-        """Adapt to the first `num_tasks` tasks, and return what they gave on the way.
+        """Adapt to `num_tasks` tasks, and return what they gave on the way.
 
         Args:
             tasks: Where the tasks come from.
             num_tasks: How many.
+            start: Number of the first; where the source is that of training, beyond those of
+                training.
             num_steps: Inner steps; None takes those of training.
             inner_rate: Fixed rates in place of those of training, such as
                 `StepRates((0.1, 0.05))`.
@@ -194,8 +197,8 @@ class PolicyLearner:
         if chunk_size < 1:
             raise InputError(f"chunk_size={chunk_size} must be at least 1 task")
         returns = []
-        for start in range(0, num_tasks, chunk_size):
-            chunk = slice(start, min(start + chunk_size, num_tasks))
+        for first in range(start, start + num_tasks, chunk_size):
+            chunk = slice(first, min(first + chunk_size, start + num_tasks))
             rollouts = self.roll_out(
                 tasks, chunk, num_steps=num_steps, inner_rate=inner_rate, episodes=episodes
             )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewstep.core.errors import InputError
 from fewstep.rl.distributions import Distribution
-from fewstep.rl.environments import Environments
+from fewstep.rl.environments import Environments, Outcome
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ def roll_out(
         noise: Normal numbers, (time, tasks, episodes, action_size).
 
     Raises:
-        InputError: the outputs are not as many as the actions need.
+        InputError: the outputs are not as many as the actions need, or rewards or ends of episodes
+            are not one of each.
     """
     expected = distribution.output_size(noise.shape[-1])
     observations = environments.reset()
@@ -69,10 +70,20 @@ def roll_out(
             )
         actions = distribution.act(outputs, of_time)
         found = environments.step(actions)
-        on = running[..., None]
-        steps.append(
-            (observations * on, actions * on, outputs * on, found.rewards * running, running)
-        )
+        _check(found, running.shape)
+        is_on = running > 0
+        seen = [torch.where(is_on[..., None], x, 0) for x in (observations, actions, outputs)]
+        steps.append((*seen, torch.where(is_on, found.rewards, 0), running))
         observations = found.observations
         running = running * ~found.ended
     return Rollouts(*(torch.stack(parts, 2) for parts in zip(*steps, strict=True)))
+
+
+def _check(found: Outcome, shape: torch.Size) -> None:
+    for name in ("rewards", "ended"):
+        value: Tensor = getattr(found, name)
+        if value.shape != shape or (value.dtype == torch.bool) != (name == "ended"):
+            raise InputError(
+                f"the environments' step gave {name} of {value.dtype}, {tuple(value.shape)}; give "
+                f"{'bool' if name == 'ended' else 'numbers'}, {tuple(shape)}, (tasks, episodes)"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -86,8 +87,11 @@ class TrustRegion:
     lengths: int = 15
 
     def __post_init__(self) -> None:
-        if not (self.max_divergence > 0 and self.damping >= 0 and 0 < self.shrink < 1):
-            raise InputError(f"{self} needs max_divergence > 0, damping >= 0 and 0 < shrink < 1")
+        are_finite = 0 < self.max_divergence < math.inf and 0 <= self.damping < math.inf
+        if not (are_finite and 0 < self.shrink < 1):
+            raise InputError(
+                f"{self} needs finite max_divergence > 0 and damping >= 0, and 0 < shrink < 1"
+            )
         if min(self.iterations, self.lengths) < 1:
             raise InputError(f"{self} needs at least 1 iteration and 1 length")
 
