@@ -32,7 +32,7 @@ from fewstep.training.config import SOURCES
 from fewstep.training.episode_options import ClassificationOptions
 from fewstep.training.load import load_learner
 from fewstep.training.network_options import Conv4Options
-from fewstep.training.parse import load_config
+from fewstep.training.parse import load_config, run_config
 from fewstep.training.presets import preset
 from fewstep.training.run_folder import RunFolder
 from tests.cli.conftest import SINUSOID, TINY, refused, scribble, train_on_images
@@ -366,6 +366,13 @@ def test_an_episode_is_shown_as_it_is_trained_on():
     assert _command("train", shown) == "fewstep train --dataset omniglot"
     usual = replace(shown, episodes=ClassificationOptions())
     assert "--queries 5 --rotations none --eval-rotations none" in _command("train", usual)
+
+
+def test_what_comes_after_an_episode_of_more_ways_can_be_trained(empty_folder, capsys):
+    assert main(["data", "show", "--train-ways", "7"]) == 0
+    _, _, command = capsys.readouterr().out.strip().rpartition("next: fewstep train ")
+    config = run_config(shlex.split(command))
+    assert (config.episodes.train_ways, config.recipe) == (7, "prototypes")
 
 
 @pytest.mark.pictures

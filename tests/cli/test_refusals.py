@@ -7,11 +7,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from fewstep.cli.main import main
 from fewstep.training.metrics_file import truncate_metrics
 from fewstep.training.run_folder import RunFolder
 from tests.cli.conftest import SINUSOID, refused, train_on_images
+from tests.data.conftest import deny
 from tests.processes import start
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
@@ -99,8 +101,10 @@ def test_two_runs_in_one_folder_at_once(empty_folder, capsys):
         first.join()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(capsys):
-    command = f"{SINUSOID} --num-steps 3 --inner-lr 1e30 --out here"
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_loss_that_is_not_finite_stops_the_run(capsys, monkeypatch, compiled):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    command = f"{SINUSOID} --num-steps 3 --inner-lr 1e30 --compile {compiled} --out here"
     assert main(command.split()) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -158,6 +162,13 @@ def test_a_damaged_run_is_named(here, capsys, damage):
 
 
 DAMAGE = ["garbage", "[1]", "{}", '{"iteration": "x"}', '{"iteration": 1, "loss": []}', "\0" * 9]
+
+
+@pytest.mark.parametrize("file", ["starts.jsonl", "metrics.jsonl"])
+def test_a_file_that_may_not_be_read_is_named(here, capsys, monkeypatch, file):
+    deny(monkeypatch, Path("here") / file)
+    told = refused(capsys, "resume here --iterations 6")
+    assert f"cannot read here/{file}: Permission denied" in told
 
 
 def test_a_damaged_line_of_metrics_is_named(here, capsys):

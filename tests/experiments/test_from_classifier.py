@@ -12,7 +12,9 @@ from rich.console import Console
 
 from fewstep.core.errors import InputError
 from fewstep.experiments.from_classifier import MamlPlusPlusFromClassifier
+from fewstep.experiments.sweep import check_same
 from fewstep.models.features import projection_of
+from fewstep.training.config import to_dict
 from fewstep.training.episode_options import SupervisedOptions
 from fewstep.training.parse import load_config
 from fewstep.training.run_folder import RunFolder
@@ -186,3 +188,16 @@ def test_bad_input_is_refused_before_anything_is_trained(experiment, changes, me
     with pytest.raises(InputError, match=message):
         replace(experiment, **changes).run(Console(quiet=True))
     assert not experiment.out.exists()
+
+
+def test_a_folder_may_be_named_otherwise_or_moved(experiment, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = replace(experiment, out=Path("out")).stages()["maml++"]
+    assert config.initial == tmp_path / "out" / "classifier-84-shifts"
+    moved = replace(experiment, out=tmp_path / "moved").stages()["maml++"]
+    held = to_dict(config)
+    check_same(tmp_path / "moved" / "maml++", held, moved)
+    with pytest.raises(InputError, match=r"holds a run with initial="):
+        check_same(tmp_path / "elsewhere" / "maml++", held, moved)
+    with pytest.raises(InputError, match=r"holds a run with initial="):
+        check_same(tmp_path / "moved" / "maml++", held | {"initial": "out/other"}, moved)

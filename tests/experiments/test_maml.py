@@ -114,6 +114,8 @@ def test_prototypes_differ_by_their_start_and_steps(method, steps):
 def test_only_the_network_without_convolutions_is_compiled():
     experiment = MamlClassification(compile=True)
     assert [m for m in METHODS if experiment.config(m, ONE, 0).compile] == [NO_CONVOLUTIONS]
+    with pytest.raises(InputError, match="compile=True is for 'MAML without convolutions', which"):
+        replace(experiment, methods=("MAML",)).run(Console(quiet=True))
 
 
 def test_the_network_without_convolutions_adapts_its_linear_layers():

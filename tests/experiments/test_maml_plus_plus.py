@@ -122,6 +122,17 @@ def test_a_run_of_other_settings_is_refused_before_another_is_trained(ablation, 
         replace(ablation, val_tasks=4).run(Console(quiet=True))
 
 
+def test_what_never_began_is_no_run_of_other_settings(ablation, monkeypatch):
+    """A command that was refused, as for its data, must not stand in the way of a better one."""
+    one = replace(ablation, variants=("MAML",), seeds=1)
+    with pytest.raises(InputError, match="ways=2000 asks for more classes"):
+        replace(one, ways=2000).run(Console(quiet=True))
+    assert (one.out / "maml-seed0" / "config.toml").exists()
+    one.run(Console(quiet=True))
+    with pytest.raises(InputError, match="holds a run with ways=2"):
+        replace(one, ways=3).run(Console(quiet=True))
+
+
 def test_a_run_trained_on_is_tested_again(ablation):
     short = replace(ablation, variants=("MAML++",), seeds=1)
     short.run(Console(quiet=True))

@@ -118,6 +118,24 @@ def test_processes_that_test_alone_need_no_share_of_training():
     config = replace(preset("sinusoid"), tasks=1, device="cpu")
     with pytest.raises(InputError, match="1 tasks cannot be shared by 2 processes"):
         Experiment.build(config, Ranks(0, 2))
-    assert list(Experiment.build(config, Ranks(0, 2), splits=("test",)).problem.episodes) == [
-        "test"
-    ]
+    for split in ("test", "train"):
+        experiment = Experiment.build(config, Ranks(0, 2), splits=(split,))
+        assert list(experiment.problem.episodes) == [split]
+
+
+def test_a_test_of_training_tasks_fits_any_memory():
+    config = replace(preset("glyphs"), memory_budget=1e-3, device="cpu")
+    with pytest.raises(InputError, match=r"is below the .* MiB that one task"):
+        Experiment.build(config)
+    assert Experiment.build(config, splits=["train"]).learner.chunk_size == 1
+
+
+def test_too_many_ways_of_training_are_called_so():
+    store = ClassStore.from_counts(AS_DRAWN.repeat(40, 1, 1, 1), [20] * 4, "abcd")
+    stores = dict.fromkeys(("train", "val", "test"), store)
+    options = ClassificationOptions(ways=2, train_ways=5)
+    with pytest.raises(InputError, match=r"^train_ways=5 asks for more classes than the 4 of the"):
+        classification_episodes(options, stores, "train", 0)
+    assert classification_episodes(options, stores, "test", 0).ways == 2
+    turned = ClassificationOptions(ways=2, train_ways=16, rotations="classes")
+    assert classification_episodes(turned, stores, "train", 0).ways == 16

@@ -1,5 +1,6 @@
 """A trained model as an estimator, on drawn characters of a kind that it has never seen."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fewstep.cli.main import main
 from fewstep.core.errors import InputError
 from fewstep.core.tasks import TaskBatch
 from fewstep.data.glyphs import Glyphs
@@ -140,6 +142,16 @@ def test_it_tells_fewer_classes_than_it_learned(drawings, classes):
     np.testing.assert_allclose(found.sum(1), 1, rtol=1e-5)
     assert classifier.score(x_query, names) == 1
     assert classifier.ways == WAYS
+
+
+def test_it_stays_what_it_was_when_it_was_made(drawings, tmp_path):
+    run = tmp_path / "run"
+    words = "train --recipe prototypes --filters 4 --iterations 2 --val-tasks 2 --test-tasks 2"
+    assert main([*words.split(), "--out", str(run), "--device", "cpu"]) == 0
+    classifier = FewShotClassifier(run, device="cpu")
+    shutil.rmtree(run)
+    images = drawings[0][:3].repeat(2, 1, 1, 1) / 255
+    assert classifier.fit(images, list("abcabc")).classes_.tolist() == ["a", "b", "c"]
 
 
 def test_what_it_refuses(fitted, drawings, tmp_path):

@@ -298,6 +298,11 @@ def test_a_word_with_a_hyphen_is_no_option(tmp_path):
             ["--recipe", "prototypes", "--train-ways", "20", "--learned-rates", "element"],
             "train with --start prototypes and no --learned-rates element",
         ),
+        (
+            ["--recipe", "prototypes", "--adapted", "head.*"],
+            "adapted=('head.*',) is of the inner loop",
+        ),
+        (["--recipe", "supervised", "--adapted", "head.*"], "which takes no step by recipe='super"),
         (["--recipe", "prototypes", "--train-ways", "1"], "train_ways=1 must be at least 2"),
         (["--recipe", "supervised", "--start", "prototypes"], "no support set to adapt to or to"),
         (["--recipe", "supervised", "--num-steps", "1"], "no support set to adapt to or to"),
@@ -395,3 +400,10 @@ def test_the_options_of_conv4_are_its_arguments():
     named = {option.name.removeprefix("conv_") for option in fields(Conv4Options)}
     arguments = inspect.signature(Conv4).parameters
     assert named == arguments.keys() - {"in_channels", "ways", "size"}
+
+
+def test_no_ways_are_not_those_of_the_run():
+    config = preset("glyphs", recipe="prototypes")
+    assert config.for_tests() == config
+    with pytest.raises(InputError, match="ways=0 must be at least 2"):
+        config.for_tests(0)

@@ -10,11 +10,13 @@ import fewstep
 from fewstep import MetaLearner, maml
 from fewstep.core.errors import InputError
 from fewstep.data.folder import ImageFolder
+from fewstep.models import fully_connected
 from fewstep.models.features import projection_of
 from fewstep.training.algorithm_options import AlgorithmOptions
 from fewstep.training.build import Experiment
 from fewstep.training.config import to_dict
 from fewstep.training.episode_options import ClassificationOptions
+from fewstep.training.head import fitting_head
 from fewstep.training.initial import read_initial, start_from
 from fewstep.training.network_options import Conv4Options
 from fewstep.training.parse import run_config
@@ -226,3 +228,15 @@ def test_what_cannot_be_started_from_is_refused(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             start(network(), other.state_dict())
+
+
+def test_a_state_of_another_network_is_told_as_such():
+    """A head of class means may have other outputs; another network is another network."""
+    learners = [
+        MetaLearner(module, fewstep.proto_maml(), F.cross_entropy)
+        for module in (network(), fully_connected(256, 3))
+    ]
+    state = learners[0].state_tensors()
+    assert fitting_head(learners[1], state) is state
+    with pytest.raises(InputError):
+        learners[1].load_state_tensors(state)

@@ -121,7 +121,8 @@ class DataShow:
         episodes = classification_episodes(self.episodes, stores, self.split, 0)
         picture_episodes(episodes, self.count, self.out)
         say(console, f"wrote {self.out}")
-        say(console, f"next: {_command('train', self)}")
+        recipe = "" if self.episodes.train_ways is None else " --recipe prototypes"
+        say(console, f"next: {_command('train', self)}{recipe}")
 
 
 def _command(name: str, after: DataPrepare | DataShow) -> str:

@@ -112,7 +112,8 @@ class MamlPlusPlusFromClassifier:
         classifiers = self._mini_imagenet() if self._is_mini else self._omniglot()
         *_, last = classifiers
         few_shot = self._few_shot(classifiers[last])
-        return {**classifiers, "maml++": replace(few_shot, initial=self.out / last)}
+        stages = {**classifiers, "maml++": replace(few_shot, initial=self.out / last)}
+        return {name: config.placed() for name, config in stages.items()}
 
     @property
     def _is_mini(self) -> bool:

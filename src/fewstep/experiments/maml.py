@@ -122,12 +122,17 @@ class MamlClassification:
         """Train what is not trained yet; write the table and the figure."""
         if self.seeds < 1:
             raise InputError(f"seeds={self.seeds} must be at least 1")
+        rows = self.rows()
+        if self.compile and all(method != NO_CONVOLUTIONS for method, _ in rows):
+            raise InputError(
+                f"compile=True is for {NO_CONVOLUTIONS!r}, which no row has; leave it out"
+            )
         accuracy_table(
             {
                 f"{method}, {setting}": [
                     self.config(method, setting, seed) for seed in range(self.seeds)
                 ]
-                for method, setting in self.rows()
+                for method, setting in rows
             },
             PAPER[self.dataset],
             f"{self.dataset}, {self.iterations:,} iterations, {self.precision}",

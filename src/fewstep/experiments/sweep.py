@@ -105,10 +105,17 @@ def _opened(path: Path, config: RunConfig) -> Iterator[RunFolder]:
     with locked(path):
         if (path / "config.toml").exists():
             run = RunFolder.open(path)
-            check_same(path, run.settings(), config)
+            _check_begun(run, config)
+            run.save_settings(to_dict(config))
         else:
             run = RunFolder.create(path, to_dict(config))
         yield run
+
+
+def _check_begun(run: RunFolder, config: RunConfig) -> None:
+    """Check that a run has these settings, if it has come to train."""
+    if run.state() is not None:
+        check_same(run.path, run.settings(), config)
 
 
 def _file(run: RunFolder, test: Test, steps: int) -> Path:
@@ -163,13 +170,23 @@ def check_plan(plan: Mapping[Path, RunConfig]) -> None:
     """
     for path, config in plan.items():
         if (path / "config.toml").exists():
-            check_same(path, RunFolder.open(path).settings(), config)
+            _check_begun(RunFolder.open(path), config)
 
 
 def check_same(path: Path, held: dict[str, Any], asked: Any) -> None:
     """Raise InputError unless a run's file holds these settings; what it lacks is the default."""
     for name, there, here in differences(held, asked):
+        if name == "initial" and _is_neighbour(path, there, here):
+            continue  # of a sweep whose folder was moved, or is written otherwise
         check_equal(path, name, there, here)
+
+
+def _is_neighbour(path: Path, there: object, here: object) -> bool:
+    """Whether both lead to the same run beside a run: one of the same folder, moved or not."""
+    if there is None or here is None:
+        return False
+    held, asked = Path(str(there)), Path(str(here))
+    return held.name == asked.name and asked.absolute().parent == path.absolute().parent
 
 
 def check_equal(path: Path, name: str, there: object, here: object) -> None:

@@ -56,7 +56,7 @@ class AlgorithmOptions:
     learned_rates: Literal["no", "tensor", "layer", "one", "element"] = "no"
     """Learn inner rates: by step and tensor or layer (LSLR), one, or by element (Meta-SGD)."""
     head_lr: float | None = None
-    """Initial rate of the last layer, by LSLR; that of all if not given."""
+    """Initial rate of the last layer that is adapted, by LSLR; that of all if not given."""
     inner_clip_norm: float | None = None
     """Shorten each task's support gradient to this norm, if it is longer."""
     inner_hyper_lr: float | None = None

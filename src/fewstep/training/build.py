@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.nn import functional as F
@@ -16,7 +16,7 @@ from fewstep.core.ranks import ALONE, Ranks
 from fewstep.core.tasks import Episodes
 from fewstep.data.augmentation import UNCHANGED
 from fewstep.data.drawn_ahead import DrawnAhead
-from fewstep.data.episodes import ClassificationEpisodes
+from fewstep.data.episodes import ClassificationEpisodes, classes_of_each
 from fewstep.data.labelled import LabelledImages, hold_out
 from fewstep.data.sinusoid import SinusoidEpisodes
 from fewstep.data.store import ClassStore, to_device
@@ -30,7 +30,8 @@ from fewstep.training.episode_options import (
     SupervisedOptions,
 )
 from fewstep.training.head import fitting_head
-from fewstep.training.initial import start_from
+from fewstep.training.initial import check_unseen, start_from
+from fewstep.training.run_folder import Classes
 
 EVAL_SEED = 0  # validation and test tasks are the same for every run, so that runs compare
 
@@ -59,6 +60,7 @@ class Problem:
     episodes: dict[Split, Episodes]
     input_shape: tuple[int, ...]
     outputs: int  # of a learner that is trained on them
+    classes: Classes = field(default_factory=dict)  # of every split, where they have names
 
 
 @dataclass(frozen=True)
@@ -94,21 +96,24 @@ class Experiment:
             splits: Those that are wanted.
 
         Raises:
-            InputError: the device, the data, the episodes or the model cannot be had, or training
-                has fewer tasks than processes.
+            InputError: the device, the data, the episodes or the model cannot be had, training has
+                fewer tasks than processes, or what it starts from was trained on its test classes.
         """
-        if "train" in splits:
+        trains = {"train", "val"} <= {*splits}  # a test has one of them
+        if trains:
             for tasks in (config.tasks, config.val_tasks, config.test_tasks):
                 ranks.count(tasks)  # refuses now what would be refused after hours
         config = replace(config, device=resolve_device(config.device))
         problem = build_problem(config, config.device, splits)
+        if initial is not None and config.initial is not None:
+            check_unseen(config.initial, problem.classes)
         learner = build_learner(config, problem, config.device, ranks, initial)
         if config.memory_budget is not None:
             some = problem.episodes[splits[0]].batch(0, config.tasks)
             try:
                 plan_memory(learner, some, config.memory_budget, num_iterations=config.iterations)
             except InputError:
-                if "train" in splits:
+                if trains:
                     raise
                 learner.chunk_size = 1  # in tests no graph outlives a step
         tester, tests = learner, config.for_tests()
@@ -143,15 +148,16 @@ def build_problem(config: RunConfig, device: str, splits: Sequence[Split] = SPLI
         }
         return Problem(_drawn_ahead(sinusoids), (1,), 1)
     stores = to_device(config.data.splits(), device)
+    classes = {split: store.names for split, store in stores.items()}
     if isinstance(config.episodes, SupervisedOptions):
-        return _supervised(config.episodes, stores["train"], seeds)
+        return replace(_supervised(config.episodes, stores["train"], seeds), classes=classes)
     assert isinstance(config.episodes, ClassificationOptions)
     episodes: dict[Split, Episodes] = {
         split: classification_episodes(config.episodes, stores, split, seed)
         for split, seed in seeds.items()
     }
     outputs = config.episodes.ways_of("train")
-    return Problem(_drawn_ahead(episodes), stores["train"].image_shape, outputs)
+    return Problem(_drawn_ahead(episodes), stores["train"].image_shape, outputs, classes)
 
 
 def _supervised(options: SupervisedOptions, store: ClassStore, seeds: dict[Split, int]) -> Problem:
@@ -184,11 +190,17 @@ def classification_episodes(
     seed: int,
 ) -> ClassificationEpisodes:
     """Set up the episodes of one split, with the training or the evaluation options."""
-    is_train = split == "train"
+    is_train, ways = split == "train", options.ways_of(split)
+    largest = len(stores[split]) * classes_of_each(options.rotations)
+    if is_train and options.train_ways is not None and ways > largest:
+        raise InputError(
+            f"train_ways={ways} asks for more classes than the {largest} of the train split; ask "
+            f"for at most {largest}"
+        )
     return ClassificationEpisodes(
         stores[split],
         split,
-        ways=options.ways_of(split),
+        ways=ways,
         shots=options.shots,
         queries=options.queries if is_train else options.eval_queries,
         rotations=options.rotations if is_train else options.eval_rotations,

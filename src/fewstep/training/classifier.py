@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -23,9 +22,7 @@ from fewstep.data.archives import contents
 from fewstep.data.views import Views, views_of
 from fewstep.training.config import SinusoidData
 from fewstep.training.episode_options import ClassificationOptions
-from fewstep.training.load import OneCheckpoint, load_learner
-from fewstep.training.parse import load_config
-from fewstep.training.run_folder import RunFolder
+from fewstep.training.load import OneCheckpoint, Saved
 
 Picture = Path | str | Image.Image
 
@@ -67,13 +64,11 @@ class FewShotClassifier:
         views: Views | None = None,
         device: str = "auto",
     ) -> None:
-        config = load_config(RunFolder.open(Path(path)).path / "config.toml")
+        self._saved = Saved.read(path, checkpoint, device, extra_steps)
+        config = self._saved.config
         if isinstance(config.data, SinusoidData):
             raise InputError(f"{path} is a run on sinusoids, and a classifier needs images")
-        self._load = partial(
-            load_learner, path, checkpoint=checkpoint, device=device, extra_steps=extra_steps
-        )
-        self._learner = learner = self._load()
+        self._learner = learner = self._saved.learner()
         self._takes_any = config.takes_any_ways
         assert isinstance(config.episodes, ClassificationOptions)
         self._data = config.data
@@ -109,7 +104,7 @@ class FewShotClassifier:
         self.check_classes(len(classes))
         learner = self._learner
         if self._takes_any and len(classes) != self.ways:
-            learner = self._load(ways=len(classes))
+            learner = self._saved.learner(len(classes))
         number_of = {name: c for c, name in enumerate(classes)}
         y = torch.tensor([number_of[label] for label in of_images], device=x.device)
         self._modules = [

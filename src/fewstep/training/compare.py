@@ -63,6 +63,8 @@ class Evaluation:
         found |= values["data"]
         if values["dataset"] != "folder":  # whose classes are those of any copy
             found.pop("root", None)
+        else:
+            found["classes"] = values.get("classes")
         episodes = values["episodes"]
         if values["split"] == "train":
             found |= episodes | {"seed": values["seed"]}

@@ -147,6 +147,12 @@ class RunConfig:
                 "recipe='supervised' has no support set to adapt to or to normalise by; leave out "
                 "num_steps, eval_steps, start and statistics='support'"
             )
+        has_steps = of.num_steps > 0 or of.eval_steps > 0
+        if of.adapted != ("*",) and not has_steps:
+            raise InputError(
+                f"adapted={of.adapted} is of the inner loop, which takes no step by recipe="
+                f"{self.recipe!r}; leave it out, or give num_steps and eval_steps"
+            )
         train_ways = getattr(self.episodes, "train_ways", None)
         if train_ways is not None and not self.takes_any_ways:
             raise InputError(
@@ -183,12 +189,13 @@ class RunConfig:
                 raise InputError(f"ways={ways}: the run's tasks have no classes; leave it out")
             return self
         own = self.episodes.ways
-        if ways not in (None, own) and not self.takes_any_ways:
+        ways = own if ways is None else ways
+        if ways != own and not self.takes_any_ways:
             raise InputError(
                 f"ways={ways}: the last layer, or its inner rates, were learned for {own} classes; "
                 "leave it out, or train with --start prototypes and no --learned-rates element"
             )
-        return replace(self, episodes=replace(self.episodes, ways=ways or own, train_ways=None))
+        return replace(self, episodes=replace(self.episodes, ways=ways, train_ways=None))
 
     def with_extra_steps(self, extra_steps: ExtraSteps | None) -> RunConfig:
         """Return the settings for tests of more steps than trained; None leaves them."""

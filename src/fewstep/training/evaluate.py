@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from fewstep.training.display import bars, counting
 from fewstep.training.environment import command_line, environment
 from fewstep.training.episode_options import Split
 from fewstep.training.head import fitting_head
-from fewstep.training.run_folder import Kept, RunFolder, write_json
+from fewstep.training.run_folder import Classes, Kept, RunFolder, write_json
 
 Checkpoint = Literal["best", "last", "ensemble"]
 
@@ -83,9 +84,12 @@ def evaluate_run(
         changes: How the episodes differ from the run's own, for the file name.
 
     Raises:
-        InputError: the run has no checkpoint.
+        InputError: the run has no checkpoint, or the split had other classes when it began.
     """
     learner = experiment.tester
+    of_split: Classes = {s: names for s, names in experiment.problem.classes.items() if s == split}
+    if run is not None:
+        run.check_classes(of_split)
     kept = () if run is None else _kept(run, checkpoint)
     states = [] if run is None else [run.load_checkpoint(each.name) for each in kept]
     states = [fitting_head(learner, state) for state in states]
@@ -113,6 +117,7 @@ def evaluate_run(
         "dataset": experiment.config.dataset,
         "data": to_dict(experiment.config.data),
         "episodes": to_dict(experiment.config.episodes),
+        "classes": _digest(of_split),
         **scores.as_dict(),
         "evaluation_seconds": round(time.perf_counter() - started, 2),
         "training_seconds": _training_seconds(run),
@@ -120,6 +125,11 @@ def evaluate_run(
     }
     file = evaluation_file(run, split, checkpoint, num_steps, changes)
     return Evaluated(scores, file, summary)
+
+
+def _digest(classes: Classes) -> str:
+    """Return what stands for the names of classes."""
+    return hashlib.sha256(json.dumps(classes).encode()).hexdigest()[:12]
 
 
 def _training_seconds(run: RunFolder) -> float | None:

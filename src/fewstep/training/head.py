@@ -15,11 +15,10 @@ def fitting_head(learner: MetaLearner, state: Tensors) -> Tensors:
     """
     named = dict(learner.module.named_parameters())
     *_, last = named
-    if (
-        not isinstance(learner.algorithm.inner_start, PrototypeStart)
-        or state[f"model.{last}"].shape == named[last].shape
-    ):
-        return state
+    saved = state.get(f"model.{last}")
+    makes_own = isinstance(learner.algorithm.inner_start, PrototypeStart)
+    if saved is None or saved.shape == named[last].shape or not makes_own:
+        return state  # to be loaded, or refused, as it is
     layer = layer_of(last)
     own = {f"model.{n}": p.detach() for n, p in named.items() if layer_of(n) == layer}
     of_layer = (f"model.{layer}.", f"optimiser.{layer}.")

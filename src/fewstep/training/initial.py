@@ -21,7 +21,7 @@ from fewstep.models.conv import PROJECTION
 from fewstep.models.features import projection_of
 from fewstep.training.config import RunConfig, SinusoidData, to_dict
 from fewstep.training.parse import load_config
-from fewstep.training.run_folder import RunFolder
+from fewstep.training.run_folder import Classes, RunFolder
 
 _MODEL = "model."  # before the names of a module's tensors in a checkpoint
 # What a learner has beside its module, of which a new run has its own.
@@ -106,6 +106,27 @@ def check_source(path: Path, config: RunConfig) -> None:
                     f"{path} has {name}={theirs.get(name)!r} where this run has "
                     f"{ours.get(name)!r}, so that it {so_that}; give both the same"
                 )
+
+
+def check_unseen(path: Path, classes: Classes) -> None:
+    """Check that the run in `path`, of the same data, was trained on no class to be tested on.
+
+    Runs of versions that did not note their classes, and of other data, are taken as they are.
+
+    Raises:
+        InputError: it was.
+    """
+    if not path.is_dir():
+        return
+    trained = set(RunFolder.open(path).classes().get("train", ()))
+    if not trained & set(classes.get("train", ())):
+        return  # of other data, where a name may be another class
+    for split in ("val", "test"):
+        if seen := sorted(trained & set(classes[split])):
+            raise InputError(
+                f"{path} was trained on {len(seen)} of the {split} classes, such as {seen[0]}; the "
+                "data have changed since, so train it anew"
+            )
 
 
 def fitting(module: nn.Module, initial: Tensors) -> Tensors:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 from typing import Literal, get_args
@@ -10,8 +10,9 @@ from typing import Literal, get_args
 from fewstep.core.algorithm import ExtraSteps
 from fewstep.core.errors import InputError, check_name
 from fewstep.core.learner import MetaLearner
+from fewstep.core.network import Tensors
 from fewstep.training.build import Problem, build_learner, resolve_device
-from fewstep.training.config import SinusoidData
+from fewstep.training.config import RunConfig, SinusoidData
 from fewstep.training.episode_options import ClassificationOptions
 from fewstep.training.head import fitting_head
 from fewstep.training.parse import load_config
@@ -44,25 +45,52 @@ def load_learner(
         InputError: there is no run, no checkpoint, no such device, its settings have changed, it
             has learned no few-shot tasks, or none of so many classes, or `checkpoint` is neither.
     """
-    check_name("checkpoint", checkpoint, get_args(OneCheckpoint))
-    run = RunFolder.open(Path(path))
-    config = load_config(run.path / "config.toml")
-    check_unchanged(run, config)
-    if config.recipe == "supervised":
-        raise InputError(
-            f"{run.path} has learned to tell its training classes apart and no few-shot tasks; "
-            f"start a run from it, with `fewstep train --initial {quote(str(run.path))}`"
-        )
-    config = config.with_extra_steps(extra_steps).for_tests(ways)
-    config = replace(config, device=resolve_device(device))
-    problem = Problem({}, (1,), 1)
-    if not isinstance(config.data, SinusoidData):
-        assert isinstance(config.episodes, ClassificationOptions)
-        problem = Problem({}, config.data.image_shape, config.episodes.ways)
-    state = run.state()
-    if state is None:
-        raise InputError(f"{run.path} has no checkpoint yet; train it first")
-    name = state.last if checkpoint == "last" else state.best[0].name
-    learner = build_learner(config, problem, config.device)
-    learner.load_state_tensors(fitting_head(learner, run.load_checkpoint(name)))
-    return learner
+    return Saved.read(path, checkpoint, device, extra_steps).learner(ways)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The settings of a run, and what a checkpoint of it holds."""
+
+    config: RunConfig
+    state: Tensors
+
+    @classmethod
+    def read(
+        cls,
+        path: Path | str,
+        checkpoint: OneCheckpoint = "best",
+        device: str = "auto",
+        extra_steps: ExtraSteps | None = None,
+    ) -> Saved:
+        """Read a run; arguments and errors are those of `load_learner`."""
+        check_name("checkpoint", checkpoint, get_args(OneCheckpoint))
+        run = RunFolder.open(Path(path))
+        config = load_config(run.path / "config.toml")
+        check_unchanged(run, config)
+        if config.recipe == "supervised":
+            raise InputError(
+                f"{run.path} has learned to tell its training classes apart and no few-shot tasks; "
+                f"start a run from it, with `fewstep train --initial {quote(str(run.path))}`"
+            )
+        config = config.with_extra_steps(extra_steps)
+        if (state := run.state()) is None:
+            raise InputError(f"{run.path} has no checkpoint yet; train it first")
+        name = state.last if checkpoint == "last" else state.best[0].name
+        device = resolve_device(device)
+        return cls(replace(config, device=device), run.load_checkpoint(name))
+
+    def learner(self, ways: int | None = None) -> MetaLearner:
+        """Return the learner, for so many classes.
+
+        Raises:
+            InputError: it has not learned to tell so many apart.
+        """
+        config = self.config.for_tests(ways)
+        problem = Problem({}, (1,), 1)
+        if not isinstance(config.data, SinusoidData):
+            assert isinstance(config.episodes, ClassificationOptions)
+            problem = Problem({}, config.data.image_shape, config.episodes.ways)
+        learner = build_learner(config, problem, config.device)
+        learner.load_state_tensors(fitting_head(learner, self.state))
+        return learner

@@ -11,17 +11,19 @@ from typing import Any
 
 from fewstep.core.errors import InputError
 from fewstep.core.files import write_atomically
+from fewstep.data.archives import reading
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a metrics file, but for a last one that a kill or power cut damaged.
 
     Raises:
-        InputError: another line is damaged.
+        InputError: it cannot be read, or another line is damaged.
     """
     if not path.exists():
         return []
-    lines = path.read_text(errors="replace").split("\n")[:-1]
+    with reading(path):
+        lines = path.read_text(errors="replace").split("\n")[:-1]
     metrics = []
     for number, line in enumerate(lines, 1):
         try:

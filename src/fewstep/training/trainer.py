@@ -59,6 +59,8 @@ class Trainer:
         state, is_stopped = self._restore(), False
         config, ranks = self.experiment.config, self.experiment.learner.ranks
         if self.run is not None and state.iteration < config.iterations:
+            self.run.check_classes(self.experiment.problem.classes)
+            self.run.note_classes(self.experiment.problem.classes)
             self.run.note_start(state.iteration, to_dict(config))
         display = Display(self.console, config.iterations, state.iteration, config.tasks)
         with self._log(state) as log, display.shown(), _stop_signals(display) as stop:
