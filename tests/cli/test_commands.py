@@ -25,6 +25,7 @@ import fewstep
 from fewstep import InputError, MetaLearner, Scores
 from fewstep.cli.data import DataShow, _command
 from fewstep.cli.main import COMMANDS, main
+from fewstep.cli.runs import Train
 from fewstep.cli.score_table import score_table
 from fewstep.data.folder import ImageFolder
 from fewstep.training.build import Experiment
@@ -32,7 +33,7 @@ from fewstep.training.config import SOURCES
 from fewstep.training.episode_options import ClassificationOptions
 from fewstep.training.load import load_learner
 from fewstep.training.network_options import Conv4Options
-from fewstep.training.parse import load_config, run_config
+from fewstep.training.parse import load_config, parse
 from fewstep.training.presets import preset
 from fewstep.training.run_folder import RunFolder
 from tests.cli.conftest import SINUSOID, TINY, refused, scribble, train_on_images
@@ -371,7 +372,9 @@ def test_an_episode_is_shown_as_it_is_trained_on():
 def test_what_comes_after_an_episode_of_more_ways_can_be_trained(empty_folder, capsys):
     assert main(["data", "show", "--train-ways", "7"]) == 0
     _, _, command = capsys.readouterr().out.strip().rpartition("next: fewstep train ")
-    config = run_config(shlex.split(command))
+    words = shlex.split(command)
+    default = Train.default(words)
+    config = parse(Train, words, prog="fewstep train", default=default).settings
     assert (config.episodes.train_ways, config.recipe) == (7, "prototypes")
 
 
