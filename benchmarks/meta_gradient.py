@@ -118,12 +118,17 @@ class Process:
         self._process.join()
 
 
-@fp32_products("float32")  # else PyTorch takes TF32 for convolutions on a GPU
 def serve(case: Case, way: str, threads: int | None, pipe: Connection) -> None:
     """Answer questions about the gradient."""
     keep_freed_memory()
     if threads is not None:
         torch.set_num_threads(threads)
+    # Of itself, PyTorch takes TF32 for convolutions on a GPU.
+    with fp32_products("tf32" if WAYS[way].is_tf32 else "float32"):
+        _answer(case, way, pipe)
+
+
+def _answer(case: Case, way: str, pipe: Connection) -> None:
     gradient: Gradient | None = None
     try:
         while True:
@@ -137,9 +142,9 @@ def serve(case: Case, way: str, threads: int | None, pipe: Connection) -> None:
                 pipe.send(torch.cat([g.flatten() for g in exact]))
             elif gradient is None:  # "first"
                 gradient = WAYS[way].build(case, torch.float32)
-                started, *before = time.perf_counter(), _peak(case.device), _of_files(case.device)
+                started, *before = time.perf_counter(), _peak(case, way), _of_files(case.device)
                 _finish(gradient)
-                after = time.perf_counter(), _peak(case.device), _of_files(case.device)
+                after = time.perf_counter(), _peak(case, way), _of_files(case.device)
                 found = (b - a for a, b in zip((started, *before), after, strict=True))
                 pipe.send(dict(zip(("first_s", "mib", "mib_of_files"), found, strict=True)))
             else:  # "time"
@@ -191,9 +196,13 @@ def _finish(gradient: Gradient) -> None:
         torch.cuda.synchronize()
 
 
-def _peak(device: str) -> float:
+def _peak(case: Case, way: str) -> float:
     """Return the most memory this process had so far, in MiB: its own, or on the GPU."""
-    if device.startswith("cuda"):
+    if case.device.startswith("cuda") and WAYS[way].package == "jax":
+        import jax
+
+        return float(jax.devices()[0].memory_stats()["peak_bytes_in_use"]) / 2**20
+    if case.device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 

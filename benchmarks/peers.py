@@ -15,7 +15,6 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import fewstep
-from fewstep.core.precision import fp32_products
 from fewstep.models import Conv4, sinusoid_mlp
 
 Gradient = Callable[[], list[Tensor]]
@@ -110,17 +109,6 @@ def without_compiler(case: Case, dtype: torch.dtype) -> Gradient:
     """Return it recorded, by PyTorch's operations alone, as where there is no C++ compiler."""
     os.environ["CXX"] = ""  # of this way's process
     return RECORDED(case, dtype)
-
-
-def with_loop_in_tf32(case: Case, dtype: torch.dtype) -> Gradient:
-    """Return it by a plain loop, its products rounded to TF32."""
-    gradient = with_loop(case, dtype)
-
-    def rounded() -> list[Tensor]:
-        with fp32_products("tf32"):
-            return gradient()
-
-    return rounded
 
 
 def with_loop(case: Case, dtype: torch.dtype) -> Gradient:
@@ -244,10 +232,12 @@ def with_jax(case: Case, dtype: torch.dtype, *, native: bool) -> Gradient:
     Channels are last, as suits XLA. The first call compiles. 20 steps of a convolutional network
     are a loop of XLA's: in a row they take twice as long to compile, and no less time to run.
     """
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # beside it others have their turns
     import jax
     from jax import numpy as jnp
 
     jax.config.update("jax_enable_x64", dtype == torch.float64)
+    jax.config.update("jax_default_matmul_precision", "highest")  # of itself TF32 on a GPU
     phi = [jnp.asarray(p.detach().cpu().numpy()) for p in case.plain(dtype).parameters()]
     arrays = [jnp.asarray(t.cpu().numpy()) for t in case.batch(dtype).tensors()]
     if case.size:
@@ -320,6 +310,7 @@ class Way:
     package: str = "torch"
     orders: tuple[int, ...] = (1, 2)
     where: Callable[[Case], bool] = lambda case: True
+    is_tf32: bool = False
 
     def applies(self, case: Case) -> bool:
         """Whether there is such a way for a case."""
@@ -345,12 +336,12 @@ WAYS = {
     "fewstep, checkpoints": Way(partial(with_fewstep, checkpoint_every=1), orders=(2,)),
     "fewstep, least memory": Way(with_least_memory, orders=(2,), where=lambda case: case.size > 0),
     "fewstep, compile": Way(partial(RECORDED, compile=True), where=lambda case: case.size == 0),
-    "fewstep, tf32": Way(partial(RECORDED, precision="tf32"), where=_has_tf32),
+    "fewstep, tf32": Way(partial(RECORDED, precision="tf32"), where=_has_tf32, is_tf32=True),
     "fewstep, bfloat16": Way(
         partial(RECORDED, precision="bfloat16"), where=lambda case: case.size > 0
     ),
     "plain loop": Way(with_loop),
-    "plain loop, tf32": Way(with_loop_in_tf32, where=_has_tf32),
+    "plain loop, tf32": Way(with_loop, where=_has_tf32, is_tf32=True),
     # At order 1, higher drops its graph and with it the path from phi to theta[K]; torchopt has no
     # first order.
     "higher": Way(with_higher, "higher", orders=(2,)),

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fewstep.core.allocator import keep_freed_memory
 from fewstep.training.build import build_learner, build_problem
 from fewstep.training.environment import command_line, environment
@@ -30,15 +32,18 @@ class Options:
     """The method; sinusoid has MAML's."""
     repeats: int = 5
     """Starts to take the median of, and the least iterations."""
+    device: str = "cpu"
+    """"cpu" or "cuda"."""
     out: Path | None = None
     """JSON file to write."""
 
 
-def seconds_to_first_iteration(dataset: str, recipe: str) -> float:
+def seconds_to_first_iteration(dataset: str, recipe: str, device: str) -> float:
     """Start a run as a user does and wait for the first line of its metrics."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         arguments = ["train", "--dataset", dataset, "--recipe", recipe, "--out", str(run)]
+        arguments += ["--device", device]
         started = time.perf_counter()
         process = subprocess.Popen(
             [sys.executable, "-m", "fewstep", *arguments], stdout=subprocess.DEVNULL
@@ -54,14 +59,16 @@ def seconds_to_first_iteration(dataset: str, recipe: str) -> float:
     return seconds
 
 
-def sampling_and_iteration(dataset: str, recipe: str, repeats: int) -> tuple[float, float]:
+def sampling_and_iteration(
+    dataset: str, recipe: str, device: str, repeats: int
+) -> tuple[float, float]:
     """Return the seconds of drawing an iteration's tasks, and of all of the iteration.
 
     Means after the first, as tasks may be drawn for many iterations at once.
     """
     config = preset(dataset, recipe=recipe)
-    problem = build_problem(config, "cpu")
-    learner, episodes = build_learner(config, problem, "cpu"), problem.episodes["train"]
+    problem = build_problem(config, device)
+    learner, episodes = build_learner(config, problem, device), problem.episodes["train"]
     learner.step(episodes.batch(0, config.tasks))
     sampling, started, done = 0.0, time.perf_counter(), 0
     while done < repeats or time.perf_counter() - started < 10:
@@ -70,6 +77,8 @@ def sampling_and_iteration(dataset: str, recipe: str, repeats: int) -> tuple[flo
         batch = episodes.batch(done * config.tasks, config.tasks)
         sampling += time.perf_counter() - before
         learner.step(batch, check_finite=False)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return sampling / done, (time.perf_counter() - started) / done
 
 
@@ -80,8 +89,9 @@ def main() -> None:
     found: dict[str, Any] = {}
     for dataset in options.datasets:
         recipe = "maml" if dataset == "sinusoid" else options.recipe
-        starts = [seconds_to_first_iteration(dataset, recipe) for _ in range(options.repeats)]
-        sampling, iteration = sampling_and_iteration(dataset, recipe, options.repeats)
+        where = dataset, recipe, options.device
+        starts = [seconds_to_first_iteration(*where) for _ in range(options.repeats)]
+        sampling, iteration = sampling_and_iteration(*where, options.repeats)
         found[f"{dataset}, {recipe}"] = {
             "first_iteration_after_s": statistics.median(starts),
             "iteration_s": iteration,
@@ -89,7 +99,9 @@ def main() -> None:
         }
     print(json.dumps(found, indent=2))
     if options.out is not None:
-        write_json(options.out, found | {"environment": environment(command_line(), "cpu")})
+        write_json(
+            options.out, found | {"environment": environment(command_line(), options.device)}
+        )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import fewstep
 from fewstep import DerivativeAnnealing, FixedOrder, InputError, MetaLearner, MultiStepLoss
 from fewstep.core.recorder import Recorder
-from fewstep.core.replay import Replay, _CudaGraph
+from fewstep.core.replay import Replay, _CudaGraph, _dense, _Kept
 from tests.core.reference import MODELS, Case, numbers
 from tests.core.test_checkpointing import ALGORITHMS
 
@@ -335,6 +335,48 @@ def test_what_compiling_needs():
         )
     with pytest.raises(InputError, match=r"^compile=True compiles what replay=True records"):
         train(MODELS["mlp"], fewstep.maml(1), replay=False, compile=True)
+
+
+def test_a_graph_of_a_gpu_has_arguments_without_gaps():
+    x = torch.randn(3, 8, 2)
+    part, whole, image = x[:, :4], torch.randn(5), torch.randn(2, 3, 4, 4)
+    last = image.to(memory_format=torch.channels_last)
+    found = _dense((part, whole, part, last))
+    assert found[0].is_contiguous()
+    assert torch.equal(found[0], part)
+    assert found[2] is found[0]  # recordings know that they are one
+    assert found[1] is whole
+    assert found[3] is last
+
+
+def test_a_graph_of_a_gpu_is_captured_anew_for_other_numbers():
+    """A CPU scalar that a kernel is given is an argument of the graph."""
+    weight = torch.tensor(0.5)
+    graph = object.__new__(_CudaGraph)
+    outside = [(weight, weight.data_ptr())]
+    kept, on_the_host = _Kept.of(graph, outside), _Kept.of(None, outside)
+    assert kept.is_valid()
+    weight.fill_(0.7)
+    assert not kept.is_valid()
+    assert on_the_host.is_valid()  # which reads it anew
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_on_a_gpu_tasks_may_be_parts_of_others():
+    case, found = MODELS["sinusoid MLP"], []
+    for options in ({"compile": True}, {}):
+        torch.manual_seed(0)
+        learner = MetaLearner(
+            case.build().cuda(), fewstep.maml(1, 0.1), case.loss, replay=True, **options
+        )
+        for i in range(3):
+            torch.manual_seed(i)
+            batch = case.batch().to("cuda")
+            apart = (torch.stack([t, t], 2)[:, :, 0] for t in batch.tensors())
+            found.append(learner.step(fewstep.TaskBatch(*apart)).task_loss)
+    for i in range(3):
+        torch.testing.assert_close(found[i], found[i + 3], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fewstep import AdamStep, MetaLearner, TaskBatch, maml
+from fewstep.core.hypergradient import HypergradientAdam
+from fewstep.core.metrics import Metrics
 from fewstep.data.augmentation import Augmentation
 from fewstep.data.drawn_ahead import DrawnAhead
 from fewstep.data.episodes import ClassificationEpisodes, Rotations
@@ -179,3 +181,44 @@ def test_sinusoids() -> None:
     for iteration in range(3):
         metrics = learner.step(episodes.batch(2 * iteration, 2), check_finite=False)
     assert metrics.loss.is_meta
+
+
+def test_a_count_of_steps_goes_on_where_the_parameters_are() -> None:
+    """PyTorch leaves what is called "step" where it was saved, on the CPU."""
+    p = torch.nn.Parameter(torch.ones(2, device="meta"))
+    optimiser = HypergradientAdam(0.1, 0.01)([p])
+    saved = {"step": torch.tensor(3.0), "m": torch.ones(2), "v": torch.ones(2)}
+    optimiser.load_state_dict(
+        {"state": {0: saved}, "param_groups": optimiser.state_dict()["param_groups"]}
+    )
+    assert all(t.is_meta for t in optimiser.state[p].values())
+
+
+def test_tasks_on_their_way_to_the_cpu_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy from a GPU that nothing waits for is read before it is there."""
+    told, to = [], Tensor.to
+
+    def noted(self: Tensor, device: Any, **options: Any) -> Tensor:
+        told.append((str(device), options["non_blocking"]))
+        return to(self, device)
+
+    monkeypatch.setattr(Tensor, "to", noted)
+    batch = TaskBatch(*(torch.zeros(1, 2, 3) for _ in range(4)))
+    for device in ("cpu", torch.device("cpu"), "meta"):
+        batch.to(device)
+    assert told == [("cpu", False)] * 8 + [("meta", True)] * 4
+
+
+@pytest.mark.parametrize("bad", ["support_loss", "query_loss", "gradient_norm"])
+def test_whether_all_is_finite_is_a_number_on_the_device(bad: str) -> None:
+    numbers = {
+        "task_loss": torch.ones(2), "task_metric": torch.ones(2), "support_loss": torch.ones(2, 3),
+        "query_loss": torch.ones(2, 1), "gradient_norm": torch.ones(()),
+    }  # fmt: skip
+    assert Metrics("loss", **numbers).is_finite
+    with_nan = numbers[bad].clone()
+    with_nan.view(-1)[-1] = torch.nan
+    metrics = Metrics("loss", **(numbers | {bad: with_nan}))
+    assert not metrics.is_finite
+    with pytest.raises(FloatingPointError):
+        metrics.check_finite()

@@ -58,8 +58,8 @@ def no_waiting(device: str, optimiser: torch.optim.Optimizer) -> Iterator[None]:
         with NoWaiting([s["step"] for s in optimiser.state.values() if is_adam]):
             yield
         return
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -213,6 +213,9 @@ class Hypergradient(torch.optim.Optimizer):
         first = self.param_groups[0]["params"][0]
         saved = state_dict["state"].get(0, {})
         self.state[first] |= {n: saved[n].to(first.device) for n in ("beta", "h") if n in saved}
+        for p in self.param_groups[0]["params"]:  # a count named "step" is left where it was saved
+            if "step" in self.state[p]:
+                self.state[p]["step"] = self.state[p]["step"].to(p.device)
 
     def rates(self) -> dict[str, Tensor]:
         """Return beta and its hypergradient."""

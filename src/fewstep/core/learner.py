@@ -224,6 +224,7 @@ class MetaLearner:
 
         It is in evaluation mode. Batch normalisation does as in training: by batch statistics, it
         uses those of each batch it is given; else those of the support set, or the running ones.
+        What it rounds products to is PyTorch's choice: on a GPU, TF32 in convolutions.
 
         Args:
             x_support: Inputs, (examples, ...), without a task dimension.

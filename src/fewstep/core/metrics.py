@@ -37,6 +37,12 @@ class Metrics:
         """The metric, mean over the tasks, a scalar."""
         return self.task_metric.mean()
 
+    @property
+    def is_finite(self) -> Tensor:
+        """Whether every loss and the meta-gradient are finite, a scalar."""
+        of_losses = self.support_loss.isfinite().all() & self.query_loss.isfinite().all()
+        return of_losses & self.gradient_norm.isfinite()
+
     def check_finite(self) -> None:
         """Raise at the first loss that is not finite, or if the meta-gradient is not.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -61,6 +61,8 @@ class Replay:
             InputError: it reads a value out of a tensor, or draws what it may not, and so cannot be
                 recorded; or torch.compile or a CUDA graph fails.
         """
+        if tensors[0].is_cuda:
+            tensors = _dense(tensors)
         forms = ((t.shape, t.dtype, t.device, t.stride()) for t in tensors)
         key = (key, *forms, *_first_places(tensors))
         kept = self._recordings.get(key)
@@ -81,7 +83,7 @@ class Replay:
             run = compiled = _Compiled(recording)
             outputs = compiled.check(tensors, outputs)
         graph = _CudaGraph(run, tensors) if tensors[0].is_cuda else run
-        self._recordings[key] = _Kept(graph, recorder.outside)
+        self._recordings[key] = _Kept.of(graph, recorder.outside)
         return outputs
 
 
@@ -104,15 +106,37 @@ def _first_places(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
     return tuple(places[id(t)] for t in tensors)
 
 
+def _dense(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return them without gaps, as a graph's own copies of them are; one twice stays one."""
+    layouts = (torch.contiguous_format, torch.channels_last)
+    made = {
+        id(t): t if any(t.is_contiguous(memory_format=f) for f in layouts) else t.contiguous()
+        for t in tensors
+    }
+    return tuple(made[id(t)] for t in tensors)
+
+
 class _Kept(NamedTuple):
-    """A recording, and where the tensors were that it reads from outside."""
+    """A recording, and where the tensors were that it reads from outside.
+
+    Those on the CPU that a CUDA graph reads are numbers of it, as they were when it was captured.
+    """
 
     run: Recording | _Compiled | _CudaGraph
     outside: list[tuple[Tensor, int]]
+    numbers: list[tuple[Tensor, int]]
+
+    @classmethod
+    def of(cls, run: Recording | _Compiled | _CudaGraph, outside: list[tuple[Tensor, int]]) -> Self:
+        """Note what is outside as it is now."""
+        is_graph = isinstance(run, _CudaGraph)
+        numbers = [(t, t._version) for t, _ in outside if is_graph and not t.is_cuda]
+        return cls(run, outside, numbers)
 
     def is_valid(self) -> bool:
-        """Whether they still are there, and not moved as by `module.double()`."""
-        return all(t.data_ptr() == address for t, address in self.outside)
+        """Whether they are where they were, not moved as by `module.double()`, and as they were."""
+        are_there = all(t.data_ptr() == address for t, address in self.outside)
+        return are_there and all(t._version == version for t, version in self.numbers)
 
 
 class _Compiled:
@@ -183,21 +207,23 @@ class _CudaGraph:
         self._arguments = tuple(t.clone() for t in tensors)
         self._graph = torch.cuda.CUDAGraph()
         device = tensors[0].device
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
+        side, own = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        side.wait_stream(own)
         try:
             with _CAPTURING, torch.random.fork_rng([device]), torch.cuda.device(device):
                 with torch.cuda.stream(side):
                     recording(self._arguments)  # libraries choose and allocate before a capture
-                torch.cuda.current_stream(device).wait_stream(side)
+                own.wait_stream(side)
                 # PyTorch's own stream for captures is of one GPU; other threads go on meanwhile.
                 with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
                     self._outputs = recording(self._arguments)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            torch.cuda.set_stream(own)  # a capture that fails stays on its own
+            # what ends the capture fails, too, and says nothing of why
+            reason = str(error.__context__ or error).splitlines()[0]
             raise InputError(
                 f"the operations of this meta-gradient cannot be a CUDA graph ({reason:.160}); "
-                "pass replay=False"
+                "pass replay=False, in a new process"
             ) from error
 
     def __call__(self, tensors: tuple[Tensor, ...]) -> Any:

@@ -89,7 +89,9 @@ class TaskBatch:
 
     def to(self, device: torch.device | str) -> TaskBatch:
         """Return the same tasks on `device`."""
-        return TaskBatch(*(t.to(device, non_blocking=True) for t in self.tensors()))
+        # On its way to the CPU nothing would wait for it.
+        waits = torch.device(device).type == "cpu"
+        return TaskBatch(*(t.to(device, non_blocking=not waits) for t in self.tensors()))
 
     def batch(self, start: int, count: int) -> TaskBatch:
         """Return `count` tasks from number `start` on, so that a batch serves as `Episodes`."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fewstep.core.algorithm import ExtraSteps
 from fewstep.core.errors import InputError
 from fewstep.core.norm import Use
+from fewstep.core.precision import fp32_products
 from fewstep.data.archives import contents
 from fewstep.data.views import Views, views_of
 from fewstep.training.config import SinusoidData
@@ -137,7 +138,7 @@ class FewShotClassifier:
         if not self._modules:
             raise InputError("the classifier has no classes yet; call fit(images, labels) first")
         x = self._read(images)
-        with torch.no_grad():
+        with torch.no_grad(), fp32_products(self._saved.config.precision):
             outputs = [
                 module(view(x)) for module, view in zip(self._modules, self._views, strict=True)
             ]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from threading import Thread
 from types import FrameType
 
+import torch
 from rich.console import Console
 
 from fewstep.core.metrics import Metrics
@@ -109,9 +110,10 @@ class Trainer:
 
     def _read(self, unread: _Unread, log: NoLog, display: Display) -> None:
         """Wait for the iterations not yet read, check them and report them."""
-        for iteration, metrics, rates, seconds in unread.take():
+        for iteration, metrics, numbers, seconds in unread.take():
             try:
-                metrics.check_finite()
+                if not numbers.pop("is_finite"):
+                    metrics.check_finite()
             except FloatingPointError as error:
                 kept = "the last checkpoint is kept"
                 if self.run is not None and (state := self.run.state()) is not None:
@@ -122,11 +124,9 @@ class Trainer:
                     f"iteration {iteration}: {error}; {kept}; lower --inner-lr or --outer-lr, or "
                     "give --inner-clip-norm"
                 ) from error
-            name, loss, metric = metrics.metric_name, metrics.loss.item(), metrics.metric.item()
-            values = {"loss": loss, name: metric, "gradient_norm": metrics.gradient_norm.item()}
-            values |= {n: r.item() for n, r in rates.items()}
-            log.write(iteration, values | {"seconds": round(seconds, 6)})
-            display.advance(name, loss, metric, seconds)
+            log.write(iteration, numbers | {"seconds": round(seconds, 6)})
+            name = metrics.metric_name
+            display.advance(name, numbers["loss"], numbers[name], seconds)
 
     def _validate(self, iteration: int, state: State, log: NoLog, display: Display) -> State:
         config, learner = self.experiment.config, self.experiment.current()
@@ -169,24 +169,31 @@ class _Unread:
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
-        self._rows: list[tuple[int, Metrics, Tensors]] = []
+        self._rows: list[tuple[int, Metrics, Tensors]] = []  # iteration, metrics, what to log
 
     def add(self, iteration: int, metrics: Metrics, rates: Tensors) -> None:
         """Note an iteration."""
-        self._rows.append((iteration, metrics, rates))
+        numbers = {
+            "is_finite": metrics.is_finite,
+            "loss": metrics.loss,
+            metrics.metric_name: metrics.metric,
+            "gradient_norm": metrics.gradient_norm,
+        }
+        self._rows.append((iteration, metrics, numbers | rates))
 
     def is_due(self) -> bool:
         """Whether to read: twice a second, for the eye."""
         return time.perf_counter() - self._started > 0.5
 
-    def take(self) -> Iterator[tuple[int, Metrics, Tensors, float]]:
-        """Yield each with the seconds it took, their mean, and forget them."""
+    def take(self) -> Iterator[tuple[int, Metrics, dict[str, float], float]]:
+        """Yield each with its numbers and the seconds it took, their mean, and forget them."""
         rows, self._rows = self._rows, []
-        rows[-1][1].loss.item()  # waits for all
+        tensors = [t.double() for *_, numbers in rows for t in numbers.values()]
+        read = iter(torch.stack(tensors).tolist())  # waits for all, once
         now = time.perf_counter()
         seconds, self._started = (now - self._started) / len(rows), now
-        for row in rows:
-            yield *row, seconds
+        for iteration, metrics, numbers in rows:
+            yield iteration, metrics, {name: next(read) for name in numbers}, seconds
 
 
 @contextmanager
