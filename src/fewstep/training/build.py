@@ -20,6 +20,7 @@ from fewstep.data.episodes import ClassificationEpisodes, classes_of_each
 from fewstep.data.labelled import LabelledImages, hold_out
 from fewstep.data.sinusoid import SinusoidEpisodes
 from fewstep.data.store import ClassStore, to_device
+from fewstep.training.classes_file import Classes
 from fewstep.training.config import RunConfig, SinusoidData
 from fewstep.training.environment import commit
 from fewstep.training.episode_options import (
@@ -31,7 +32,6 @@ from fewstep.training.episode_options import (
 )
 from fewstep.training.head import fitting_head
 from fewstep.training.initial import check_unseen, start_from
-from fewstep.training.run_folder import Classes
 
 EVAL_SEED = 0  # validation and test tasks are the same for every run, so that runs compare
 

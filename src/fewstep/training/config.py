@@ -119,6 +119,11 @@ class RunConfig:
             )
         if not -(2**63) <= self.seed < 2**64:  # what torch.manual_seed takes
             raise InputError(f"seed={self.seed} must be between {-(2**63)} and {2**64 - 1}")
+        self._check_parts()
+        self._check_inner_loop()
+
+    def _check_parts(self) -> None:
+        """Check that data, episodes and network go together."""
         is_supervised = self.recipe == "supervised"
         of_classes = {
             f"recipe={self.recipe!r}": is_supervised,
@@ -140,14 +145,22 @@ class RunConfig:
                     f"{tag}={getattr(self, tag)!r} goes with {part} of type {expected.__name__}, "
                     f"not {type(getattr(self, part)).__name__}"
                 )
+        if (self.dataset == "sinusoid") != (self.network == "sinusoid-mlp"):
+            raise InputError(
+                f"network={self.network!r} does not fit dataset={self.dataset!r}; sinusoid takes "
+                "sinusoid-mlp, images take conv4 or fully-connected"
+            )
+
+    def _check_inner_loop(self) -> None:
+        """Check that the method's parts have something to do, in such episodes."""
         of = self.algorithm
-        adapts = of.num_steps > 0 or of.eval_steps > 0 or of.start == "prototypes"
-        if is_supervised and (adapts or of.statistics == "support"):
+        has_steps = of.num_steps > 0 or of.eval_steps > 0
+        adapts = has_steps or of.start == "prototypes"
+        if self.recipe == "supervised" and (adapts or of.statistics == "support"):
             raise InputError(
                 "recipe='supervised' has no support set to adapt to or to normalise by; leave out "
                 "num_steps, eval_steps, start and statistics='support'"
             )
-        has_steps = of.num_steps > 0 or of.eval_steps > 0
         if of.adapted != ("*",) and not has_steps:
             raise InputError(
                 f"adapted={of.adapted} is of the inner loop, which takes no step by recipe="
@@ -159,11 +172,6 @@ class RunConfig:
                 f"train_ways={train_ways}: the last layer, or its inner rates, are learned for as "
                 "many classes as tests have; leave it out, or train with --start prototypes and no "
                 "--learned-rates element"
-            )
-        if (self.dataset == "sinusoid") != (self.network == "sinusoid-mlp"):
-            raise InputError(
-                f"network={self.network!r} does not fit dataset={self.dataset!r}; sinusoid takes "
-                "sinusoid-mlp, images take conv4 or fully-connected"
             )
 
     def placed(self) -> RunConfig:

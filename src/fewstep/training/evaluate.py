@@ -18,12 +18,13 @@ from fewstep.core.norm import Use
 from fewstep.core.scores import Scores
 from fewstep.data.views import Views, views_of
 from fewstep.training.build import Experiment
+from fewstep.training.classes_file import Classes, check_classes
 from fewstep.training.config import to_dict
 from fewstep.training.display import bars, counting
 from fewstep.training.environment import command_line, environment
 from fewstep.training.episode_options import Split
 from fewstep.training.head import fitting_head
-from fewstep.training.run_folder import Classes, Kept, RunFolder, write_json
+from fewstep.training.run_folder import Kept, RunFolder, write_json
 
 Checkpoint = Literal["best", "last", "ensemble"]
 
@@ -89,7 +90,7 @@ def evaluate_run(
     learner = experiment.tester
     of_split: Classes = {s: names for s, names in experiment.problem.classes.items() if s == split}
     if run is not None:
-        run.check_classes(of_split)
+        check_classes(run.path, of_split)
     kept = () if run is None else _kept(run, checkpoint)
     states = [] if run is None else [run.load_checkpoint(each.name) for each in kept]
     states = [fitting_head(learner, state) for state in states]

@@ -19,9 +19,10 @@ from fewstep.core.network import Tensors
 from fewstep.core.norm import NormStatistics, PerStepAffine
 from fewstep.models.conv import PROJECTION
 from fewstep.models.features import projection_of
+from fewstep.training.classes_file import Classes, read_classes
 from fewstep.training.config import RunConfig, SinusoidData, to_dict
 from fewstep.training.parse import load_config
-from fewstep.training.run_folder import Classes, RunFolder
+from fewstep.training.run_folder import RunFolder
 
 _MODEL = "model."  # before the names of a module's tensors in a checkpoint
 # What a learner has beside its module, of which a new run has its own.
@@ -118,7 +119,7 @@ def check_unseen(path: Path, classes: Classes) -> None:
     """
     if not path.is_dir():
         return
-    trained = set(RunFolder.open(path).classes().get("train", ()))
+    trained = set(read_classes(path).get("train", ()))
     if not trained & set(classes.get("train", ())):
         return  # of other data, where a name may be another class
     for split in ("val", "test"):

@@ -6,7 +6,6 @@ import json
 import math
 import shlex
 import tomllib
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,6 @@ from fewstep.core.files import write_atomically
 from fewstep.data.archives import reading
 from fewstep.training.environment import command_line, environment
 from fewstep.training.metrics_file import is_number, json_line, read_metrics
-
-Classes = Mapping[str, Sequence[str]]  # their names, by split
 
 
 @dataclass(frozen=True)
@@ -200,50 +197,6 @@ class RunFolder:
         validation = self.path / "validation.jsonl"  # as in results/
         has_metrics = self.metrics_file.exists() or not validation.exists()
         return read_metrics(self.metrics_file if has_metrics else validation)
-
-    def classes(self) -> Classes:
-        """Return the names of the classes of each split, as training began; empty of older runs.
-
-        Raises:
-            InputError: classes.json cannot be read, or is damaged.
-        """
-        path = self.path / "classes.json"
-        try:
-            return {split: list(names) for split, names in json.loads(path.read_text()).items()}
-        except FileNotFoundError:
-            return {}
-        except OSError as error:
-            raise InputError(
-                f"cannot read {path}: {error.strerror}; check its permissions"
-            ) from error
-        except (ValueError, TypeError, AttributeError) as error:
-            raise InputError(f"{path} is damaged ({error}); remove it") from error
-
-    def check_classes(self, classes: Classes) -> None:
-        """Check that the splits have the classes that they had when training began.
-
-        Args:
-            classes: Those of some splits, as they are now.
-
-        Raises:
-            InputError: they have others.
-        """
-        began = self.classes()
-        for split, names in classes.items():
-            if others := set(names) ^ set(began.get(split, names)):
-                name = min(others)
-                there = next((s for s, of in began.items() if name in of), "no split")
-                here = split if name in names else "another or none"
-                raise InputError(
-                    f"{self.path} began with other {split} classes: {name} was of {there}, and is "
-                    f"of {here} now ({len(others)} differ); put the data back as they were, or "
-                    "train anew"
-                )
-
-    def note_classes(self, classes: Classes) -> None:
-        """Write classes.json, if there are classes and it is not there yet."""
-        if classes and not (self.path / "classes.json").exists():
-            write_atomically(self.path / "classes.json", json.dumps(classes).encode())
 
     def note_start(self, iteration: int, settings: dict[str, Any]) -> None:
         """Add a line to starts.jsonl: by which command, commit and machine training goes on.

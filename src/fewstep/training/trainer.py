@@ -17,6 +17,7 @@ from fewstep.core.metrics import Metrics
 from fewstep.core.network import Tensors
 from fewstep.core.scores import Scores
 from fewstep.training.build import Experiment
+from fewstep.training.classes_file import check_classes, note_classes
 from fewstep.training.config import to_dict
 from fewstep.training.display import Display
 from fewstep.training.metrics_file import Log, NoLog
@@ -60,8 +61,8 @@ class Trainer:
         state, is_stopped = self._restore(), False
         config, ranks = self.experiment.config, self.experiment.learner.ranks
         if self.run is not None and state.iteration < config.iterations:
-            self.run.check_classes(self.experiment.problem.classes)
-            self.run.note_classes(self.experiment.problem.classes)
+            check_classes(self.run.path, self.experiment.problem.classes)
+            note_classes(self.run.path, self.experiment.problem.classes)
             self.run.note_start(state.iteration, to_dict(config))
         display = Display(self.console, config.iterations, state.iteration, config.tasks)
         with self._log(state) as log, display.shown(), _stop_signals(display) as stop:
