@@ -61,13 +61,12 @@ def test_every_run_starts_where_the_one_before_ended(experiment, monkeypatch, ca
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train", watched)
         experiment.run(Console())
-    out = experiment.out
     assert list(starts) == [
         "classifier-42", "classifier-84", "classifier-84-sgd",
         "classifier-84-shifts", "maml++",
     ]  # fmt: skip
     for source, target in pairwise(starts):
-        run = RunFolder(out / source)
+        run = RunFolder(experiment.path_of(source))
         weights = run.load_checkpoint(run.state().best[0].name)
         taken = {name for name in weights if name.endswith("conv.weight")}
         assert len(taken) == 4
@@ -80,9 +79,10 @@ def test_every_run_starts_where_the_one_before_ended(experiment, monkeypatch, ca
     assert torch.equal(projection, projection_of(weights["model.head.weight"]))
     assert not torch.equal(projection, torch.eye(4))
 
-    found = json.loads((out / "table.json").read_text())["runs"]
+    of_tasks = experiment.path_of("maml++").parent
+    found = json.loads((of_tasks / "table.json").read_text())["runs"]
     assert [len(scores) for scores in found.values()] == [1, 1, 1, 1, 6]
-    table = (out / "table.md").read_text()
+    table = (of_tasks / "table.md").read_text()
     for name, row, score in (
         ("classifier-84", "images of the training classes held out", found["classifier-84"][0]),
         ("maml++", "one model", found["maml++"][0]),
@@ -96,13 +96,13 @@ def test_every_run_starts_where_the_one_before_ended(experiment, monkeypatch, ca
     assert used == ["running", "running", "support", "batch", "running", "running"]
     assert [score["views"] for score in found["maml++"]] == [None] * 4 + ["mirrored"] * 2
     assert "| paper, from drawn parameters | - | |" in table
-    with Image.open(out / "curves.png") as picture:
+    with Image.open(of_tasks / "curves.png") as picture:
         assert picture.size > (400, 200)
-    assert f"fewstep predict {out / 'maml++'}" in capsys.readouterr().out.replace("\n", "")
+    assert f"fewstep predict {of_tasks / 'maml++'}" in capsys.readouterr().out.replace("\n", "")
 
     monkeypatch.setattr(Trainer, "train", lambda self: pytest.fail("trained again"))
     experiment.run(Console(quiet=True))
-    assert json.loads((out / "table.json").read_text())["runs"] == found
+    assert json.loads((of_tasks / "table.json").read_text())["runs"] == found
 
 
 def test_an_interrupted_one_goes_on(experiment, monkeypatch, capsys):
@@ -116,10 +116,11 @@ def test_an_interrupted_one_goes_on(experiment, monkeypatch, capsys):
         patch.setattr(Trainer, "train", stops)
         experiment.run(Console())
     assert "is not done yet; the same command goes on" in capsys.readouterr().out.replace("\n", " ")
-    assert not (experiment.out / "table.json").exists()
+    table = experiment.path_of("maml++").parent / "table.json"
+    assert not table.exists()
     experiment.run(Console(quiet=True))
-    assert (experiment.out / "table.json").exists()
-    initial = load_config(experiment.out / "maml++" / "config.toml").initial
+    assert table.exists()
+    initial = load_config(experiment.path_of("maml++") / "config.toml").initial
     assert initial == experiment.out / "classifier-84-shifts"
 
 
@@ -194,10 +195,19 @@ def test_a_folder_may_be_named_otherwise_or_moved(experiment, monkeypatch, tmp_p
     monkeypatch.chdir(tmp_path)
     config = replace(experiment, out=Path("out")).stages()["maml++"]
     assert config.initial == tmp_path / "out" / "classifier-84-shifts"
-    moved = replace(experiment, out=tmp_path / "moved").stages()["maml++"]
-    held = to_dict(config)
-    check_same(tmp_path / "moved" / "maml++", held, moved)
+    moved = replace(experiment, out=tmp_path / "moved")
+    held, asked = to_dict(config), moved.stages()["maml++"]
+    check_same(moved.path_of("maml++"), held, asked)
     with pytest.raises(InputError, match=r"holds a run with initial="):
-        check_same(tmp_path / "elsewhere" / "maml++", held, moved)
+        check_same(tmp_path / "elsewhere" / "maml++", held, asked)
     with pytest.raises(InputError, match=r"holds a run with initial="):
-        check_same(tmp_path / "moved" / "maml++", held | {"initial": "out/other"}, moved)
+        check_same(moved.path_of("maml++"), held | {"initial": "out/other"}, asked)
+
+
+def test_other_tasks_share_the_classifiers(experiment):
+    one, five = experiment, replace(experiment, shots=5)
+    *classifiers, _ = one.stages()
+    for name in classifiers:
+        assert one.stages()[name] == five.stages()[name]
+        assert one.path_of(name) == five.path_of(name)
+    assert one.path_of("maml++") != five.path_of("maml++")

@@ -4,6 +4,7 @@ import json
 import statistics
 import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -11,7 +12,11 @@ from rich.console import Console
 
 from fewstep.core.errors import InputError
 from fewstep.experiments.accuracy_table import best_of
+from fewstep.experiments.from_classifier import MamlPlusPlusFromClassifier
+from fewstep.experiments.maml import MamlClassification
 from fewstep.experiments.maml_plus_plus import MamlPlusPlusAblation
+from fewstep.experiments.navigation import MamlNavigation
+from fewstep.experiments.running import MamlAnt, MamlHalfCheetah
 from fewstep.training.trainer import Trainer
 
 VARIANTS = ("MAML", "MAML++")
@@ -209,3 +214,26 @@ def test_the_length_is_the_authors(
 def test_bad_input(ablation, changes, message):
     with pytest.raises(InputError, match=message):
         replace(ablation, **changes).run(Console(quiet=True))
+
+
+def test_other_tasks_have_other_folders():
+    """One command after another is not refused for what the first has left."""
+    experiments = [
+        MamlPlusPlusAblation(),
+        MamlPlusPlusAblation(ways=5),
+        MamlPlusPlusAblation(ways=5, shots=5),
+        MamlPlusPlusAblation(dataset="mini-imagenet", ways=5),
+        MamlClassification(),
+        MamlClassification(dataset="mini-imagenet"),
+        MamlPlusPlusFromClassifier(),
+        MamlPlusPlusFromClassifier(dataset="omniglot"),
+        MamlNavigation(),
+        MamlHalfCheetah(),
+        MamlHalfCheetah(goal="velocity"),
+        MamlAnt(),
+    ]
+    folders = [str(each.folder) for each in experiments]
+    assert len(set(folders)) == len(folders)
+    assert folders[0] == "runs/maml++-ablation-omniglot-20-way-1-shot"
+    assert folders[-2] == "runs/maml-half-cheetah-velocity"
+    assert replace(experiments[0], out=Path("mine")).folder == Path("mine")

@@ -71,8 +71,10 @@ class MamlPlusPlusFromClassifier:
     """Seed of all runs."""
     precision: Precision = "float32"
     """What products round their factors to."""
-    out: Path = Path("runs/maml++-from-classifier")
-    """Folder of the runs, the table and the figure; a second call goes on where one stopped."""
+    out: Path | None = None
+    """Folder of the classifiers, and in 5-way-1-shot (and so on) of MAML++'s run, the table and the
+    figure; a second call goes on where one stopped, another kind of task with the same classifiers.
+    runs/maml++-from-classifier-DATASET if not given."""
     device: str = "auto"
     """"cpu", "cuda", ...; "auto" takes a GPU where there is one."""
 
@@ -83,12 +85,12 @@ class MamlPlusPlusFromClassifier:
         if not ranks.is_first:
             console = Console(quiet=True)
         stages = self.stages()
-        check_plan({self.out / name: config for name, config in stages.items()})
+        check_plan({self.path_of(name): config for name, config in stages.items()})
         build_problem(stages["maml++"], device)  # refuses now what would be refused after hours
         found: dict[str, list[dict[str, Any]]] = {}
         for name, config in stages.items():
             tests = tuple(self._tests(name).values())
-            path = self.out / name
+            path = self.path_of(name)
             scores = complete(path, replace(config, device=device), tests, console, ranks)
             if scores is None:
                 say(console, f"{path} is not done yet; the same command goes on")
@@ -98,10 +100,11 @@ class MamlPlusPlusFromClassifier:
         ranks.part()
         if len(found) < len(stages) or not ranks.is_first:
             return
-        few_shot = self.out / "maml++"
-        plot_validation({"MAML++": [RunFolder(few_shot)]}, self.out / "curves.png")
+        few_shot = self.path_of("maml++")
+        folder = few_shot.parent
+        plot_validation({"MAML++": [RunFolder(few_shot)]}, folder / "curves.png")
         table, numbers = self._markdown(found), ("table.json", {"runs": found})
-        write_up(self.out, device, console, numbers, table=table, pictures=["curves.png"])
+        write_up(folder, device, console, numbers, table=table, pictures=["curves.png"])
         name = quote(str(few_shot))
         say(console, f"next: fewstep predict {name} --support FOLDER --query FOLDER")
 
@@ -112,8 +115,18 @@ class MamlPlusPlusFromClassifier:
         classifiers = self._mini_imagenet() if self._is_mini else self._omniglot()
         *_, last = classifiers
         few_shot = self._few_shot(classifiers[last])
-        stages = {**classifiers, "maml++": replace(few_shot, initial=self.out / last)}
+        stages = {**classifiers, "maml++": replace(few_shot, initial=self.folder / last)}
         return {name: config.placed() for name, config in stages.items()}
+
+    @property
+    def folder(self) -> Path:
+        """Where all is."""
+        return self.out or Path(f"runs/maml++-from-classifier-{self.dataset}")
+
+    def path_of(self, name: str) -> Path:
+        """Return the folder of a run; few-shot tasks of one kind have one of their own around."""
+        tasks = f"{self._ways}-way-{self.shots}-shot"
+        return self.folder / (f"{tasks}/{name}" if name == "maml++" else name)
 
     @property
     def _is_mini(self) -> bool:
@@ -160,7 +173,7 @@ class MamlPlusPlusFromClassifier:
         )
         sgd = replace(
             first,
-            initial=self.out / "classifier",
+            initial=self.folder / "classifier",
             episodes=SupervisedOptions(rotations="mirrored-classes", shifts=1),
             algorithm=_by_sgd(base.algorithm),
             iterations=self._batches - first.iterations,
@@ -182,7 +195,7 @@ class MamlPlusPlusFromClassifier:
         )
         large = replace(
             base,
-            initial=self.out / "classifier-42",
+            initial=self.folder / "classifier-42",
             episodes=SupervisedOptions(flips=True, crops=0.5, colours=0.2),
             algorithm=replace(base.algorithm, outer_lr=1.5e-3),
             iterations=max(1, self._batches * 8 // 36),
@@ -190,14 +203,14 @@ class MamlPlusPlusFromClassifier:
         )
         sgd = replace(
             large,
-            initial=self.out / "classifier-84",
+            initial=self.folder / "classifier-84",
             algorithm=_by_sgd(large.algorithm),
             iterations=max(1, self._batches * 9 // 36),
         )
         earlier = {"classifier-42": small, "classifier-84": large, "classifier-84-sgd": sgd}
         shifted = replace(
             sgd,
-            initial=self.out / "classifier-84-sgd",
+            initial=self.folder / "classifier-84-sgd",
             episodes=SupervisedOptions(flips=True, shifts=8, colours=0.4),
             iterations=self._batches - sum(config.iterations for config in earlier.values()),
         )

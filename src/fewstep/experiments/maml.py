@@ -113,10 +113,16 @@ class MamlClassification:
     """Runs at once, a single-threaded process each."""
     ray: bool = False
     """Send the runs to a Ray cluster instead."""
-    out: Path = Path("runs/maml-classification")
-    """Folder of the runs, the table and the figure; a second call goes on where one stopped."""
+    out: Path | None = None
+    """Folder of the runs, the table and the figure; a second call goes on where one stopped.
+    runs/maml-classification-DATASET if not given."""
     device: str = "auto"
     """"cpu", "cuda", ...; "auto" takes a GPU where there is one."""
+
+    @property
+    def folder(self) -> Path:
+        """Where all is."""
+        return self.out or Path(f"runs/maml-classification-{self.dataset}")
 
     def run(self, console: Console) -> None:
         """Train what is not trained yet; write the table and the figure."""
@@ -136,7 +142,7 @@ class MamlClassification:
             },
             PAPER[self.dataset],
             f"{self.dataset}, {self.iterations:,} iterations, {self.precision}",
-            self.out,
+            self.folder,
             console,
             workers=self.workers,
             ray=self.ray,

@@ -135,10 +135,17 @@ class MamlPlusPlusAblation:
     """Runs at once, a single-threaded process each."""
     ray: bool = False
     """Send the runs to a Ray cluster instead."""
-    out: Path = Path("runs/maml++-ablation")
-    """Folder of the runs, the table and the figure; a second call goes on where one stopped."""
+    out: Path | None = None
+    """Folder of the runs, the table and the figure; a second call goes on where one stopped.
+    runs/maml++-ablation-omniglot-20-way-1-shot, and so on, if not given."""
     device: str = "auto"
     """"cpu", "cuda", ...; "auto" takes a GPU where there is one."""
+
+    @property
+    def folder(self) -> Path:
+        """Where all is."""
+        tasks = f"{self.dataset}-{self.ways}-way-{self.shots}-shot"
+        return self.out or Path(f"runs/maml++-ablation-{tasks}")
 
     def run(self, console: Console) -> None:
         """Train what is not trained yet; write the table and the figure."""
@@ -158,7 +165,7 @@ class MamlPlusPlusAblation:
             f"{self.iterations:,} iterations of {self._tasks} tasks"
             + ("" if self.train_ways is None else f" of {self.train_ways} classes")
             + f", {self.precision}",
-            self.out,
+            self.folder,
             console,
             workers=self.workers,
             ray=self.ray,

@@ -21,9 +21,6 @@ class MamlNavigation(PolicyReturns):
     without training ("random"), and one that sees the goal ("oracle").
     """
 
-    out: Path = Path("runs/maml-navigation")
-    """Folder of the runs, the table and the figures; a second call goes on where one stopped."""
-
     @property
     def problem(self) -> str:
         """One of PROBLEMS."""
@@ -39,6 +36,6 @@ class MamlNavigation(PolicyReturns):
 
     def draw(self, title: str, rollouts: Sequence[Rollouts]) -> Path:
         """Draw the paths of some points."""
-        picture = self.out / "paths.png"
+        picture = self.folder / "paths.png"
         plot_paths(rollouts, NavigationTasks("test").goals(0, SHOWN_TASKS), title, picture)
         return picture

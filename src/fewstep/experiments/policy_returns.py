@@ -43,8 +43,9 @@ class PolicyReturns(ABC):
     """Runs at once, a single-threaded process each."""
     ray: bool = False
     """Send the runs to a Ray cluster instead."""
-    out: Path = Path("runs/policies")
-    """Folder of the runs, the table and the figures; a second call goes on where one stopped."""
+    out: Path | None = None
+    """Folder of the runs, the table and the figures; a second call goes on where one stopped.
+    runs/maml-PROBLEM if not given."""
     device: str = "cpu"
     """"cpu", "cuda", ...; "auto" takes a GPU where there is one."""
 
@@ -52,6 +53,11 @@ class PolicyReturns(ABC):
     @abstractmethod
     def problem(self) -> str:
         """One of PROBLEMS."""
+
+    @property
+    def folder(self) -> Path:
+        """Where all is."""
+        return self.out or Path(f"runs/maml-{self.problem.replace(' ', '-')}")
 
     @property
     @abstractmethod
@@ -70,7 +76,7 @@ class PolicyReturns(ABC):
         device = resolve_device(self.device)
         plan = {
             (method, seed): (
-                self.out / f"{method.lower().replace(' ', '-')}-seed{seed}",
+                self.folder / f"{method.lower().replace(' ', '-')}-seed{seed}",
                 PolicyRun(self.problem, method, seed, self.setting, device),
             )
             for seed in range(self.seeds)
@@ -79,13 +85,13 @@ class PolicyReturns(ABC):
         found = self._complete(plan, console)
         outcomes = {m: [found[m, seed] for seed in range(self.seeds)] for m in self.methods}
         rows = {method: _row(of_seeds) for method, of_seeds in outcomes.items()}
-        plot_returns(outcomes, self.paper, self.out / "returns.png")
+        plot_returns(outcomes, self.paper, self.folder / "returns.png")
         pictures = ["returns.png"]
         kept = {m: row for m, row in rows.items() if has_policy(plan[m, 0][0])}
         if (best := self._best(kept)) is not None:
             pictures.append(self.draw(f"{best}, seed 0", self._rollouts(*plan[best, 0])).name)
         table, numbers = self._markdown(rows), ("table.json", {"rows": rows})
-        write_up(self.out, device, console, numbers, table=table, pictures=pictures)
+        write_up(self.folder, device, console, numbers, table=table, pictures=pictures)
 
     def _best(self, rows: Mapping[str, dict[str, Any]]) -> str | None:
         """Return the method that gives most after the steps it is trained for, if it has any."""

@@ -43,7 +43,7 @@ class _Running(PolicyReturns):
 
     def draw(self, title: str, rollouts: Sequence[Rollouts]) -> Path:
         """Draw how far some of them run."""
-        picture = self.out / "courses.png"
+        picture = self.folder / "courses.png"
         plot_courses(rollouts, title, picture, centre=self.centre, seconds=self.seconds)
         return picture
 
@@ -63,8 +63,6 @@ class MamlHalfCheetah(_Running):
     )
     """What is learned, and how it is tested; defaults are those of the authors' policy that runs
     forward or backward. That for velocities had 10 episodes and 0.01 nats."""
-    out: Path = Path("runs/maml-half-cheetah")
-    """Folder of the runs, the table and the figures; a second call goes on where one stopped."""
 
     body = "half-cheetah"
     centre = 17
@@ -86,8 +84,6 @@ class MamlAnt(_Running):
     )
     """What is learned, and how it is tested; defaults are the paper's for ants that run forward or
     backward. Those for velocities had 20 episodes."""
-    out: Path = Path("runs/maml-ant")
-    """Folder of the runs, the table and the figures; a second call goes on where one stopped."""
 
     body = "ant"
     centre = 38

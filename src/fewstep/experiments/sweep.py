@@ -182,11 +182,11 @@ def check_same(path: Path, held: dict[str, Any], asked: Any) -> None:
 
 
 def _is_neighbour(path: Path, there: object, here: object) -> bool:
-    """Whether both lead to the same run beside a run: one of the same folder, moved or not."""
+    """Whether both lead to the same run in a folder around a run, moved since or not."""
     if there is None or here is None:
         return False
     held, asked = Path(str(there)), Path(str(here))
-    return held.name == asked.name and asked.absolute().parent == path.absolute().parent
+    return held.name == asked.name and asked.absolute().parent in path.absolute().parents
 
 
 def check_equal(path: Path, name: str, there: object, here: object) -> None:
