@@ -161,7 +161,9 @@ def test_what_spreadsheets_and_macs_leave_does_no_harm(tmp_path):
 
 
 def test_no_folder_says_why_there_is_no_download(tmp_path):
-    with pytest.raises(InputError, match=r"ImageNet's terms .*; pass --root .*, or set FEWSTEP"):
+    with pytest.raises(
+        InputError, match=r"ImageNet's terms .*; put .* set FEWSTEP_DATA .* or pass --root"
+    ):
         MiniImageNet().splits()
 
 

@@ -126,7 +126,7 @@ def test_a_failed_download_says_what_to_do(monkeypatch):
         raise requests.ConnectionError("no network")
 
     monkeypatch.setattr(pooch, "retrieve", refuse)
-    with pytest.raises(InputError, match=r"could not download .* pass their folder with --root"):
+    with pytest.raises(InputError, match=r"could not download .* or pass --root to"):
         Omniglot().splits()
 
 

@@ -149,7 +149,8 @@ def prototypical_networks(outer_lr: float = 1e-3, *, head: str | None = None) ->
         outer_lr: Adam's rate.
         head: Name of the linear layer whose place the class means take, see `PrototypeStart`.
 
-    Deviation: tests have as many classes as training, where the paper trains with more.
+    Deviation: a learner has as many classes in tests as in training, where the paper trains with
+        more; the commands have --train-ways for it.
 
     Reference: Snell, Swersky and Zemel, Prototypical networks for few-shot learning, NeurIPS 2017,
         arXiv:1703.05175.

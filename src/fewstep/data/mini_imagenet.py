@@ -97,8 +97,9 @@ def _root(root: Path | None) -> Path:
     if root is None or not root.is_dir():
         missing = "no folder with mini-ImageNet is given" if root is None else f"no folder {root}"
         raise InputError(
-            f"{missing}, and ImageNet's terms allow no download; pass --root with your class "
-            "folders, tar files or CSV splits, or set FEWSTEP_DATA to the folder it is in"
+            f"{missing}, and ImageNet's terms allow no download; put class folders, tar files or "
+            "CSV splits into a folder mini-imagenet and set FEWSTEP_DATA to the folder around it, "
+            "or pass --root to `fewstep train`"
         )
     return root
 

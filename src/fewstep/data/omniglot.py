@@ -124,7 +124,8 @@ def _download(part: str) -> Path:
         reason = str(error).splitlines()[0][:120]
         raise InputError(
             f"could not download {part}.zip ({reason}); get images_background.zip and "
-            "images_evaluation.zip another way and pass their folder with --root"
+            "images_evaluation.zip another way, put both into a folder omniglot and set "
+            "FEWSTEP_DATA to the folder around it, or pass --root to `fewstep train`"
         ) from error
     return Path(file)
 

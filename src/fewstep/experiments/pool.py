@@ -180,7 +180,7 @@ def _on_ray(
     function: Callable[..., Result], jobs: Mapping[Key, Job]
 ) -> Iterator[tuple[Key, Result]]:
     if importlib.util.find_spec("ray") is None:
-        raise InputError("--ray needs Ray, which is not installed; pip install ray")
+        raise InputError('--ray needs Ray, which is not installed: pip install -e ".[cluster]"')
     ray = importlib.import_module("ray")
     ray.init(ignore_reinit_error=True, log_to_driver=False)
 

@@ -52,8 +52,8 @@ class _Running(PolicyReturns):
 class MamlHalfCheetah(_Running):
     """The returns of half-cheetahs after 0 to 3 gradient steps, MAML against its baselines.
 
-    A half-cheetah of MuJoCo is to run forward or backward, or so fast, which it learns by the
-    rewards alone. Methods are those of maml-navigation.
+    A half-cheetah of MuJoCo is to run forward or backward, or at a given speed, which it learns by
+    the rewards alone. Methods are those of maml-navigation.
     """
 
     setting: Setting = field(
@@ -73,8 +73,8 @@ class MamlHalfCheetah(_Running):
 class MamlAnt(_Running):
     """The returns of ants after 0 to 3 gradient steps, MAML against its baselines.
 
-    An ant of MuJoCo, on four legs, is to run forward or backward, or so fast, which it learns by
-    the rewards alone. Methods are those of maml-navigation.
+    An ant of MuJoCo, on four legs, is to run forward or backward, or at a given speed, which it
+    learns by the rewards alone. Methods are those of maml-navigation.
     """
 
     setting: Setting = field(

@@ -74,7 +74,7 @@ class AlgorithmOptions:
     adapted: tuple[str, ...] = ("*",)
     """Patterns of names of the parameters that the inner loop changes, such as "head.*" (ANIL)."""
     not_adapted: tuple[str, ...] = ()
-    """Patterns of those that it leaves alone of them, such as "*.norm.*"."""
+    """Of these, patterns of those that it leaves alone, such as "*.norm.*"."""
     outer: Literal["adam", "sgd"] = "adam"
     """The outer optimiser."""
     outer_lr: float = 1e-3
@@ -82,7 +82,7 @@ class AlgorithmOptions:
     momentum: float = 0.0
     """Nesterov's momentum of sgd."""
     weight_decay: float = 0.0
-    """Decay of sgd, of all that it updates."""
+    """Weight decay of sgd, on all that it updates."""
     outer_hyper_lr: float | None = None
     """Let that rate follow its hypergradient, at this rate (Alpha MAML)."""
     hyper_step: Step = "additive"

@@ -28,7 +28,7 @@ class Conv4Options:
     initialisation: Initialisation = "xavier"
     """Initial weights: Xavier, with a normal head (MAML's code) or one of zeros, or PyTorch's."""
     spatial_mean: bool | None = None
-    """Spatial mean before the linear layer; without a word, under stride only."""
+    """Spatial mean before the linear layer; if not given, only with --downsample stride."""
     projection: bool = False
     """Map the features linearly, at first by the identity or by what a classifier's head knows."""
     unit_features: bool = False
