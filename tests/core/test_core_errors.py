@@ -296,9 +296,9 @@ MISTAKES = [
     ("the loss returned dict for", lambda: learner(loss=lambda *_: {}).meta_gradient(CASE.batch())),
     ("loss=MSELoss must be a function", lambda: learner(loss=nn.MSELoss)),
     ("metric=accuracy must be a function", lambda: learner(metric="accuracy")),
-    ("the meta-loss reads `0.weight` past", penalised),
+    ("the support loss reads `0.weight` past", penalised),
     (
-        "the meta-loss reads `temperature` of Tempered past",
+        "the support loss reads `temperature` of Tempered past",
         lambda: called(CASE.build(), loss=Tempered()),
     ),
     (
@@ -319,7 +319,8 @@ MISTAKES = [
         lambda: learner().evaluate_ensemble([learner().state_tensors()], Source(CASE.batch(2)), 3),
     ),
     ("are of several sizes", lambda: learner(chunk_size=1).predict(Source(), 3)),
-    ("Recomputed, or its loss or metric, cannot be vectorised", lambda: called(Recomputed(4, 3))),
+    ("Recomputed has saved-tensor hooks", lambda: called(Recomputed(4, 3))),
+    ("as those of torch.utils.checkpoint", lambda: called(Recomputed(4, 3), vectorize=False)),
     ("changes its parameter `table.weight`", lambda: called(Renormalised())),
     ("its parameter `table.weight`", lambda: called(Renormalised(), vectorize=False)),
     ("outputs (6,) do not give each of the targets (6,)", lambda: called(Flat(), loss=centred)),

@@ -19,6 +19,7 @@ from fewstep import (
     maml,
     maml_plus_plus,
 )
+from fewstep.core.hypergradient import HypergradientAdam, HypergradientSGD
 from tests.core.reference import MODELS
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -218,3 +219,49 @@ def test_a_copy_of_a_learner_with_rows_goes_on():
         each.step(batch)
     ours, theirs = learner.state_tensors(), twin.state_tensors()
     assert all(torch.equal(t, theirs[n]) for n, t in ours.items())
+
+
+KINDS = {
+    "Adam": Adam(),
+    "AdamW": Adam(weight_decay=0.1),
+    "SGD": SGD(0.1),
+    "momentum": SGD(0.1, momentum=0.9),
+    "HypergradientAdam": HypergradientAdam(0.1, 0.01),
+    "HypergradientSGD": HypergradientSGD(0.1, 0.01),
+}
+SAME = {("Adam", "AdamW"), ("AdamW", "Adam")}
+
+
+@pytest.mark.parametrize("there", KINDS)
+@pytest.mark.parametrize("here", KINDS)
+def test_a_state_of_another_optimiser_is_refused_and_changes_nothing(here, there):
+    case = MODELS["mlp"]
+    one, other = (
+        MetaLearner(case.build(), replace(maml(1), outer=KINDS[kind]), case.loss)
+        for kind in (there, here)
+    )
+    other.load_state_tensors(one.state_tensors())  # before a step there is nothing of it
+    for _ in range(2):
+        one.step(case.batch())
+    state, before = one.state_tensors(), other.state_tensors()
+    if here == there or (here, there) in SAME:
+        other.load_state_tensors(state)
+        other.step(case.batch())
+        other.rates()
+        return
+    if there == "SGD":  # which keeps nothing, so that nothing tells
+        return
+    with pytest.raises(InputError, match=r"^the saved state is another outer optimiser's"):
+        other.load_state_tensors(state)
+    after = other.state_tensors()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(t, after[name]) for name, t in before.items())
+
+
+def test_a_state_that_is_not_whole_is_refused():
+    case = MODELS["mlp"]
+    learner = MetaLearner(case.build(), maml(1), case.loss)
+    learner.step(case.batch())
+    state = {n: t for n, t in learner.state_tensors().items() if not n.endswith("exp_avg_sq")}
+    with pytest.raises(InputError, match=r"not whole: 'exp_avg_sq' is missing, and this one keeps"):
+        learner.load_state_tensors(state)

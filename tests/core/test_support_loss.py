@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 import fewstep
 from fewstep import (
-    DerivativeAnnealing,
     FixedOrder,
     InputError,
     MetaLearner,
@@ -190,7 +189,7 @@ def test_a_frozen_network_may_be_in_a_loss():
     ("message", "call"),
     [
         (
-            r"the meta-loss reads a parameter of shape \(1, 3\) that nothing would .* freeze",
+            r"the support loss reads a parameter of shape \(1, 3\) that nothing would .* freeze",
             lambda: gradient_of(support_loss=captured(frozen=False)),
         ),
         (
@@ -256,20 +255,28 @@ def test_reads_are_looked_for_once(loss, monkeypatch):
     learner = MetaLearner(CASE.build(), fewstep.maml(1), loss, chunk_size=1)
     for _ in range(3):
         learner.step(CASE.batch())
-    assert len(looked) == 1
+    assert [what for what, *_ in looked] == ["support loss", "meta-loss"]
 
 
-def test_what_the_second_order_alone_reads_is_refused_when_it_begins():
-    algorithm = replace(
-        fewstep.maml(1), derivative_order=DerivativeAnnealing(1), iterations_per_epoch=2
-    )
-    learner = MetaLearner(
-        CASE.build(), algorithm, F.cross_entropy, support_loss=captured(frozen=False)
-    )
-    for _ in range(2):
-        learner.step(CASE.batch())
-    with pytest.raises(InputError, match="that nothing would learn"):
-        learner.step(CASE.batch())
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_a_penalty_on_the_module_itself_is_no_part_of_an_inner_step(order, vectorize):
+    """Each task has parameters of its own, which such a penalty would not see."""
+    module = CASE.build()
+
+    def penalised(outputs, y):
+        return F.cross_entropy(outputs, y) + sum(p.square().sum() for p in module.parameters())
+
+    algorithm = replace(fewstep.maml(2), derivative_order=FixedOrder(order))
+    options = {"support_loss": penalised, "vectorize": vectorize}
+    for call in (
+        lambda of: of.meta_gradient(CASE.batch()),
+        lambda of: of.predict(CASE.batch(), 2),
+        lambda of: of.adapt(CASE.batch().x_support[0], CASE.batch().y_support[0]),
+    ):
+        of = MetaLearner(module, algorithm, F.cross_entropy, **options)
+        with pytest.raises(InputError, match=r"^the support loss reads `0.weight` past the call"):
+            call(of)
 
 
 class Drawing(nn.Module):

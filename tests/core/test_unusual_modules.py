@@ -8,9 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_full_backward_hook
+from torch.nn.utils import parametrizations
+from torch.nn.utils import weight_norm as old_weight_norm
+from torch.utils.checkpoint import checkpoint
 
 import fewstep
 from fewstep import InputError, MetaLearner, NormStatistics, TaskBatch, maml
+from fewstep.core.weight_norm import weight_norm
+from fewstep.models import Conv4
 from fewstep.models.conv import ConvBlock
 from tests.core.reference import plain_meta_gradient, relative_error
 
@@ -488,3 +494,265 @@ def test_what_a_module_makes_when_it_is_called_is_not_of_one_task(kind):
     wanted = learner.predict(batch, 1)[0, -1]
     torch.testing.assert_close(adapted(batch.x_query[0]), wanted)
     assert torch.equal(copy.deepcopy(module)(batch.x_query[0]), module(batch.x_query[0]))
+
+
+class Recomputed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(IN, HIDDEN), nn.Tanh())
+        self.head = nn.Linear(HIDDEN, OUT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(checkpoint(self.layers, x, use_reentrant=False))
+
+
+@every_way
+def test_what_would_be_computed_anew_by_other_parameters_is_refused(options):
+    """The backward pass comes when the module has its own parameters again."""
+    for call in (
+        lambda of: of.meta_gradient(batch_of()),
+        lambda of: of.predict(batch_of(), 3),
+        lambda of: of.adapt(batch_of().x_support[0], batch_of().y_support[0]),
+    ):
+        with pytest.raises(InputError, match=r"^Recomputed has saved-tensor hooks, .*_every=1"):
+            call(learner_of(Recomputed(), **options))
+    with torch.autograd.graph.save_on_cpu():  # of a caller, around all: nothing is computed anew
+        learner_of(nn.Linear(IN, OUT), **options).meta_gradient(batch_of())
+
+
+@every_way
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, old_weight_norm])
+def test_weight_norm_has_its_second_derivative(wrap, options):
+    """That of PyTorch's own leaves out the derivative of the norm, by which it divides."""
+
+    class ByHand(nn.Linear):
+        def __init__(self, of: nn.Linear) -> None:
+            super().__init__(of.in_features, of.out_features)
+            self.load_state_dict(of.state_dict())
+            self.g = nn.Parameter(self.weight.detach().norm(dim=1, keepdim=True))
+
+        def forward(self, x: Tensor) -> Tensor:
+            v = self.weight
+            return F.linear(x, self.g * v / v.norm(dim=1, keepdim=True), self.bias)
+
+    layers, batch = [nn.Linear(IN, HIDDEN), nn.Linear(HIDDEN, OUT)], batch_of()
+    by_hand = nn.Sequential(ByHand(layers[0]), nn.Tanh(), ByHand(layers[1]))
+    module = nn.Sequential(wrap(layers[0]), nn.Tanh(), wrap(layers[1]))
+    expected, _ = learner_of(by_hand, vectorize=False).meta_gradient(batch)
+    gradient, _ = learner_of(module, **options).meta_gradient(batch)
+    for number in "02":
+        of_v = [n for n in gradient if n.startswith(number) and ("original1" in n or "_v" in n)]
+        torch.testing.assert_close(gradient[of_v[0]], expected[f"{number}.weight"])
+
+
+@every_way
+def test_padding_of_a_table_of_ones_own(options):
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(6, HIDDEN))
+            self.head = nn.Linear(HIDDEN, OUT)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.embedding(x, self.table, padding_idx=1).mean(1))
+
+    x, y = torch.randint(6, (2, 3, 5, 4)), torch.randn(2, 3, 5, OUT)
+    batch = TaskBatch(x[0], y[0], x[1], y[1])
+    module = Table()
+    expected, *_ = plain_meta_gradient(copy.deepcopy(module), maml(2, 0.1), F.mse_loss, batch)
+    gradient, _ = learner_of(module, **options).meta_gradient(batch)
+    assert relative_error(gradient, expected) < 1e-12
+    assert not gradient["table"][1].any()
+
+
+@every_way
+def test_a_module_may_ask_whether_derivatives_go_through(options):
+    class Asking(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return (2 * y if y.requires_grad else 3 * y) + (5 if x.requires_grad else 7)
+
+    module, batch = Asking(IN, OUT), batch_of()
+    expected, *_ = plain_meta_gradient(copy.deepcopy(module), maml(2, 0.1), F.mse_loss, batch)
+    gradient, _ = learner_of(module, **options).meta_gradient(batch)
+    assert relative_error(gradient, expected) < 1e-12
+
+
+def test_hooks_that_vmap_does_not_call_are_refused():
+    class Reversing(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            if y.requires_grad:
+                y.register_hook(torch.neg)
+            return y
+
+    module, batch = Reversing(IN, OUT), batch_of()
+    with pytest.raises(InputError, match=r"registers a hook on a tensor, .* pass vectorize=False"):
+        learner_of(module).meta_gradient(batch)
+    expected, *_ = plain_meta_gradient(copy.deepcopy(module), maml(2, 0.1), F.mse_loss, batch)
+    gradient, _ = learner_of(module, vectorize=False).meta_gradient(batch)
+    assert relative_error(gradient, expected) < 1e-12
+
+    def seen(*_: object) -> None:
+        pass
+
+    handle = register_module_full_backward_hook(seen)
+    try:
+        with pytest.raises(InputError, match="has a backward hook, which"):
+            learner_of(nn.Linear(IN, OUT)).meta_gradient(batch)
+    finally:
+        handle.remove()
+
+
+class Cached(nn.Module):
+    """Keeps angles for the length that it was called with, as rotary embeddings do."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(IN, IN), nn.Linear(IN, OUT)
+        self.register_buffer("rates", torch.rand(IN))
+        self.kind, self.length = kind, None
+        if kind == "attribute":
+            self.angles = None
+        elif kind == "unset buffer":
+            self.register_buffer("angles", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.length != x.shape[1]:
+            self.length = x.shape[1]
+            angles = torch.outer(torch.arange(x.shape[1], dtype=x.dtype), self.rates).cos()
+            if self.kind == "new buffer":
+                self.register_buffer("angles", angles, persistent=False)
+            else:
+                self.angles = angles
+        return self.head((self.layer(x).tanh() * self.angles).mean(1))
+
+
+@every_way
+@pytest.mark.parametrize("kind", ["attribute", "unset buffer", "new buffer"])
+def test_a_cache_goes_with_its_key(kind, options):
+    module = Cached(kind)
+    learner, names = learner_of(module, **options), set(module.state_dict())
+    for tasks, length in ((3, 4), (2, 4), (2, 6)):
+        batch = batch_of(tasks, (length, IN))
+        fresh = Cached(kind)
+        fresh.load_state_dict({n: t for n, t in module.state_dict().items() if n in names})
+        expected, *_ = plain_meta_gradient(fresh, maml(2, 0.1), F.mse_loss, batch)
+        gradient, _ = learner.meta_gradient(batch)
+        assert relative_error(gradient, expected) < 1e-12
+        assert module(batch.x_query[0]).shape == (5, OUT)  # the caller's own call
+
+
+@pytest.mark.parametrize("wrap", [parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_vectors_of_spectral_norm_stay_of_length_one(wrap):
+    module = nn.Sequential(wrap(nn.Linear(IN, HIDDEN)), nn.Tanh(), nn.Linear(HIDDEN, OUT))
+    learner = MetaLearner(module, maml(3, 1.0), F.mse_loss, vectorize=False)
+    names = [n for n in learner.buffers if n.endswith(("_u", "_v"))]
+    assert len(names) == 2
+    before = {name: learner.buffers[name].clone() for name in names}
+    for _ in range(4):
+        learner.step(batch_of(6))
+    for name in names:
+        assert not torch.equal(learner.buffers[name], before[name])
+        assert learner.buffers[name].norm().item() == pytest.approx(1)
+
+
+@every_way
+@pytest.mark.parametrize("recipe", [fewstep.fomaml, maml])
+def test_a_module_that_writes_into_its_input_is_refused(recipe, options):
+    class Halving(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.div_(2))
+
+    learner = MetaLearner(Halving(IN, OUT), recipe(2, 0.1), F.mse_loss, **options)
+    for call in (learner.meta_gradient, lambda batch: learner.predict(batch, 2)):
+        with pytest.raises(InputError, match=r"changes what it is given, .* in place of x.sub_"):
+            call(batch_of())
+
+
+def test_a_batch_norm_called_twice_has_no_one_support_statistics():
+    module, batch = twice(nn.BatchNorm1d(HIDDEN)), batch_of()
+    learner = learner_of(module)
+    for use in ("batch", "running"):
+        adapted = learner.adapt(batch.x_support[0], batch.y_support[0], statistics=use)
+        expected = learner.predict(batch, 1, statistics=use)[0, -1]
+        torch.testing.assert_close(adapted(batch.x_query[0]), expected)
+    with pytest.raises(InputError, match=r"^statistics='support' .* one is called twice"):
+        learner.adapt(batch.x_support[0], batch.y_support[0], statistics="support")
+
+
+@every_way
+def test_a_tied_weight_is_adapted_by_any_of_its_names(options):
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(IN, IN), nn.Linear(IN, IN)
+            self.head.weight = self.body.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.body(x).tanh())[:, :OUT]
+
+    learner = MetaLearner(Tied(), fewstep.anil(2, 0.1), F.mse_loss, **options)
+    assert learner._meta.adapted == ("body.weight", "head.bias")
+    exclude = replace(maml(2), adapted=fewstep.AdaptedParameters(exclude=("head.weight",)))
+    learner = MetaLearner(Tied(), exclude, F.mse_loss, **options)
+    assert learner._meta.adapted == ("body.bias", "head.bias")
+
+
+def test_what_has_no_second_derivative_is_told():
+    module = nn.Sequential(nn.Linear(IN, HIDDEN), nn.Hardsigmoid(), nn.Linear(HIDDEN, OUT))
+    with pytest.raises(InputError, match=r"has no second derivative .*FixedOrder\(1\)"):
+        learner_of(module).meta_gradient(batch_of())
+    MetaLearner(module, fewstep.fomaml(2), F.mse_loss).meta_gradient(batch_of())
+
+
+def test_a_sparse_embedding_is_refused():
+    with pytest.raises(InputError, match=r"has nn.Embedding\(sparse=True\), .* sparse=False"):
+        learner_of(nn.Sequential(nn.Embedding(4, 3, sparse=True)))
+
+
+def test_support_statistics_need_examples_of_one_shape():
+    module = nn.Sequential(nn.Conv1d(IN, OUT, 1), nn.BatchNorm1d(OUT), nn.AdaptiveAvgPool1d(1))
+    module.append(nn.Flatten())
+    x, y = batch_of(2, (IN, 4)), batch_of(2, (IN, 6))
+    batch = TaskBatch(x.x_support, x.y_support, y.x_query, y.y_query)
+    learner = learner_of(module)
+    assert learner.predict(batch, 2).isfinite().all()
+    with pytest.raises(InputError, match=r"examples are \(3, 4\) of support sets, \(3, 6\) of que"):
+        learner.predict(batch, 2, statistics="support")
+
+
+@pytest.mark.parametrize("has_buffers", [True, False])
+def test_blocks_without_running_statistics(has_buffers):
+    block = Conv4(1, OUT, 16, filters=4).blocks[0]
+    block.norm.track_running_stats = False
+    if not has_buffers:
+        block.norm.running_mean = block.norm.running_var = block.norm.num_batches_tracked = None
+    module = nn.Sequential(block, nn.Flatten(), nn.Linear(256, OUT))
+    plain = nn.Sequential(
+        nn.Sequential(block.conv, block.norm, block.activation, block.pool), *list(module)[1:]
+    )
+    batch = batch_of(2, (1, 16, 16))
+    found, expected = (learner_of(m).meta_gradient(batch)[0] for m in (module, plain))
+    for a, b in zip(found.values(), expected.values(), strict=True):
+        torch.testing.assert_close(a, b)
+    if has_buffers:
+        learner_of(module).step(batch)
+        assert not block.norm.running_mean.any()
+
+
+def test_what_mixes_the_tasks_of_processes_is_refused(monkeypatch):
+    module = nn.Sequential(nn.Linear(IN, OUT), nn.SyncBatchNorm(OUT))
+    learner_of(module)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(InputError, match=r"has nn.SyncBatchNorm, which would mix the tasks"):
+        learner_of(module)
+
+
+@pytest.mark.parametrize("dim", [-1, 0, 1])
+def test_weight_norm_by_every_dimension(dim):
+    v = torch.randn(3, 4, requires_grad=True)
+    g = torch.rand_like(torch.norm_except_dim(v, 2, dim)).requires_grad_()
+    torch.testing.assert_close(weight_norm(v, g, dim), torch._weight_norm(v, g, dim))
+    assert torch.autograd.gradgradcheck(lambda v, g: weight_norm(v, g, dim), (v, g))

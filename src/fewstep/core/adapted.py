@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -39,11 +39,22 @@ class AdaptedParameters:
                     f"{name}={patterns!r} is a string; give a tuple of patterns, ({patterns!r},)"
                 )
 
-    def choose(self, names: Iterable[str]) -> tuple[str, ...]:
-        """Return those of `names` to adapt, in their order."""
-        names = list(names)
-        left_out = _matching(self.exclude, names)
-        chosen = tuple(n for n in _matching(self.include, names) if n not in left_out)
+    def choose(
+        self, names: Iterable[str], others: Mapping[str, str] | None = None
+    ) -> tuple[str, ...]:
+        """Return those of `names` to adapt, in their order.
+
+        Args:
+            names: Of the parameters.
+            others: Further names of some, as of tied weights, and which of `names` they are.
+        """
+        of = {name: name for name in names} | dict(others or {})
+        names = list(dict.fromkeys(of.values()))
+        found, left_out = (
+            {of[n] for n in _matching(patterns, list(of))}
+            for patterns in (self.include, self.exclude)
+        )
+        chosen = tuple(n for n in names if n in found and n not in left_out)
         if not chosen:
             raise InputError(f"{self} leaves no parameter to adapt; exclude fewer")
         return chosen

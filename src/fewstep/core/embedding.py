@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fewstep.core.layers import stands_in_for
 
 
-@stands_in_for(F.embedding)
+@stands_in_for(F.embedding, always=True)
 def embedding(
     input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
 ) -> Any:

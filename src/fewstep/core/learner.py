@@ -51,8 +51,8 @@ class MetaLearner:
         checkpoint_every: Inner steps whose graph is kept at once, in the second order; None keeps
             all. 1 makes memory nearly independent of their number and changes no result; 5 steps
             take about twice as long, 20 steps three times.
-        vectorize: Use `torch.vmap` over the tasks of a chunk; else loop (for modules without
-            batching rules, such as `torch.utils.checkpoint`).
+        vectorize: Use `torch.vmap` over the tasks of a chunk; else loop, for modules with
+            operations that have no batching rule.
         ranks: The processes that share each batch, from `Ranks.of_torchrun()`. Each calls the same
             methods with the same tasks, and gets the same results.
         replay: Record the operations of a meta-gradient, and of a test of several chunks, once and

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
 
 from fewstep.core.errors import InputError
@@ -74,6 +75,9 @@ def meta_gradient(
     (by_task, metric, support, query), buffers = _join(
         of_tasks, loop.meta.buffers, len(batch), ranks
     )
+    for unit in loop.meta.units:
+        was, mean = loop.meta.buffers[unit], buffers[unit]
+        buffers[unit] = torch.where(mean == was, was, F.normalize(mean, dim=0))
     name, norm = loop.network.judge.metric_name(batch.y_query), get_total_norm(total.values())
     return total, Metrics(name, by_task, metric, support, query, norm), buffers
 
@@ -125,7 +129,7 @@ def _differentiate(
         if terms:  # else nothing counts from here on
             ends = {n: point.theta[n] for n in meta.harvested if stop == num_steps}
             total = torch.stack(terms).sum()
-            loop.network.check_reads(total, (order, counting, start.step))
+            loop.network.check_reads("meta-loss", total, (order, counting, start.step))
             is_learning = is_learning or total.requires_grad
             adjoint, by_parts, by_end = _grad(
                 total,

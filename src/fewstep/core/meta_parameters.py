@@ -12,6 +12,7 @@ from fewstep.core.adapted import AdaptedParameters
 from fewstep.core.algorithm import Algorithm
 from fewstep.core.errors import InputError
 from fewstep.core.judge import SUPPORT_LOSS
+from fewstep.core.modules import unit_buffers
 from fewstep.core.network import Tensors
 from fewstep.core.norm import StepRows
 
@@ -71,6 +72,7 @@ class MetaParameters:
             n: _with_rows(b, rows)
             for n, b in module.named_buffers() if (rows := buffer_rows.get(n)) is not None
         }  # fmt: skip
+        self.units = unit_buffers(module)
         # Others are looked up, as `module.double()` puts new ones in their place.
         self._places = {n: _place(module, n) for n, _ in module.named_buffers()}
         self._copied = [(n, p, p._version) for n, p in trained.items() if n in parameter_rows]
@@ -238,10 +240,14 @@ def _check_buffers_are_whole(module: nn.Module) -> None:
 
 def _adapted(module: nn.Module, algorithm: Algorithm, trained: Iterable[str]) -> tuple[str, ...]:
     """Return the names of what the inner loop changes: what was chosen and may be."""
-    outer_only = algorithm.norm_affine.outer_only(module)
-    adapted = tuple(n for n in algorithm.adapted.choose(trained) if n not in outer_only)
+    outer_only, trained = algorithm.norm_affine.outer_only(module), list(trained)
+    first = {id(p): name for name, p in module.named_parameters()}
+    of_all = module.named_parameters(remove_duplicate=False)  # with every name of tied weights
+    others = {n: first[id(p)] for n, p in of_all if first[id(p)] in trained}
+    chosen = algorithm.adapted.choose(trained, others)
+    adapted = tuple(n for n in chosen if n not in outer_only)
     for pattern in algorithm.adapted.include:
-        if set(AdaptedParameters((pattern,)).choose(trained)) <= set(outer_only):
+        if set(AdaptedParameters((pattern,)).choose(trained, others)) <= set(outer_only):
             raise InputError(
                 f"pattern {pattern!r} names what {algorithm.norm_affine} keeps for the outer "
                 "loop alone; leave it out, or pass PerStepAffine(adapted=True)"

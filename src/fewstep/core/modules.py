@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from fewstep.core.errors import InputError
 from fewstep.core.process_wide import ProcessWide
@@ -49,6 +54,17 @@ def check_module(module: nn.Module) -> None:
             f"{kind} divides batches of examples, and tasks are to be divided; pass its .module, "
             "and ranks=Ranks.of_torchrun() for several GPUs"
         )
+    for part in module.modules():
+        if isinstance(part, nn.SyncBatchNorm) and torch.distributed.is_initialized():
+            raise InputError(
+                f"{kind} has nn.SyncBatchNorm, which would mix the tasks of several processes; "
+                "pass it with nn.BatchNorm in its place"
+            )
+        if isinstance(part, nn.Embedding) and part.sparse:
+            raise InputError(
+                f"{kind} has nn.Embedding(sparse=True), whose gradients have no second derivative; "
+                "pass sparse=False"
+            )
     for name, parameter in module.named_parameters():
         if nn.parameter.is_lazy(parameter):
             raise InputError(f"`{name}` of {kind} has no shape yet; call {kind} on inputs before")
@@ -59,21 +75,107 @@ def check_module(module: nn.Module) -> None:
             )
 
 
+@dataclass(frozen=True)
+class Attributes:
+    """What a part has before a call, to be put back.
+
+    Args:
+        part: The part.
+        plain: Its attributes.
+        parameters: Its own parameters.
+        buffers: Its own buffers.
+    """
+
+    part: nn.Module
+    plain: dict[str, Any]
+    parameters: dict[str, Any]
+    buffers: dict[str, Any]
+
+    @classmethod
+    def of(cls, part: nn.Module) -> Self:
+        """Note what it has now."""
+        return cls(part, dict(vars(part)), dict(part._parameters), dict(part._buffers))
+
+    def restore_tensors(self) -> None:
+        """Put back parameters and buffers."""
+        self.part._parameters.update(self.parameters)
+        self.part._buffers.update(self.buffers)
+
+    def restore_if_set(self) -> None:
+        """Put back all, if the call has set a buffer."""
+        if any(self.part._buffers.get(name) is not b for name, b in self.buffers.items()):
+            self.restore()
+
+    def restore(self) -> None:
+        """Put back all, and take away what is new: a cache without its key, or the other way."""
+        own = vars(self.part)
+        for name in own.keys() - self.plain.keys():
+            del own[name]
+        own.update(self.plain)
+        buffers = self.part._buffers
+        for name in buffers.keys() - self.buffers.keys():
+            del buffers[name]
+            self.part._non_persistent_buffers_set.discard(name)
+        buffers.update(self.buffers)
+
+
 @contextmanager
 def nothing_left_behind(parts: list[nn.Module]) -> Iterator[None]:
-    """Take back what a call under `torch.vmap` puts into attributes: tensors nothing can read."""
-    before = [(part, dict(vars(part))) for part in parts]
+    """Take back what a call under `torch.vmap` leaves in parts: tensors that nothing can read."""
+    before = [Attributes.of(part) for part in parts]
     try:
         yield
     finally:
-        for part, attributes in before:
-            for name, value in list(vars(part).items()):
-                if not isinstance(value, Tensor) or not _functorch.is_batchedtensor(value):
-                    continue
-                if name in attributes:
-                    vars(part)[name] = attributes[name]
-                else:
-                    del vars(part)[name]
+        for attributes in before:
+            part = attributes.part
+            left = (*vars(part).values(), *part._buffers.values())
+            if any(isinstance(t, Tensor) and _functorch.is_batchedtensor(t) for t in left):
+                attributes.restore()
+
+
+_RECOMPUTES = "saved-tensor hooks, as those of torch.utils.checkpoint"
+
+
+@contextmanager
+def no_recomputing(kind: str) -> Iterator[None]:
+    """Refuse what a backward pass would compute anew, when the parameters are others again.
+
+    Raises:
+        InputError: the module of this kind uses `torch.utils.checkpoint`, or such hooks.
+    """
+    try:
+        with ExitStack() as stack:
+            with suppress(RuntimeError):  # there are some around all of this, which may stay
+                stack.enter_context(disable_saved_tensors_hooks(_RECOMPUTES))
+            yield
+    except RuntimeError as error:
+        if _RECOMPUTES not in str(error):
+            raise
+        raise InputError(
+            f"{kind} has {_RECOMPUTES}, and would compute with other parameters in the backward "
+            "pass; call its layers as they are, and pass checkpoint_every=1 for memory"
+        ) from error
+
+
+def unit_buffers(module: nn.Module) -> list[str]:
+    """Return the names of buffers that are unit vectors: those of spectral norm."""
+    names = []
+    for path, part in module.named_modules():
+        own = [f"{path}." * bool(path) + name for name in part._buffers]
+        if isinstance(part, _SpectralNorm):
+            names += own
+        hooks = part._forward_pre_hooks.values()
+        of_hooks = {f"{h.name}_{v}" for h in hooks if isinstance(h, SpectralNorm) for v in "uv"}
+        names += [name for name in own if name.rpartition(".")[2] in of_hooks]
+    return names
+
+
+def has_backward_hooks(parts: Iterable[nn.Module]) -> bool:
+    """Whether a part has a backward hook, or there is one for all modules."""
+    of_all = nn.modules.module._global_backward_hooks or (
+        nn.modules.module._global_backward_pre_hooks
+    )
+    return bool(of_all) or any(m._backward_hooks or m._backward_pre_hooks for m in parts)
 
 
 def set_mode(module: nn.Module, *, is_training: bool) -> None:

@@ -21,7 +21,10 @@ from fewstep.core.judge import SUPPORT_LOSS, Judge
 from fewstep.core.layers import Layers
 from fewstep.core.modules import (
     DIFFERENTIABLE_TWICE,
+    Attributes,
     check_module,
+    has_backward_hooks,
+    no_recomputing,
     nothing_left_behind,
     set_mode,
     under_two_names,
@@ -92,13 +95,12 @@ class TaskNetwork:
         self.vectorize = vectorize
         self.precision = precision
         has_filters = any(p.ndim == 4 for called in self._called for p in called.parameters())
-        stood_in_for = nn.RNNBase | nn.RNNCellBase | nn.Embedding
-        has_them = any(isinstance(part, stood_in_for) for part in self.parts())
-        # Nothing stands in elsewhere, and each call of PyTorch would take a microsecond more.
-        needed = has_filters or has_them or precision == "bfloat16"
-        self._layers = Layers if needed else nullcontext
-        unset = [m for m in module.modules() if None in m._buffers.values()]  # that a call may set
-        self._to_restore = [*under_two_names(module), *unset]
+        is_recurrent = any(isinstance(m, nn.RNNBase | nn.RNNCellBase) for m in self.parts())
+        gains = has_filters or is_recurrent or precision == "bfloat16"
+        self._layers = partial(Layers, fewest=not gains)
+        self._under_two_names = under_two_names(module)
+        # Buffers that a call may set.
+        self._unset = [m for m in module.modules() if None in m._buffers.values()]
         self._use: Use = "batch"
         self.is_training = True
         self._checked: set[Hashable] = set()
@@ -151,11 +153,11 @@ class TaskNetwork:
             return NormaliseBy(Statistics(running=True, update=update))
         return nullcontext()
 
-    def check_reads(self, loss: Tensor, kind: Hashable) -> None:
-        """Check the first meta-loss of a kind, as `reads.check_reads` does."""
-        if kind not in self._checked:
-            check_reads(loss, self.module, self.judge.modules())
-            self._checked.add(kind)
+    def check_reads(self, what: str, loss: Tensor, kind: Hashable) -> None:
+        """Check the first loss of a kind, as `reads.check_reads` does."""
+        if (what, kind) not in self._checked:
+            check_reads(what, loss, self.module, self.judge.modules())
+            self._checked.add((what, kind))
 
     def _call(
         self,
@@ -219,7 +221,9 @@ class TaskNetwork:
             parameters: By name, each (tasks, *shape).
             others: What else it takes: tensors, (tasks, ...), or dicts of them.
         """
+        kind = type(self.module).__name__
         versions = [p._version for p in parameters.values()]
+        inputs = [(t, t._version) for t in others if isinstance(t, Tensor) and not t.is_inference()]
         device = next(iter(parameters.values())).device
         with self._layers(), forward_pass(self.precision, device):
             if self.vectorize:
@@ -235,9 +239,14 @@ class TaskNetwork:
         for (name, parameter), version in zip(parameters.items(), versions, strict=True):
             if parameter._version != version:
                 raise InputError(
-                    f"{type(self.module).__name__} changes its parameter `{name}` when it is "
-                    "called, as nn.Embedding does with max_norm; leave that to the optimisers"
+                    f"{kind} changes its parameter `{name}` when it is called, as nn.Embedding "
+                    "does with max_norm; leave that to the optimisers"
                 )
+        if any(t._version != version for t, version in inputs):
+            raise InputError(
+                f"{kind}, or a loss, changes what it is given, and steps see it again; make a new "
+                "tensor, x - mean in place of x.sub_(mean)"
+            )
         return found
 
     def _one_task(
@@ -262,13 +271,16 @@ class TaskNetwork:
         """Return the module's outputs of one task, its parameters and buffers in `tensors`."""
         if self.judge.learned_loss is not None:
             tensors = {n: t for n, t in tensors.items() if not n.startswith(SUPPORT_LOSS)}
-        own = [(m, dict(m._parameters), dict(m._buffers)) for m in self._to_restore]
+        own = [Attributes.of(part) for part in self._under_two_names]
+        before = [Attributes.of(part) for part in self._unset]
         try:
-            outputs: object = functional_call(self.module, tensors, (x,))
-        finally:  # which else takes the second name's tensors for the module's own
-            for part, its_parameters, its_buffers in own:
-                part._parameters.update(its_parameters)
-                part._buffers.update(its_buffers)
+            with no_recomputing(type(self.module).__name__):
+                outputs: object = functional_call(self.module, tensors, (x,))
+        finally:
+            for attributes in own:  # of which else the second name's tensors become the module's
+                attributes.restore_tensors()
+            for attributes in before:
+                attributes.restore_if_set()
         if not isinstance(outputs, Tensor):
             raise InputError(
                 f"{type(self.module).__name__} returned a {type(outputs).__name__}; it must return "
@@ -303,7 +315,7 @@ class TaskNetwork:
                 "evaluate, predict and adapt keep no graph themselves"
             )
         before = [(part, part.training) for part in self.parts()]
-        if self.vectorize and any(m._backward_hooks or m._backward_pre_hooks for m, _ in before):
+        if self.vectorize and has_backward_hooks(part for part, _ in before):
             raise InputError(
                 f"a part of {type(self.module).__name__} has a backward hook, which torch.vmap "
                 "does not call; remove it, or pass vectorize=False"
@@ -314,7 +326,7 @@ class TaskNetwork:
         device = next(self.module.parameters()).device
         exact = torch.autocast(device.type, enabled=False)
         try:
-            with DIFFERENTIABLE_TWICE, fp32_products(self.precision), exact, self._vmap_explained():
+            with DIFFERENTIABLE_TWICE, fp32_products(self.precision), exact, self._explained():
                 yield
         finally:
             for module, mode in before:
@@ -322,12 +334,18 @@ class TaskNetwork:
                     module.training = mode
 
     @contextmanager
-    def _vmap_explained(self) -> Iterator[None]:
-        """Say what cannot be vectorised, and what to do."""
+    def _explained(self) -> Iterator[None]:
+        """Say what cannot be vectorised, or differentiated twice, and what to do."""
         try:
             yield
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
+            if "derivative for" in reason:
+                raise InputError(
+                    f"an operation of {type(self.module).__name__}, or of a loss, has no second "
+                    f"derivative ({reason}); write it in others, or take the first order, "
+                    "derivative_order=FixedOrder(1)"
+                ) from error
             if not self.vectorize or not any(word in reason for word in _OF_VMAP):
                 raise
             raise InputError(
@@ -343,4 +361,10 @@ def _unrounded(t: Tensor) -> Tensor:
 
 
 def _both(x_support: Tensor, x_query: Tensor) -> Tensor:
+    if x_support.shape[2:] != x_query.shape[2:]:
+        raise InputError(
+            f"statistics='support' calls on both sets at once, and examples are "
+            f"{tuple(x_support.shape[2:])} of support sets, {tuple(x_query.shape[2:])} of query "
+            "sets; choose 'batch' or 'running'"
+        )
     return torch.cat([x_support, x_query], dim=1)

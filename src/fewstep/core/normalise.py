@@ -101,6 +101,7 @@ class NormaliseBy(TorchFunctionMode):
     def __init__(self, statistics: Statistics) -> None:
         super().__init__()
         self._statistics = statistics
+        self._taken_over: list[Tensor] = []
 
     @staticmethod
     def innermost() -> Statistics:
@@ -145,6 +146,13 @@ class NormaliseBy(TorchFunctionMode):
                     "them in"
                 )
         elif by.update is not None:
+            if by.update is take_over:
+                if any(running_mean is other for other in self._taken_over):
+                    raise InputError(
+                        "statistics='support' has one set of statistics for each batch norm, and "
+                        "one is called twice; choose 'batch' or 'running', or predict"
+                    )
+                self._taken_over.append(running_mean)
             found = _moments(y.detach()) if by.running else Moments(mean.detach(), var.detach())
             by.update(running_mean, running_var, found, by.count(y), momentum)
         scale = torch.rsqrt(var + eps) if weight is None else weight * torch.rsqrt(var + eps)

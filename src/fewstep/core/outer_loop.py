@@ -74,9 +74,32 @@ class OuterLoop:
         """Check that a state could be of this optimiser.
 
         Raises:
-            InputError: it has entries of parameters that this one does not update.
+            InputError: it has entries of parameters that this one does not update, or others than
+                this one keeps.
         """
-        self._by_place(saved)
+        found = self._by_place(saved)
+        if (kept := self._kept()) is None:
+            return
+        for place, names in kept.items():
+            if found and names != (own := set(found.get(place, {}))):
+                odd = min(names ^ own)
+                raise InputError(
+                    f"the saved state is another outer optimiser's, or not whole: {odd!r} is "
+                    f"{'missing' if odd in names else 'unknown'}, and this one keeps "
+                    f"{', '.join(sorted(names)) or 'nothing'}; build the learner as it was"
+                )
+
+    def _kept(self) -> dict[int, set[str]] | None:
+        """Return the entries that the optimiser keeps for each parameter; None if it won't tell."""
+        twins = [torch.zeros_like(p, device="cpu") for p in self._meta.by_outer.values()]
+        try:
+            twin = self._algorithm.outer(twins)
+            for p in twins:
+                p.grad = torch.zeros_like(p)
+            twin.step()
+        except Exception:  # of an optimiser of somebody's own, which may want more than gradients
+            return None
+        return {i: set(twin.state.get(p, {})) for i, p in enumerate(twins)}
 
     def load(self, saved: Tensors) -> None:
         """Take over what `tensors` gave."""

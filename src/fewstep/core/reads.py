@@ -1,4 +1,4 @@
-"""What a meta-loss reads: each parameter in its graph should be one that is learned."""
+"""What a loss reads: each parameter in its graph should be one that is learned."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from fewstep.core.errors import InputError
 
 
-def check_reads(loss: Tensor, module: nn.Module, functions: Iterable[nn.Module]) -> None:
-    """Check that a meta-loss reads no parameter that nothing would learn.
+def check_reads(what: str, loss: Tensor, module: nn.Module, functions: Iterable[nn.Module]) -> None:
+    """Check that a loss reads no parameter that nothing would learn.
 
     Args:
+        what: What it is called.
         loss: Its graph leads to copies of the parameters that are learned, and to nothing else.
         module: The module, whose parameters as they stand no task has.
         functions: Losses and metric, where they are modules.
@@ -29,13 +30,13 @@ def check_reads(loss: Tensor, module: nn.Module, functions: Iterable[nn.Module])
         named |= {id(p): f"`{n}` of {kind}" for n, p in function.named_parameters()}
     if known := [name for parameter, name in named.items() if parameter in read]:
         raise InputError(
-            f"the meta-loss reads {known[0]} past the call of the module, as a penalty on "
+            f"the {what} reads {known[0]} past the call of the module, as a penalty on "
             "module.parameters() does, where no task has its own and nothing would learn of it; "
             "let the module return what the loss needs"
         )
     shape, *_ = read.values()
     raise InputError(
-        f"the meta-loss reads a parameter of shape {shape} that nothing would learn; register it "
+        f"the {what} reads a parameter of shape {shape} that nothing would learn; register it "
         "in the module (lists by nn.ModuleList) or in a support_loss, return it in the table of "
         "the algorithm's part, .detach() inputs that it made, or freeze it by "
         ".requires_grad_(False)"

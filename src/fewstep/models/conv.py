@@ -85,7 +85,10 @@ class ConvBlock(nn.Module):
         if (
             isinstance(self.norm, nn.BatchNorm2d)
             and self.norm.training
+            and self.norm.track_running_stats
+            and self.norm.num_batches_tracked is not None
             and self.conv.bias is None
+            and self.conv.padding_mode == "zeros"
             and one_vmap_at_most()
         ):
             return self._in_one_piece(x, self.norm)
