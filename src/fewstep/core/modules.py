@@ -101,11 +101,6 @@ class Attributes:
         self.part._parameters.update(self.parameters)
         self.part._buffers.update(self.buffers)
 
-    def restore_if_set(self) -> None:
-        """Put back all, if the call has set a buffer."""
-        if any(self.part._buffers.get(name) is not b for name, b in self.buffers.items()):
-            self.restore()
-
     def restore(self) -> None:
         """Put back all, and take away what is new: a cache without its key, or the other way."""
         own = vars(self.part)

@@ -99,8 +99,6 @@ class TaskNetwork:
         gains = has_filters or is_recurrent or precision == "bfloat16"
         self._layers = partial(Layers, fewest=not gains)
         self._under_two_names = under_two_names(module)
-        # Buffers that a call may set.
-        self._unset = [m for m in module.modules() if None in m._buffers.values()]
         self._use: Use = "batch"
         self.is_training = True
         self._checked: set[Hashable] = set()
@@ -272,15 +270,12 @@ class TaskNetwork:
         if self.judge.learned_loss is not None:
             tensors = {n: t for n, t in tensors.items() if not n.startswith(SUPPORT_LOSS)}
         own = [Attributes.of(part) for part in self._under_two_names]
-        before = [Attributes.of(part) for part in self._unset]
         try:
             with no_recomputing(type(self.module).__name__):
                 outputs: object = functional_call(self.module, tensors, (x,))
-        finally:
-            for attributes in own:  # of which else the second name's tensors become the module's
+        finally:  # which else takes the second name's tensors for the module's own
+            for attributes in own:
                 attributes.restore_tensors()
-            for attributes in before:
-                attributes.restore_if_set()
         if not isinstance(outputs, Tensor):
             raise InputError(
                 f"{type(self.module).__name__} returned a {type(outputs).__name__}; it must return "
