@@ -80,8 +80,8 @@ class OuterLoop:
         found = self._by_place(saved)
         if (kept := self._kept()) is None:
             return
-        for place, names in kept.items():
-            if found and names != (own := set(found.get(place, {}))):
+        for place, of_parameter in found.items():  # another has not been updated yet
+            if (names := kept[place]) != (own := set(of_parameter)):
                 odd = min(names ^ own)
                 raise InputError(
                     f"the saved state is another outer optimiser's, or not whole: {odd!r} is "
