@@ -174,8 +174,7 @@ class InnerLoop:
                 self.meta.rows.pick_buffers(buffers, step),
                 batch,
             )
-            # A parameter itself is in this graph only if it is none of the tasks' own.
-            self.network.check_reads("support loss", support.loss.sum(), order)
+            self.network.check_reads("support loss", support.loss.sum(), order, theta.values())
             here = {n: at[n] for n in self.meta.adapted}
             return support, _differentiated(support.loss, here, order)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -151,10 +151,12 @@ class TaskNetwork:
             return NormaliseBy(Statistics(running=True, update=update))
         return nullcontext()
 
-    def check_reads(self, what: str, loss: Tensor, kind: Hashable) -> None:
+    def check_reads(
+        self, what: str, loss: Tensor, kind: Hashable, of_tasks: Iterable[Tensor] = ()
+    ) -> None:
         """Check the first loss of a kind, as `reads.check_reads` does."""
         if (what, kind) not in self._checked:
-            check_reads(what, loss, self.module, self.judge.modules())
+            check_reads(what, loss, self.module, self.judge.modules(), of_tasks)
             self._checked.add((what, kind))
 
     def _call(

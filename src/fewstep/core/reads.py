@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from fewstep.core.errors import InputError
 
 
-def check_reads(what: str, loss: Tensor, module: nn.Module, functions: Iterable[nn.Module]) -> None:
+def check_reads(
+    what: str,
+    loss: Tensor,
+    module: nn.Module,
+    functions: Iterable[nn.Module],
+    of_tasks: Iterable[Tensor] = (),
+) -> None:
     """Check that a loss reads no parameter that nothing would learn.
 
     Args:
@@ -17,11 +23,12 @@ def check_reads(what: str, loss: Tensor, module: nn.Module, functions: Iterable[
         loss: Its graph leads to copies of the parameters that are learned, and to nothing else.
         module: The module, whose parameters as they stand no task has.
         functions: Losses and metric, where they are modules.
+        of_tasks: What it may read; what is behind these is not looked at.
 
     Raises:
         InputError: it reads one of the module, of a loss, or of somewhere else.
     """
-    read = {id(p): tuple(p.shape) for p in _parameters_behind(loss)}
+    read = {id(p): tuple(p.shape) for p in _parameters_behind(loss, of_tasks)}
     if not read:
         return
     named = {id(p): f"`{n}`" for n, p in module.named_parameters()}
@@ -43,9 +50,9 @@ def check_reads(what: str, loss: Tensor, module: nn.Module, functions: Iterable[
     )
 
 
-def _parameters_behind(loss: Tensor) -> Iterator[nn.Parameter]:
-    """Yield the parameters, no other leaves, that a tensor's graph leads to."""
-    met, ahead = set(), [loss.grad_fn]
+def _parameters_behind(loss: Tensor, before: Iterable[Tensor]) -> Iterator[nn.Parameter]:
+    """Yield the parameters, no other leaves, that a tensor's graph leads to before some tensors."""
+    met, ahead = {None, *(t.grad_fn for t in before)}, [loss.grad_fn]
     while ahead:
         node = ahead.pop()
         if node is None or node in met:
