@@ -16,16 +16,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
+from fewstep.core.calls import Attributes, no_recomputing, nothing_left_behind, nothing_written
 from fewstep.core.errors import InputError, check_name
 from fewstep.core.judge import SUPPORT_LOSS, Judge
 from fewstep.core.layers import Layers
 from fewstep.core.modules import (
     DIFFERENTIABLE_TWICE,
-    Attributes,
     check_module,
     has_backward_hooks,
-    no_recomputing,
-    nothing_left_behind,
     set_mode,
     under_two_names,
 )
@@ -221,11 +219,9 @@ class TaskNetwork:
             parameters: By name, each (tasks, *shape).
             others: What else it takes: tensors, (tasks, ...), or dicts of them.
         """
-        kind = type(self.module).__name__
-        versions = [p._version for p in parameters.values()]
-        inputs = [(t, t._version) for t in others if isinstance(t, Tensor) and not t.is_inference()]
         device = next(iter(parameters.values())).device
-        with self._layers(), forward_pass(self.precision, device):
+        unwritten = nothing_written(type(self.module).__name__, parameters, list(others))
+        with unwritten, self._layers(), forward_pass(self.precision, device):
             if self.vectorize:
                 with nothing_left_behind(self.parts()):
                     found: Found = torch.vmap(one_task, randomness="different")(parameters, *others)
@@ -236,17 +232,6 @@ class TaskNetwork:
                     for j in range(tasks)
                 ]
                 found = tree_map(lambda *of_tasks: torch.stack(of_tasks), *each)
-        for (name, parameter), version in zip(parameters.items(), versions, strict=True):
-            if parameter._version != version:
-                raise InputError(
-                    f"{kind} changes its parameter `{name}` when it is called, as nn.Embedding "
-                    "does with max_norm; leave that to the optimisers"
-                )
-        if any(t._version != version for t, version in inputs):
-            raise InputError(
-                f"{kind}, or a loss, changes what it is given, and steps see it again; make a new "
-                "tensor, x - mean in place of x.sub_(mean)"
-            )
         return found
 
     def _one_task(
