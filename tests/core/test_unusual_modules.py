@@ -750,7 +750,7 @@ def test_what_mixes_the_tasks_of_processes_is_refused(monkeypatch):
         learner_of(module)
 
 
-@pytest.mark.parametrize("dim", [-1, 0, 1])
+@pytest.mark.parametrize("dim", [-2, -1, 0, 1])
 def test_weight_norm_by_every_dimension(dim):
     v = torch.randn(3, 4, requires_grad=True)
     g = torch.rand_like(torch.norm_except_dim(v, 2, dim)).requires_grad_()
