@@ -106,7 +106,8 @@ def _opened(path: Path, config: RunConfig) -> Iterator[RunFolder]:
         if (path / "config.toml").exists():
             run = RunFolder.open(path)
             _check_begun(run, config)
-            run.save_settings(to_dict(config))
+            if run.state() is None:
+                run.save_settings(to_dict(config))
         else:
             run = RunFolder.create(path, to_dict(config))
         yield run
