@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 from PIL import Image
 from rich.console import Console
 
@@ -14,8 +15,10 @@ from fewstep.cli.main import main
 from fewstep.core.errors import InputError
 from fewstep.experiments.policy_settings import PolicyRun, Setting
 from fewstep.experiments.running import MamlAnt, MamlHalfCheetah
+from fewstep.report import courses
 from fewstep.rl.bodies import BODIES
 from fewstep.rl.locomotion import RunningTasks
+from fewstep.rl.rollouts import Rollouts
 
 QUIET = Console(quiet=True)
 SETTING = Setting(
@@ -59,15 +62,23 @@ def test_ants_have_the_same_table_and_figures(tmp_path):
         assert min(image.size) > 300
 
 
-@pytest.mark.parametrize("experiment", [MamlHalfCheetah(), MamlAnt()])
-def test_courses_are_those_of_the_centre_of_mass(experiment):
-    body = BODIES[experiment.body]
-    environments = RunningTasks(body, "test").environments(0, 1, episodes=1)
+@pytest.mark.parametrize(("experiment", "seconds"), [(MamlHalfCheetah, 0.01), (MamlAnt, 0.02)])
+def test_courses_are_those_of_the_centre_of_mass(experiment, seconds, tmp_path, monkeypatch):
+    environments = RunningTasks(BODIES[experiment.body], "test").environments(0, 1, episodes=1)
     environments.reset()
     environments._states[0, 1] = 7.0  # x
-    observations = environments.step(torch.zeros(1, 1, environments._model.nu)).observations
-    assert observations[0, 0, experiment.centre].item() == pytest.approx(7, abs=0.3)
-    assert environments._model.opt.timestep == experiment.seconds
+    o = environments.step(torch.zeros(1, 1, environments._model.nu)).observations
+    of_time = torch.stack([o, o + 1, o + 2], 2)
+    zeros, running = torch.zeros(1, 1, 3), torch.tensor([[[1.0, 1.0, 0.0]]])
+    rollouts = Rollouts(of_time, zeros[..., None], zeros[..., None], zeros, running)
+    drawn = []
+    monkeypatch.setattr(Axes, "plot", lambda self, *xy, **how: drawn.append(xy))
+    monkeypatch.setattr(courses, "legend_below", lambda *_: None)
+    experiment(out=tmp_path).draw("", [rollouts])
+    ((times, x),) = drawn
+    assert times.tolist() == pytest.approx([0, seconds, 2 * seconds])
+    assert x[:2].tolist() == pytest.approx([7, 8], abs=0.3)
+    assert x[2].isnan()  # it has fallen
 
 
 def test_velocities_have_no_numbers_of_the_paper(tmp_path):

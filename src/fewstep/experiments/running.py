@@ -26,10 +26,6 @@ class _Running(PolicyReturns):
     """What tasks differ in: forward or backward, or how fast."""
 
     body: ClassVar[str]
-    centre: ClassVar[int]
-    """Place of the centre of mass among the observations."""
-    seconds: ClassVar[float]
-    """Of a time step."""
 
     @property
     def problem(self) -> str:
@@ -43,8 +39,11 @@ class _Running(PolicyReturns):
 
     def draw(self, title: str, rollouts: Sequence[Rollouts]) -> Path:
         """Draw how far some of them run."""
-        picture = self.folder / "courses.png"
-        plot_courses(rollouts, title, picture, centre=self.centre, seconds=self.seconds)
+        from fewstep.rl.bodies import BODIES  # here: needs MuJoCo
+        from fewstep.rl.locomotion import models
+
+        picture, (model, _) = self.folder / "courses.png", models(BODIES[self.body])
+        plot_courses(rollouts, title, picture, seconds=model.opt.timestep)
         return picture
 
 
@@ -65,8 +64,6 @@ class MamlHalfCheetah(_Running):
     forward or backward. That for velocities had 10 episodes and 0.01 nats."""
 
     body = "half-cheetah"
-    centre = 17
-    seconds = 0.01
 
 
 @dataclass(frozen=True)
@@ -86,5 +83,3 @@ class MamlAnt(_Running):
     backward. Those for velocities had 20 episodes."""
 
     body = "ant"
-    centre = 38
-    seconds = 0.02

@@ -13,16 +13,14 @@ from fewstep.rl.rollouts import Rollouts
 _SHOWN = 5  # episodes
 
 
-def plot_courses(
-    rollouts: Sequence[Rollouts], title: str, path: Path, *, centre: int, seconds: float
-) -> None:
+def plot_courses(rollouts: Sequence[Rollouts], title: str, path: Path, *, seconds: float) -> None:
     """Draw the distance over time in some episodes, until they end, axes for each task.
 
     Args:
-        rollouts: Those after 0, 1, ... steps.
+        rollouts: Those after 0, 1, ... steps; observations end with the centre of mass, of which x
+            is the first, and do not show the goal.
         title: Of the figure.
         path: PNG file to write.
-        centre: Place of the centre of mass along x among the observations.
         seconds: Of a time step.
     """
     num_tasks, _, horizon = rollouts[0].rewards.shape
@@ -32,7 +30,7 @@ def plot_courses(
     for task, axis in enumerate(axes):
         for step, found in enumerate(rollouts):
             steps = f"{step} step{'s' * (step != 1)}"
-            courses = found.observations[task, :_SHOWN, :, centre]
+            courses = found.observations[task, :_SHOWN, :, -3]
             is_on = found.running[task, :_SHOWN] > 0
             for x in courses.where(is_on, torch.nan).cpu():
                 axis.plot(times, x, color=f"C{step}", alpha=0.7, linewidth=1, label=steps)
