@@ -75,9 +75,7 @@ def meta_gradient(
     (by_task, metric, support, query), buffers = _join(
         of_tasks, loop.meta.buffers, len(batch), ranks
     )
-    for unit in loop.meta.units:
-        was, mean = loop.meta.buffers[unit], buffers[unit]
-        buffers[unit] = torch.where(mean == was, was, F.normalize(mean, dim=0))
+    buffers |= _of_length_one({name: buffers[name] for name in loop.meta.units}, loop.meta.buffers)
     name, norm = loop.network.judge.metric_name(batch.y_query), get_total_norm(total.values())
     return total, Metrics(name, by_task, metric, support, query, norm), buffers
 
@@ -203,6 +201,11 @@ def _join(
     return ranks.join(columns, tasks), _mean_over_tasks(
         [c.buffers for c in chunks], start, tasks, ranks
     )
+
+
+def _of_length_one(means: Tensors, start: Tensors) -> Tensors:
+    """Return means of unit vectors as such, those that no task changes as they are to the bit."""
+    return {n: torch.where(m == start[n], m, F.normalize(m, dim=0)) for n, m in means.items()}
 
 
 def _cat(tensors: tuple[Tensor, ...]) -> Tensor:

@@ -87,22 +87,27 @@ def train_policy(path: Path, run: PolicyRun, console: Console | None = None) -> 
                 learner.load_state_tensors(course.best)
             returns = evaluate_policy(run, learner)
         write_atomically(path / "policy.safetensors", save(_contiguous(learner.state_tensors())))
-        found = {
-            "run": to_dict(run),
-            "environment": environment(command_line(), run.device),
-            "seconds": course.seconds,
-            "best": learner.iteration,
-            "training": course.training,
-            "validation": course.validation,
-            "updates": course.updates,
-            "test": {
-                "curve": returns.curve,
-                "ci95": returns.curve_ci95,
-                "of_tasks": [[round(r, 4) for r in row] for row in returns.of_tasks.tolist()],
-            },
-        }
+        found = _told(run, course, learner.iteration, returns)
         write_json(path / "outcome.json", found)
     return found
+
+
+def _told(run: PolicyRun, course: _Course, best: int, returns: Returns) -> dict[str, Any]:
+    """Return what outcome.json holds."""
+    return {
+        "run": to_dict(run),
+        "environment": environment(command_line(), run.device),
+        "seconds": course.seconds,
+        "best": best,
+        "training": course.training,
+        "validation": course.validation,
+        "updates": course.updates,
+        "test": {
+            "curve": returns.curve,
+            "ci95": returns.curve_ci95,
+            "of_tasks": [[round(r, 4) for r in row] for row in returns.of_tasks.tolist()],
+        },
+    }
 
 
 def evaluate_policy(run: PolicyRun, learner: PolicyLearner) -> Returns:

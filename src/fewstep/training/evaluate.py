@@ -19,7 +19,7 @@ from fewstep.core.scores import Scores
 from fewstep.data.views import Views, views_of
 from fewstep.training.build import Experiment
 from fewstep.training.classes_file import Classes, check_classes
-from fewstep.training.config import to_dict
+from fewstep.training.config import RunConfig, to_dict
 from fewstep.training.display import bars, counting
 from fewstep.training.environment import command_line, environment
 from fewstep.training.episode_options import Split
@@ -109,16 +109,12 @@ def evaluate_run(
         scores = evaluate(counted, num_tasks, num_steps=num_steps, statistics=statistics)
     if run is None:
         return Evaluated(scores)
-    summary: dict[str, Any] = {
+    summary = {
         "split": split,
         "checkpoint": checkpoint,
         "iterations": [each.iteration for each in kept],
         "views": views,
-        "seed": experiment.config.seed,
-        "dataset": experiment.config.dataset,
-        "data": to_dict(experiment.config.data),
-        "episodes": to_dict(experiment.config.episodes),
-        "classes": _digest(of_split),
+        **_origin(experiment.config, of_split),
         **scores.as_dict(),
         "evaluation_seconds": round(time.perf_counter() - started, 2),
         "training_seconds": _training_seconds(run),
@@ -128,9 +124,17 @@ def evaluate_run(
     return Evaluated(scores, file, summary)
 
 
-def _digest(classes: Classes) -> str:
-    """Return what stands for the names of classes."""
-    return hashlib.sha256(json.dumps(classes).encode()).hexdigest()[:12]
+def _origin(config: RunConfig, classes: Classes) -> dict[str, Any]:
+    """Return what the tasks follow from; a digest stands for the names of classes."""
+    found: dict[str, Any] = {
+        "seed": config.seed,
+        "dataset": config.dataset,
+        "data": to_dict(config.data),
+        "episodes": to_dict(config.episodes),
+    }
+    if classes:
+        found["classes"] = hashlib.sha256(json.dumps(classes).encode()).hexdigest()[:12]
+    return found
 
 
 def _training_seconds(run: RunFolder) -> float | None:
