@@ -2,7 +2,9 @@
 
 import math
 import shutil
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import pytest
 import torch
@@ -359,6 +361,35 @@ def test_a_graph_of_a_gpu_is_captured_anew_for_other_numbers():
     weight.fill_(0.7)
     assert not kept.is_valid()
     assert on_the_host.is_valid()  # which reads it anew
+
+
+def test_a_capture_that_fails_says_why_and_leaves_the_stream():
+    """PyTorch fails to end it, too, and stays on the capture's own stream."""
+
+    @contextmanager
+    def capture(*_, **__):
+        try:
+            yield
+        finally:
+            raise RuntimeError("failed due to a previous error during capture")
+
+    def recording(_):
+        if len(calls) == 1:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        calls.append("before")
+
+    calls, nothing = [], lambda *_: nullcontext()
+    streams = {"Stream": mock.MagicMock(), "current_stream": mock.MagicMock()}
+    with (
+        mock.patch.multiple(
+            torch.cuda, CUDAGraph=mock.MagicMock(), graph=capture, stream=nothing, device=nothing,
+            set_stream=mock.MagicMock(), **streams,
+        ),
+        mock.patch.object(torch.random, "fork_rng", return_value=nullcontext()),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=r"\(operation not permitted .* in a new process$"):
+            _CudaGraph(recording, (torch.zeros(2),))
+        torch.cuda.set_stream.assert_called_once_with(streams["current_stream"].return_value)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -204,3 +204,14 @@ def test_what_it_refuses(fitted, drawings, tmp_path):
     }.items():
         with pytest.raises(InputError, match=told):
             call()
+
+
+def test_it_rounds_as_its_run_does(drawings):
+    """Beside the learner, PyTorch would take TF32 for convolutions on a GPU."""
+    classifier = FewShotClassifier(RUN, device="cpu").fit(drawings[0] / 255, NAMES)
+    seen = []
+    classifier._modules[0].register_forward_pre_hook(
+        lambda *_: seen.append(torch.backends.cudnn.conv.fp32_precision)
+    )
+    classifier.predict(drawings[1] / 255)
+    assert seen == ["ieee"]
