@@ -245,6 +245,28 @@ def test_sum_and_mean_are_one_method():
     assert betas[1] != 0.01
 
 
+def test_sum_and_mean_are_one_method_by_adam_too():
+    """beta' = beta, eta_beta' = B eta_beta, as Adam's direction has no scale."""
+    b, batches = 3, [CASE.batch(3) for _ in range(4)]
+    of_sum, of_mean = (
+        learner_of(
+            Algorithm(
+                2,
+                ConstantRate(0.3),
+                outer=HypergradientAdam(0.01, factor * 1e-3),
+                task_reduction=reduction,
+            )
+        )
+        for reduction, factor in (("sum", 1), ("mean", b))
+    )
+    for batch in batches:
+        of_sum.step(batch)
+        of_mean.step(batch)
+    betas = [x.state_tensors()["optimiser.0.weight.beta"] for x in (of_mean, of_sum)]
+    torch.testing.assert_close(betas[0], betas[1], rtol=1e-5, atol=0)  # but for Adam's epsilon
+    assert abs(betas[1] - 0.01) > 1e-3
+
+
 @pytest.mark.parametrize("exact", [True, False])
 def test_no_extra_backward_pass_and_one_copy_of_the_gradient(monkeypatch, exact):
     grad, calls = torch.autograd.grad, []

@@ -151,7 +151,14 @@ class HypergradientAdam(_ByHypergradient):
 
     beta[t] = beta[t-1] + eta_beta * G[t] . u[t-1];   phi <- phi - beta[t] * u[t]
 
-    with u Adam's update at rate 1. Arguments, errors and references as in `HypergradientSGD`.
+    with u Adam's update at rate 1, which knows no scale.
+
+    Args:
+        outer_lr: beta at the start, the same under "sum" and "mean".
+        hyper_lr: eta_beta. For B tasks, what is eta_beta under "sum" is B * eta_beta under "mean".
+        guards: Bounds and the like.
+
+    Errors and references as in `HypergradientSGD`.
     """
 
     def __call__(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
