@@ -81,7 +81,8 @@ class MamlClassification:
     60,000 iterations by Adam at 0.001, of 32 tasks (Omniglot 5-way, one step), 16 (20-way, five
     steps), or 4 and 2 (mini-ImageNet with 1 and 5 shots, five steps, ten in the test). The inner
     rates are the paper's times the ways, as its code sums over the classes what is a mean here.
-    Scale and shift of batch norm are not adapted; the code has no scale. Prototypical networks,
+    Scale and shift of batch norm are not adapted; the code has no scale. On mini-ImageNet the
+    elements of the meta-gradient are clipped at the code's 10, in units of the mean. Prototypical networks,
     whose paper trains them on more ways, and Proto-MAML have all of this but the start of the head
     and its inner rate, 0.01; prototypical networks take no step.
     """
@@ -187,13 +188,17 @@ class MamlClassification:
         if not is_plain:
             model = Conv4Options(filters=32) if is_mini else OMNIGLOT_NETWORK
         turned: Rotations = "none" if is_mini else "episode"
+        queries = 15 if is_mini else of.shots
+        # The code clips at 10 the gradient of a loss that is summed over the queries and divided by
+        # the shots, ways * queries / shots times the mean.
+        clip_value = 10 * of.shots / (of.ways * queries) if is_mini else None
         return replace(
             base,
             data=base.data if is_mini else Omniglot(class_split="finn"),
             episodes=ClassificationOptions(
                 ways=of.ways,
                 shots=of.shots,
-                queries=15 if is_mini else of.shots,
+                queries=queries,
                 eval_queries=of.shots,
                 rotations=turned,
                 eval_rotations=turned,
@@ -206,7 +211,7 @@ class MamlClassification:
                 inner_lr=base.algorithm.inner_lr if has_prototypes else of.ways * of.inner_lr,
                 first_order_epochs=math.inf if method == "first-order MAML" else 0,
                 not_adapted=("2.*", "5.*", "8.*", "11.*") if is_plain else ("*.norm.*",),
-                clip_value=10 / of.ways if is_mini else None,
+                clip_value=clip_value,
             ),
             iterations=self.iterations,
             tasks=of.tasks,
