@@ -82,9 +82,9 @@ class MamlClassification:
     steps), or 4 and 2 (mini-ImageNet with 1 and 5 shots, five steps, ten in the test). The inner
     rates are the paper's times the ways, as its code sums over the classes what is a mean here.
     Scale and shift of batch norm are not adapted; the code has no scale. On mini-ImageNet the
-    elements of the meta-gradient are clipped at the code's 10, in units of the mean. Prototypical networks,
-    whose paper trains them on more ways, and Proto-MAML have all of this but the start of the head
-    and its inner rate, 0.01; prototypical networks take no step.
+    elements of the meta-gradient are clipped at the code's 10, in units of the mean. Prototypical
+    networks, whose paper trains them on more ways, and Proto-MAML have all of this but the start of
+    the head and its inner rate, 0.01; prototypical networks take no step.
     """
 
     dataset: Literal["omniglot", "mini-imagenet"] = "omniglot"
