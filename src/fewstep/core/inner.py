@@ -57,6 +57,10 @@ class Point:
         state = {f".{n}": t for n, t in self.state.items() if t.is_floating_point()}
         return self.theta | state  # no parameter's name begins with a dot
 
+    def bare(self) -> Point:
+        """Return the same point without what led to it and what was asked of it."""
+        return replace(self, support_loss=None, gradient={}, query=None)
+
     def leaves(self, trained: Container[str]) -> Point:
         """Return the same point, which knows nothing of how it came about."""
         return replace(
@@ -131,36 +135,47 @@ class InnerLoop:
             InputError: an adapted parameter does not take part in any support loss, or a part gave
                 what has another shape.
         """
-        network, rows, adapted = self.network, self.meta.rows, self.meta.adapted
-        point = self.start(len(batch)) if start is None else start
-        theta, buffers, state, given = point.theta, point.buffers, point.state, point.given
+        point = self.start(len(batch)) if start is None else start.bare()
         if point.step == 0:
-            start_of_tasks = self._start(theta, buffers, batch, derivative_order)
-            theta, given = theta | start_of_tasks, frozenset(start_of_tasks)
-            state = _checked(self.algorithm.inner_step.start({n: theta[n] for n in adapted}))
-        support_loss: Tensor | None = None
-        gradient: Tensors = {}
+            point = self._started(point, batch, derivative_order)
         for step in range(point.step, num_steps + 1):
-            query = None
             if step in query_after:
-                query = network.query(
-                    rows.pick_parameters(theta, step, is_query=True),
-                    rows.pick_buffers(buffers, step),
-                    batch,
-                    is_last=step == self.algorithm.num_steps,
-                )
-                buffers = rows.put_buffers(buffers, step, query.buffers)
-            yield Point(step, theta, buffers, support_loss, gradient, query, state, given)
-            if step == num_steps:
-                return
-            support, gradient = self._gradient(theta, buffers, batch, step, derivative_order)
-            here = {n: theta[n] for n in adapted}
-            gradient = self.algorithm.inner_clipping(gradient)
-            check_fits("inner_clipping gave", gradient, here, _OF_TASKS)
-            after, state = self._step(here, gradient, state, step)
-            theta = theta | after
-            buffers = rows.put_buffers(buffers, step, support.buffers)
-            support_loss = support.loss.detach()
+                point = self._queried(point, batch)
+            yield point
+            if step < num_steps:
+                point = self._stepped(point, batch, derivative_order)
+
+    def _started(self, point: Point, batch: TaskBatch, order: int) -> Point:
+        """Return theta[0] = s(phi, support set), and the state of the first step."""
+        found = self._initial(point.theta, point.buffers, batch, order)
+        theta = point.theta | found
+        here = {n: theta[n] for n in self.meta.adapted}
+        state = _checked(self.algorithm.inner_step.start(here))
+        return replace(point, theta=theta, state=state, given=frozenset(found))
+
+    def _queried(self, point: Point, batch: TaskBatch) -> Point:
+        """Return the same point with what the query sets give there."""
+        rows, step = self.meta.rows, point.step
+        query = self.network.query(
+            rows.pick_parameters(point.theta, step, is_query=True),
+            rows.pick_buffers(point.buffers, step),
+            batch,
+            is_last=step == self.algorithm.num_steps,
+        )
+        buffers = rows.put_buffers(point.buffers, step, query.buffers)
+        return replace(point, query=query, buffers=buffers)
+
+    def _stepped(self, point: Point, batch: TaskBatch, order: int) -> Point:
+        """Return theta[k+1] = u(theta[k], grad L_support(theta[k]), alpha[k])."""
+        theta, step = point.theta, point.step
+        support, gradient = self._gradient(theta, point.buffers, batch, step, order)
+        here = {n: theta[n] for n in self.meta.adapted}
+        gradient = self.algorithm.inner_clipping(gradient)
+        check_fits("inner_clipping gave", gradient, here, _OF_TASKS)
+        after, state = self._step(here, gradient, point.state, step)
+        buffers = self.meta.rows.put_buffers(point.buffers, step, support.buffers)
+        loss = support.loss.detach()
+        return Point(step + 1, theta | after, buffers, loss, gradient, None, state, point.given)
 
     def _gradient(
         self, theta: Tensors, buffers: Tensors, batch: TaskBatch, step: int, order: int
@@ -178,7 +193,7 @@ class InnerLoop:
             here = {n: at[n] for n in self.meta.adapted}
             return support, _differentiated(support.loss, here, order)
 
-    def _start(self, phi: Tensors, buffers: Tensors, batch: TaskBatch, order: int) -> Tensors:
+    def _initial(self, phi: Tensors, buffers: Tensors, batch: TaskBatch, order: int) -> Tensors:
         """Return the parameters whose start is another than phi.
 
         Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -106,7 +106,7 @@ def _walk(
             query_after=_between(counting, start.point.step, step),  # they change buffers
             start=start.point,
         ):
-            reached = replace(point, support_loss=None, gradient={}, query=None)
+            reached = point.bare()
     return _Start(reached, _RandomState.now(True, loop, tasks))
 
 
