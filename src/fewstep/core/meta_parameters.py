@@ -89,13 +89,13 @@ class MetaParameters:
         self.step_table = _leaves("inner_step", algorithm.inner_step.table(initial, num_steps))
         whole = {n: self.phi.get(n, p) for n, p in module.named_parameters()}
         self.start_table = _leaves("inner_start", algorithm.inner_start.table(whole))
-        others = {START + n: t for n, t in self.start_table.items()}
-        others |= {STEP + n: t for n, t in self.step_table.items()}
-        self.of_parts = {RATE + n: t for n, t in self.rates.items()} | others
+        tables = {RATE: self.rates, START: self.start_table, STEP: self.step_table}
+        self.of_parts = {p + n: t for p, table in tables.items() for n, t in table.items()}
         self.parameters: Tensors = self.learned | self.of_parts
 
         update = algorithm.rate_update
-        self.by_outer = self.parameters if update is None else self.learned | others
+        owned = () if update is None else {RATE + n for n in self.rates}
+        self.by_outer = {n: t for n, t in self.parameters.items() if n not in owned}
         if not self.by_outer:
             raise InputError(
                 f"{algorithm.adapted} leaves nothing to the outer optimiser; fix fewer starts"
