@@ -215,7 +215,7 @@ def test_what_cannot_be_started_from_is_refused(tmp_path):
         (tmp_path / "note.txt", "cannot start from .*note.txt: .*; give a run folder or a saf"),
         (tmp_path / "nothing", "cannot start from .*nothing: .*; give a run folder or a safet"),
         (tmp_path / "checkpoints", "checkpoints holds no run"),
-        (tmp_path, "has no checkpoint to start from; train it first"),
+        (tmp_path, "has no checkpoint yet; train it first"),
     ):
         with pytest.raises(InputError, match=message):
             read_initial(path)

@@ -7,7 +7,11 @@ import pytest
 import torch
 
 from fewstep import InputError
+from fewstep.training.config import to_dict
+from fewstep.training.initial import read_initial
+from fewstep.training.load import load_learner
 from fewstep.training.metrics_file import Log, read_metrics
+from fewstep.training.presets import preset
 from fewstep.training.run_folder import RunFolder
 
 RANKS = [None, 0.3, 0.7, None, 0.5, 0.7, 0.6, 0.2]
@@ -75,3 +79,14 @@ def test_a_line_that_the_disk_has_no_room_for(tmp_path, full, stand_in):
     with pytest.raises(InputError, match="No space left on device; the last checkpoint is intact"):
         write()
     assert read_metrics(tmp_path / "metrics.jsonl")[0] == {"iteration": 1, "loss": 1.0}
+
+
+def test_everyone_is_sent_to_the_checkpoint_that_came_along(tmp_path):
+    """The folders of results/ hold a run in a folder of their own."""
+    outer = RunFolder.create(tmp_path, to_dict(preset("glyphs")))
+    inner = tmp_path / "run"
+    inner.mkdir()
+    RunFolder.create(inner, {}).save_checkpoint({}, None, 1, None)
+    for ask in (outer.kept, lambda _: load_learner(tmp_path), lambda _: read_initial(tmp_path)):
+        with pytest.raises(InputError, match=r"no checkpoint of its own; give .*run$"):
+            ask("best")

@@ -26,10 +26,9 @@ from fewstep.training.episode_options import (
     Split,
     SupervisedOptions,
 )
-from fewstep.training.evaluate import Checkpoint, evaluate_run
-from fewstep.training.parse import load_config
-from fewstep.training.run_folder import RunFolder
-from fewstep.training.same_settings import check_unchanged
+from fewstep.training.evaluate import evaluate_run
+from fewstep.training.run_folder import Checkpoint
+from fewstep.training.same_settings import open_run
 
 
 @dataclass(frozen=True)
@@ -71,9 +70,7 @@ class Evaluate:
         """Print the scores, then write them into the run folder."""
         if self.tasks < 2:
             raise InputError(f"tasks={self.tasks} must be at least 2, to give an interval")
-        run = RunFolder.open(self.run_folder)
-        config = load_config(run.path / "config.toml")
-        check_unchanged(run, config)
+        run, config = open_run(self.run_folder)
         episodes = self._episodes(config.for_tests().episodes)
         config = config.with_extra_steps(self.extra_steps).for_tests(self.ways)
         changes = self._changes(config.test_tasks)

@@ -27,9 +27,9 @@ from fewstep.training.display import say
 from fewstep.training.evaluate import evaluate_run
 from fewstep.training.folders import locked, make_folder
 from fewstep.training.initial import fitting, initial_of
-from fewstep.training.parse import load_config, run_config
+from fewstep.training.parse import run_config
 from fewstep.training.run_folder import RunFolder
-from fewstep.training.same_settings import check_can_be_kept, check_unchanged
+from fewstep.training.same_settings import check_can_be_kept, open_run
 from fewstep.training.trainer import Trainer
 
 
@@ -80,9 +80,7 @@ class Resume:
 
     def run(self, console: Console) -> None:
         """Train from the last checkpoint, if there is anything left to train, and test."""
-        run = RunFolder.open(self.run_folder)
-        config = load_config(run.path / "config.toml")
-        check_unchanged(run, config)
+        run, config = open_run(self.run_folder)
         if self.iterations is not None:
             config = replace(config, iterations=self.iterations)
         config = replace(config, device=resolve_device(self.device or config.device))

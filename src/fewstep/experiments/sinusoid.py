@@ -164,9 +164,7 @@ class MamlSinusoid:
         if rate is not None:
             config = replace(config, algorithm=replace(config.algorithm, inner_lr=rate))
         learner = build_learner(config, Problem({}, (1,), 1), device)
-        state = run.state()
-        assert state is not None  # it is finished
-        learner.load_state_tensors(run.load_checkpoint(state.best[0].name))
+        learner.load_state_tensors(run.load_checkpoint(run.kept("best")[0].name))
         return learner
 
     def _markdown(self, rows: Mapping[str, dict[str, Any]]) -> str:

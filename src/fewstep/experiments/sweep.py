@@ -19,10 +19,10 @@ from fewstep.experiments.pool import check_alone, each
 from fewstep.training.build import Experiment
 from fewstep.training.config import RunConfig, to_dict
 from fewstep.training.display import say
-from fewstep.training.evaluate import Checkpoint, evaluate_run, evaluation_file, is_scored
+from fewstep.training.evaluate import evaluate_run, evaluation_file, is_scored
 from fewstep.training.folders import locked, make_folder
 from fewstep.training.initial import initial_of
-from fewstep.training.run_folder import RunFolder
+from fewstep.training.run_folder import Checkpoint, RunFolder
 from fewstep.training.same_settings import differences
 from fewstep.training.trainer import Trainer
 

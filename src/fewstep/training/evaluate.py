@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 
@@ -24,9 +24,7 @@ from fewstep.training.display import bars, counting
 from fewstep.training.environment import command_line, environment
 from fewstep.training.episode_options import Split
 from fewstep.training.head import fitting_head
-from fewstep.training.run_folder import Kept, RunFolder, write_json
-
-Checkpoint = Literal["best", "last", "ensemble"]
+from fewstep.training.run_folder import Checkpoint, RunFolder, write_json
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def evaluate_run(
     of_split: Classes = {s: names for s, names in experiment.problem.classes.items() if s == split}
     if run is not None:
         check_classes(run.path, of_split)
-    kept = () if run is None else _kept(run, checkpoint)
+    kept = () if run is None else run.kept(checkpoint)
     states = [] if run is None else [run.load_checkpoint(each.name) for each in kept]
     states = [fitting_head(learner, state) for state in states]
     states = learner.ranks.of_first(states)
@@ -146,19 +144,6 @@ def _training_seconds(run: RunFolder) -> float | None:
     return round(seconds, 1) if seconds else None
 
 
-def _kept(run: RunFolder, checkpoint: Checkpoint) -> tuple[Kept, ...]:
-    state = run.state()
-    if state is None:
-        if (inner := run.path / "run" / "state.json").exists():  # as of the runs that come along
-            raise InputError(f"{run.path} has no checkpoint of its own; give {inner.parent}")
-        raise InputError(f"{run.path} has no checkpoint yet; train it first")
-    return {
-        "best": state.best[:1],
-        "last": (Kept(state.last, state.iteration, None),),
-        "ensemble": state.best,
-    }[checkpoint]
-
-
 def is_scored(run: RunFolder, checkpoint: Checkpoint, file: Path) -> bool:
     """Whether a file has the scores of the checkpoint as it is now, not before more training.
 
@@ -168,7 +153,7 @@ def is_scored(run: RunFolder, checkpoint: Checkpoint, file: Path) -> bool:
         iterations = json.loads(file.read_text())["iterations"]
     except (OSError, ValueError, TypeError, KeyError):
         return False
-    return bool(iterations == [each.iteration for each in _kept(run, checkpoint)])
+    return bool(iterations == [each.iteration for each in run.kept(checkpoint)])
 
 
 def evaluation_file(

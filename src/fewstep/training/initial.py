@@ -21,8 +21,7 @@ from fewstep.models.conv import PROJECTION
 from fewstep.models.features import projection_of
 from fewstep.training.classes_file import Classes, read_classes
 from fewstep.training.config import RunConfig, SinusoidData, to_dict
-from fewstep.training.parse import load_config
-from fewstep.training.run_folder import RunFolder
+from fewstep.training.same_settings import open_run
 
 _MODEL = "model."  # before the names of a module's tensors in a checkpoint
 # What a learner has beside its module, of which a new run has its own.
@@ -55,11 +54,8 @@ def read_initial(path: Path) -> Tensors:
         InputError: there is neither, the run has no checkpoint, or a number is not finite.
     """
     if path.is_dir():
-        run = RunFolder.open(path)
-        if (state := run.state()) is None:
-            raise InputError(f"{path} has no checkpoint to start from; train it first")
-        tensors = run.load_checkpoint(state.best[0].name)
-        config = load_config(run.path / "config.toml")
+        run, config = open_run(path)
+        tensors = run.load_checkpoint(run.kept("best")[0].name)
         if config.algorithm.start == "prototypes":  # whose last layer nobody has learned
             assert not isinstance(config.data, SinusoidData)
             with torch.device("meta"):
@@ -93,7 +89,7 @@ def check_source(path: Path, config: RunConfig) -> None:
     """
     if not path.is_dir():
         return
-    source = load_config(RunFolder.open(path).path / "config.toml")
+    _, source = open_run(path)
     parts = [("model", {"initialisation", "head", "projection"}, "is of another network")]
     if source.dataset == config.dataset:
         parts += [("data", {"root", "size"}, "may have been trained on what this run tests on")]

@@ -15,9 +15,7 @@ from fewstep.training.build import Problem, build_learner, resolve_device
 from fewstep.training.config import RunConfig, SinusoidData
 from fewstep.training.episode_options import ClassificationOptions
 from fewstep.training.head import fitting_head
-from fewstep.training.parse import load_config
-from fewstep.training.run_folder import RunFolder
-from fewstep.training.same_settings import check_unchanged
+from fewstep.training.same_settings import open_run
 
 OneCheckpoint = Literal["best", "last"]
 
@@ -65,20 +63,16 @@ class Saved:
     ) -> Saved:
         """Read a run; arguments and errors are those of `load_learner`."""
         check_name("checkpoint", checkpoint, get_args(OneCheckpoint))
-        run = RunFolder.open(Path(path))
-        config = load_config(run.path / "config.toml")
-        check_unchanged(run, config)
+        run, config = open_run(Path(path))
         if config.recipe == "supervised":
             raise InputError(
                 f"{run.path} has learned to tell its training classes apart and no few-shot tasks; "
                 f"start a run from it, with `fewstep train --initial {quote(str(run.path))}`"
             )
         config = config.with_extra_steps(extra_steps)
-        if (state := run.state()) is None:
-            raise InputError(f"{run.path} has no checkpoint yet; train it first")
-        name = state.last if checkpoint == "last" else state.best[0].name
+        [kept] = run.kept(checkpoint)
         device = resolve_device(device)
-        return cls(replace(config, device=device), run.load_checkpoint(name))
+        return cls(replace(config, device=device), run.load_checkpoint(kept.name))
 
     def learner(self, ways: int | None = None) -> MetaLearner:
         """Return the learner, for so many classes.

@@ -8,7 +8,7 @@ import shlex
 import tomllib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tomli_w
 from safetensors import SafetensorError
@@ -20,6 +20,8 @@ from fewstep.core.files import write_atomically
 from fewstep.data.archives import reading
 from fewstep.training.environment import command_line, environment
 from fewstep.training.metrics_file import is_number, json_line, read_metrics
+
+Checkpoint = Literal["best", "last", "ensemble"]
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,23 @@ class RunFolder:
             raise InputError(
                 f"{path} is damaged ({error}); the run must be started anew"
             ) from error
+
+    def kept(self, checkpoint: Checkpoint) -> tuple[Kept, ...]:
+        """Return what was asked for: the best checkpoint, the last, or all that are kept.
+
+        Raises:
+            InputError: there is none, or state.json cannot be read.
+        """
+        state = self.state()
+        if state is None:
+            if (inner := self.path / "run" / "state.json").exists():  # as in results/
+                raise InputError(f"{self.path} has no checkpoint of its own; give {inner.parent}")
+            raise InputError(f"{self.path} has no checkpoint yet; train it first")
+        return {
+            "best": state.best[:1],
+            "last": (Kept(state.last, state.iteration, None),),
+            "ensemble": state.best,
+        }[checkpoint]
 
     def save_checkpoint(
         self,

@@ -10,7 +10,7 @@ from typing import Any
 
 from fewstep.core.errors import InputError
 from fewstep.training.config import RunConfig, to_dict
-from fewstep.training.parse import config_of
+from fewstep.training.parse import config_of, load_config
 from fewstep.training.run_folder import RunFolder
 
 # Settings that say how to compute, and change no result but rounding.
@@ -49,6 +49,18 @@ def check_can_be_kept(config: RunConfig) -> None:
                 f"{name} is None where the recipe has {there!r}, which a run's file cannot say; "
                 "give another value, or another recipe"
             )
+
+
+def open_run(path: Path) -> tuple[RunFolder, RunConfig]:
+    """Open the folder of a run, and return the settings that it began with and has now.
+
+    Raises:
+        InputError: there is no run, or what `check_unchanged` raises.
+    """
+    run = RunFolder.open(path)
+    config = load_config(run.path / "config.toml")
+    check_unchanged(run, config)
+    return run, config
 
 
 def check_unchanged(run: RunFolder, config: RunConfig) -> None:
