@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,10 @@ def sampling_and_iteration(
 
     Means after the first, as tasks may be drawn for many iterations at once.
     """
-    config = preset(dataset, recipe=recipe)
+    config = replace(preset(dataset, recipe=recipe), device=device)
     problem = build_problem(config, device)
-    learner, episodes = build_learner(config, problem, device), problem.episodes["train"]
+    learner = build_learner(config, problem.input_shape, problem.outputs)
+    episodes = problem.episodes["train"]
     learner.step(episodes.batch(0, config.tasks))
     sampling, started, done = 0.0, time.perf_counter(), 0
     while done < repeats or time.perf_counter() - started < 10:

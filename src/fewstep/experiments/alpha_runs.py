@@ -112,7 +112,7 @@ def train(
         return kept
     shared = replace(config, algorithm=AlgorithmOptions(), recipe="maml")  # one problem for all
     problem = _problem(shared)
-    learner = build_learner(config, problem, config.device)
+    learner = build_learner(config, problem.input_shape, problem.outputs)
     course = _course(
         learner, problem, config, threshold=threshold, window=window, val_every=val_every
     )

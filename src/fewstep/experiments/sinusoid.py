@@ -22,7 +22,7 @@ from fewstep.experiments.sweep import Test, complete_all
 from fewstep.experiments.write_up import write_up
 from fewstep.report.figure import label_plainly, legend_below, new_figure, save_figure
 from fewstep.report.sinusoid_fits import plot_sinusoid_fits
-from fewstep.training.build import Problem, build_learner, resolve_device
+from fewstep.training.build import build_learner, resolve_device
 from fewstep.training.config import Recipe, RunConfig
 from fewstep.training.display import say
 from fewstep.training.network_options import SinusoidMLPOptions
@@ -163,7 +163,7 @@ class MamlSinusoid:
         run, config = RunFolder(self._path(method, seed)), self.config(method, seed)
         if rate is not None:
             config = replace(config, algorithm=replace(config.algorithm, inner_lr=rate))
-        learner = build_learner(config, Problem({}, (1,), 1), device)
+        learner = build_learner(replace(config, device=device), (1,), 1)
         learner.load_state_tensors(run.load_checkpoint(run.kept("best")[0].name))
         return learner
 

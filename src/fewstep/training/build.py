@@ -107,7 +107,8 @@ class Experiment:
         problem = build_problem(config, config.device, splits)
         if initial is not None and config.initial is not None:
             check_unseen(config.initial, problem.classes)
-        learner = build_learner(config, problem, config.device, ranks, initial)
+        shape = problem.input_shape
+        learner = build_learner(config, shape, problem.outputs, ranks, initial)
         if config.memory_budget is not None:
             some = problem.episodes[splits[0]].batch(0, config.tasks)
             try:
@@ -119,8 +120,7 @@ class Experiment:
         tester, tests = learner, config.for_tests()
         if tests != config:
             assert isinstance(tests.episodes, ClassificationOptions)
-            of_tests = replace(problem, outputs=tests.episodes.ways)
-            tester = build_learner(tests, of_tests, config.device, ranks)
+            tester = build_learner(tests, shape, tests.episodes.ways, ranks)
             tester.chunk_size = learner.chunk_size
         return cls(config, problem, learner, tester)
 
@@ -211,8 +211,8 @@ def classification_episodes(
 
 def build_learner(
     config: RunConfig,
-    problem: Problem,
-    device: str,
+    input_shape: tuple[int, ...],
+    outputs: int,
     ranks: Ranks = ALONE,
     initial: Tensors | None = None,
 ) -> MetaLearner:
@@ -225,7 +225,7 @@ def build_learner(
     commit()  # of the code at work; another may be checked out when scores are written
     with torch.random.fork_rng(devices=[]):  # drawn on the CPU: every device starts alike
         torch.default_generator.manual_seed(config.seed)
-        module = config.model.build(problem.input_shape, problem.outputs).to(device)
+        module = config.model.build(input_shape, outputs).to(config.device)
     learner = MetaLearner(
         module,
         config.algorithm.build(config.iterations, config.epoch_length),

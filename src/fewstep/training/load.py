@@ -11,7 +11,7 @@ from fewstep.core.algorithm import ExtraSteps
 from fewstep.core.errors import InputError, check_name
 from fewstep.core.learner import MetaLearner
 from fewstep.core.network import Tensors
-from fewstep.training.build import Problem, build_learner, resolve_device
+from fewstep.training.build import build_learner, resolve_device
 from fewstep.training.config import RunConfig, SinusoidData
 from fewstep.training.episode_options import ClassificationOptions
 from fewstep.training.head import fitting_head
@@ -81,10 +81,11 @@ class Saved:
             InputError: it has not learned to tell so many apart.
         """
         config = self.config.for_tests(ways)
-        problem = Problem({}, (1,), 1)
+        shape: tuple[int, ...] = (1,)
+        outputs = 1
         if not isinstance(config.data, SinusoidData):
             assert isinstance(config.episodes, ClassificationOptions)
-            problem = Problem({}, config.data.image_shape, config.episodes.ways)
-        learner = build_learner(config, problem, config.device)
+            shape, outputs = config.data.image_shape, config.episodes.ways
+        learner = build_learner(config, shape, outputs)
         learner.load_state_tensors(fitting_head(learner, self.state))
         return learner
