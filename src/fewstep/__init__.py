@@ -21,7 +21,7 @@ from fewstep.core.inner_step import AdamStep, GradientStep, InnerStep, MomentumS
 from fewstep.core.learner import MetaLearner
 from fewstep.core.metrics import Metrics
 from fewstep.core.norm import NormStatistics, PerStepAffine, SharedAffine
-from fewstep.core.outer import SGD, Adam, Constant, CosineAnnealing
+from fewstep.core.outer import SGD, Adam, ConstantSchedule, CosineAnnealing
 from fewstep.core.query_weights import FinalStep, MultiStepLoss
 from fewstep.core.ranks import Ranks
 from fewstep.core.rates import ConstantRate, ElementRates, LayerStepRates, LearnedRate, StepRates
@@ -50,8 +50,8 @@ __all__ = [
     "Algorithm",
     "ClipByNorm",
     "ClipByValue",
-    "Constant",
     "ConstantRate",
+    "ConstantSchedule",
     "CosineAnnealing",
     "DerivativeAnnealing",
     "Difference",

@@ -95,7 +95,7 @@ def test_the_meta_gradient_is_clipped_as_torch_clips(limit):
     case = CASES["mlp"]
     module, batch = case.build(), case.batch()
     algorithm = replace(
-        maml(2, 0.3), outer=SGD(1.0), clipping=ClipByNorm(limit), inner_rate=LearnedRate(0.3)
+        maml(2, 0.3), outer=SGD(1.0), outer_clipping=ClipByNorm(limit), inner_rate=LearnedRate(0.3)
     )
     learner = MetaLearner(module, algorithm, case.loss)
     gradient, _ = learner.meta_gradient(batch)

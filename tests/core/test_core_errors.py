@@ -233,7 +233,7 @@ MISTAKES = [
     ("norm_affine='shared' of type str", lambda: with_part(norm_affine="shared")),
     ("such as NormStatistics('batch')", lambda: with_part(norm_statistics="running")),
     ("inner_clipping=1.0 of type float", lambda: with_part(inner_clipping=1.0)),
-    ("clipping=10.0 of type float", lambda: with_part(clipping=10.0)),
+    ("outer_clipping=10.0 of type float", lambda: with_part(outer_clipping=10.0)),
     ("rate_update=0.1 of type float", lambda: with_part(rate_update=0.1)),
     ("outer=<class 'torch.optim.adam.Adam'> ", lambda: with_part(outer=torch.optim.Adam)),
     ("a callable with an attribute owns_rate", lambda: with_part(outer=lambda p: None)),

@@ -310,12 +310,12 @@ def test_the_rates_are_there_to_be_logged():
     learner.step(batch)
     gradient = learner.meta_gradient(batch)[0]["inner_lr.all"]
     learner.step(batch)
-    rates = learner.rates()
+    rates = learner.hypergradient_rates()
     assert rates["inner_lr"] == learner.parameters["inner_lr.all"]
     assert rates["inner_lr_hypergradient"] == -gradient
     assert rates["outer_lr"] == learner.state_tensors()["optimiser.0.weight.beta"]
     assert rates["outer_lr_hypergradient"] == learner.state_tensors()["optimiser.0.weight.h"]
-    assert learner_of(plain()).rates() == {}
+    assert learner_of(plain()).hypergradient_rates() == {}
 
 
 def test_bad_initial_rates_are_mended():
@@ -444,14 +444,16 @@ def test_the_outer_rate_of_a_module_of_half_precision_moves_and_is_kept():
     first, second = learner(), learner()
     for _ in range(3):
         first.step(batch)
-    beta = first.rates()["outer_lr"]
+    beta = first.hypergradient_rates()["outer_lr"]
     assert beta.dtype == torch.float32
     assert abs(beta / 0.1 - 1).item() == pytest.approx(2e-4, 0.01)
     second.load_state_tensors(first.state_tensors())
-    assert second.rates()["outer_lr"].dtype == torch.float32
+    assert second.hypergradient_rates()["outer_lr"].dtype == torch.float32
     for each in (first, second):
         each.step(batch)
-    assert torch.equal(first.rates()["outer_lr"], second.rates()["outer_lr"])
+    assert torch.equal(
+        first.hypergradient_rates()["outer_lr"], second.hypergradient_rates()["outer_lr"]
+    )
     assert torch.equal(first.module.weight, second.module.weight)
 
 
@@ -470,7 +472,7 @@ def test_an_optimiser_s_step_takes_no_closure():
             r"no rate to update under StepRates\(inner_lrs=\(0.1,\)\)",
             lambda: replace(alpha_maml(), inner_rate=StepRates((0.1,))),
         ),
-        ("do not go together", lambda: replace(alpha_maml(), clipping=ClipByNorm(1.0))),
+        ("do not go together", lambda: replace(alpha_maml(), outer_clipping=ClipByNorm(1.0))),
         (
             "needs LearnedRate, not LayerStepRates",
             lambda: Algorithm(

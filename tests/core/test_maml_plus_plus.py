@@ -382,7 +382,7 @@ def test_a_layer_whose_name_begins_another_s_keeps_its_own_moments():
 def test_clipping_leaves_the_rates_alone():
     limit = 1e-3
     algorithm = replace(
-        PLAIN, inner_rate=LayerStepRates(0.3), outer=SGD(1.0), clipping=ClipByValue(limit)
+        PLAIN, inner_rate=LayerStepRates(0.3), outer=SGD(1.0), outer_clipping=ClipByValue(limit)
     )
     learner, batch = learner_of(algorithm), CASE.batch()
     gradient, _ = learner.meta_gradient(batch)

@@ -116,7 +116,10 @@ def test_a_state_that_does_not_fit_changes_nothing(changed, message):
 def test_an_update_by_the_meta_gradient_is_a_step():
     batch, start = CASE.batch(), CASE.build().state_dict()
     algorithm = replace(
-        maml(2, 0.1), inner_rate=LayerStepRates(0.1), clipping=ClipByNorm(0.01), outer=Adam(0.01)
+        maml(2, 0.1),
+        inner_rate=LayerStepRates(0.1),
+        outer_clipping=ClipByNorm(0.01),
+        outer=Adam(0.01),
     )
     ends = []
     for by_hand in (False, True):
@@ -181,7 +184,7 @@ def test_an_update_keeps_nothing_of_the_caller_s():
                 gradient = kept
             kept = gradient
             learner.update(gradient)
-        rates.append(learner.rates()["outer_lr"])
+        rates.append(learner.hypergradient_rates()["outer_lr"])
     assert rates[0] == rates[1]
 
 
@@ -201,7 +204,7 @@ def test_an_update_may_be_of_another_type():
     ],
 )
 def test_an_outer_clipping_gives_back_what_it_got(clipped, message):
-    learner = MetaLearner(linear(1), replace(maml(1), clipping=clipped), F.cross_entropy)
+    learner = MetaLearner(linear(1), replace(maml(1), outer_clipping=clipped), F.cross_entropy)
     with pytest.raises(InputError, match=message):
         learner.step(CASE.batch())
 
@@ -247,7 +250,7 @@ def test_a_state_of_another_optimiser_is_refused_and_changes_nothing(here, there
     if here == there or (here, there) in SAME:
         other.load_state_tensors(state)
         other.step(case.batch())
-        other.rates()
+        other.hypergradient_rates()
         return
     if there == "SGD":  # which keeps nothing, so that nothing tells
         return

@@ -65,9 +65,9 @@ def process(out: Path) -> None:
         for dtype in (torch.float32, torch.float64)
     }
     found["any"] = [ranks.any(ranks.rank == 1), ranks.any(False)]
-    found["first"] = ranks.of_first({"rank": ranks.rank})
+    found["first"] = ranks.broadcast({"rank": ranks.rank})
     torch.save(found, out / f"{ranks.rank}.pt")
-    ranks.part()
+    ranks.close()
 
 
 @pytest.fixture(scope="module")

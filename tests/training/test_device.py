@@ -100,7 +100,12 @@ def test_classification(recipe: Recipe, mode: str) -> None:
     with OnDevice():
         batch = episodes.batch(0, 2)
         gradients, _ = learner.meta_gradient(batch)
-    found = [metrics.loss, metrics.metric, metrics.gradient_norm, *learner.rates().values()]
+    found = [
+        metrics.loss,
+        metrics.metric,
+        metrics.gradient_norm,
+        *learner.hypergradient_rates().values(),
+    ]
     assert all(t.is_meta for t in [*batch.tensors(), *gradients.values(), *found])
     assert learner.predict(episodes, 4).is_meta
     adapted = learner.adapt(batch.x_support[0], batch.y_support[0])

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from fewstep.cli.main import main
+from fewstep.core import evaluation as core_evaluation
 from fewstep.core import learner
-from fewstep.core import testing as core_testing
 from fewstep.core.tasks import TaskBatch
 from fewstep.training.build import Experiment
 from fewstep.training.load import load_learner
@@ -20,9 +20,9 @@ def test_validations_score_the_last_step_alone_and_the_test_every_step(tmp_path,
 
     def noted(loop, episodes, numbers, query_after, **options):
         scored.append(tuple(query_after))
-        return core_testing.test(loop, episodes, numbers, query_after, **options)
+        return core_evaluation.adapt_and_query(loop, episodes, numbers, query_after, **options)
 
-    monkeypatch.setattr(learner, "test", noted)
+    monkeypatch.setattr(learner, "adapt_and_query", noted)
     options = ["train", "--dataset", "sinusoid", "--iterations", "2", "--val-every", "1",
                "--val-tasks", "2", "--test-tasks", "2", "--keep-best", "1",
                "--eval-steps", "3"]  # fmt: skip

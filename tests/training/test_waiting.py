@@ -104,7 +104,7 @@ def test_an_iteration_waits_for_nothing(recipe: Recipe, replay: bool, device: st
     learner.step(episodes.batch(4, 4))  # state of the optimiser exists
     with no_waiting(device, learner.optimiser):
         learner.step(episodes.batch(8, 4), check_finite=False)
-        learner.rates()
+        learner.hypergradient_rates()
 
 
 def test_a_check_waits() -> None:

@@ -94,7 +94,7 @@ class Evaluate:
             views=self.views,
             changes=changes,
         )
-        ranks.part()
+        ranks.close()
         if ranks.is_first:
             of = f"checkpoint: {self.checkpoint}, {_named(tested.summary['iterations'])}"
             of += "".join(f"; {change.replace('-', ' ', 1)}" for change in changes)

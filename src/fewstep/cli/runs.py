@@ -86,7 +86,7 @@ class Resume:
         config = replace(config, device=resolve_device(self.device or config.device))
         ranks = Ranks.of_torchrun(config.device)
         with locked(run.path) if ranks.is_first else nullcontext():
-            state = ranks.of_first(run.state())
+            state = ranks.broadcast(run.state())
             if state is not None and state.iteration > config.iterations:
                 raise InputError(
                     f"iterations={config.iterations} is below the {state.iteration} that "
@@ -183,7 +183,7 @@ def _train_and_test(experiment: Experiment, run: RunFolder | None, console: Cons
             tested.save()
     else:
         say(console, f"stopped after iteration {state.iteration}; the checkpoint is written")
-    ranks.part()
+    ranks.close()
     return is_done
 
 

@@ -15,7 +15,7 @@ from fewstep.core.hypergradient import HypergradientRates
 from fewstep.core.inner_start import InnerStart, SharedStart
 from fewstep.core.inner_step import GradientStep, InnerStep
 from fewstep.core.norm import NormAffine, NormStatistics, SharedAffine
-from fewstep.core.outer import Adam, Constant, OuterOptimiser, OuterSchedule
+from fewstep.core.outer import Adam, ConstantSchedule, OuterOptimiser, OuterSchedule
 from fewstep.core.query_weights import FinalStep, QueryWeights
 from fewstep.core.rates import InnerRate, LearnedRate
 
@@ -34,8 +34,8 @@ _SLOTS: dict[str, tuple[Any, str]] = {
     "inner_step": (InnerStep, "GradientStep(), or of a subclass of InnerStep"),
     "rate_update": (HypergradientRates | None, "HypergradientRates(0.001)"),
     "outer": (OuterOptimiser, "Adam(0.001), or a callable with an attribute owns_rate"),
-    "outer_schedule": (OuterSchedule, "Constant()"),
-    "clipping": (Clipping, "ClipByNorm(10.0)"),
+    "outer_schedule": (OuterSchedule, "ConstantSchedule()"),
+    "outer_clipping": (Clipping, "ClipByNorm(10.0)"),
 }
 
 
@@ -67,8 +67,8 @@ class Algorithm:
             papers write it.
         outer: The optimiser of phi.
         outer_schedule: The course of its rate over training.
-        clipping: What happens to the meta-gradient of parameters before the optimiser sees it; what
-            parts learn, as inner rates, stays as it is, as in MAML++'s code.
+        outer_clipping: What happens to the meta-gradient of parameters before the optimiser sees
+            it; that of what parts learn, such as inner rates, stays as it is, as in MAML++'s code.
         iterations_per_epoch: Outer updates of an epoch, the unit of every schedule above.
         extra_steps: Where parts have a row for each step, refuse more steps than `num_steps`, or
             repeat the last row.
@@ -92,8 +92,8 @@ class Algorithm:
     rate_update: HypergradientRates | None = None
     task_reduction: Literal["mean", "sum"] = "mean"
     outer: OuterOptimiser = field(default_factory=Adam)
-    outer_schedule: OuterSchedule = field(default_factory=Constant)
-    clipping: Clipping = field(default_factory=NoClipping)
+    outer_schedule: OuterSchedule = field(default_factory=ConstantSchedule)
+    outer_clipping: Clipping = field(default_factory=NoClipping)
     iterations_per_epoch: float = 500
     extra_steps: ExtraSteps = "refuse"
 
@@ -109,14 +109,14 @@ class Algorithm:
         _check_steps("num_steps", self.num_steps)
         if not self.iterations_per_epoch > 0:
             raise InputError(f"iterations_per_epoch={self.iterations_per_epoch} must be positive")
-        if self.outer.owns_rate and self.outer_schedule != Constant():
+        if self.outer.owns_rate and self.outer_schedule != ConstantSchedule():
             raise InputError(
                 f"{type(self.outer).__name__} and {type(self.outer_schedule).__name__} would both "
                 "set the outer rate; leave one out"
             )
-        if self.outer.owns_rate and self.clipping != NoClipping():
+        if self.outer.owns_rate and self.outer_clipping != NoClipping():
             raise InputError(
-                f"{type(self.outer).__name__} and {type(self.clipping).__name__} do not go "
+                f"{type(self.outer).__name__} and {type(self.outer_clipping).__name__} do not go "
                 "together: the hypergradient is that of the gradient as it is; leave one out, or "
                 "give guards"
             )

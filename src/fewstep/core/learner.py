@@ -13,6 +13,7 @@ from torch.nn.utils import get_total_norm
 from fewstep.core.adapted_copy import adapted_copy
 from fewstep.core.algorithm import Algorithm
 from fewstep.core.errors import InputError, check_fits, check_name
+from fewstep.core.evaluation import Reduce, adapt_and_query, losses_and_metrics, outputs_of
 from fewstep.core.hypergradient import Hypergradient
 from fewstep.core.inner import InnerLoop
 from fewstep.core.judge import Judge, Loss
@@ -27,7 +28,6 @@ from fewstep.core.ranks import ALONE, Ranks
 from fewstep.core.replay import Replay
 from fewstep.core.scores import Scores
 from fewstep.core.tasks import Episodes, TaskBatch, View, as_they_are, tasks_of
-from fewstep.core.testing import Read, losses_and_metrics, outputs_of, test
 
 
 class MetaLearner:
@@ -201,8 +201,8 @@ class MetaLearner:
         self._outer.step(own, self.epoch)
         self.iteration += 1
 
-    def rates(self) -> Tensors:
-        """Return the learning rates that follow hypergradients, and these; scalars by name."""
+    def hypergradient_rates(self) -> Tensors:
+        """Return the rates that follow hypergradients, and these, as scalars by name."""
         found: Tensors = {}
         for name, h in self._meta.hypergradients.items():
             suffix = "" if name == "all" else f".{name}"
@@ -268,7 +268,7 @@ class MetaLearner:
         steps = self._steps(num_steps)
         after = range(0 if every_step else steps, steps + 1)
         found, targets = self._test(episodes, own, after, norm.use, losses_and_metrics)
-        loss, metric = self.ranks.join([found], num_tasks)[0].unbind(1)
+        loss, metric = self.ranks.gather([found], num_tasks)[0].unbind(1)
         judge = self._network.judge
         return judge.scores(loss, metric, targets, norm.describe(self.module), tuple(after))
 
@@ -292,7 +292,7 @@ class MetaLearner:
         use = self._norm_statistics(statistics).use
         after = range(self._steps(num_steps) + 1)
         found, _ = self._test(episodes, self.ranks.span(num_tasks), after, use, outputs_of)
-        return self.ranks.join([found], num_tasks)[0]
+        return self.ranks.gather([found], num_tasks)[0]
 
     def evaluate_ensemble(
         self,
@@ -341,7 +341,7 @@ class MetaLearner:
                     metrics.append(metric)
             finally:
                 self._meta.load(before)
-        loss, metric = self.ranks.join([torch.cat(losses), torch.cat(metrics)], num_tasks)
+        loss, metric = self.ranks.gather([torch.cat(losses), torch.cat(metrics)], num_tasks)
         judge = self._network.judge
         return judge.scores(loss, metric, chunk.y_query, norm.describe(self.module), after)
 
@@ -373,15 +373,15 @@ class MetaLearner:
         return norm if use is None else replace(norm, use=use)
 
     def _test(
-        self, episodes: Episodes, numbers: slice, after: Sequence[int], use: Use, read: Read
+        self, episodes: Episodes, numbers: slice, after: Sequence[int], use: Use, reduce: Reduce
     ) -> tuple[Tensor, Tensor]:
-        return test(
+        return adapt_and_query(
             self._loop,
             episodes,
             numbers,
             after,
             use=use,
-            read=read,
+            reduce=reduce,
             chunk_size=self.chunk_size,
             replay=self._test_replay,
         )

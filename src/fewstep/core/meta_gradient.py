@@ -71,7 +71,7 @@ def meta_gradient(
             gradients, each = differentiate(weights, *chunk.tensors())
             own = list(map(torch.add, own, gradients.values())) or list(gradients.values())
             of_tasks.append(each)
-    total = dict(zip(gradients, ranks.sum(own), strict=True))
+    total = dict(zip(gradients, ranks.all_reduce(own), strict=True))
     (by_task, metric, support, query), buffers = _join(
         of_tasks, loop.meta.buffers, len(batch), ranks
     )
@@ -198,7 +198,7 @@ def _join(
 ) -> tuple[list[Tensor], Tensors]:
     """Put together what the tasks of all processes gave, from the buffers at the start."""
     columns = [_cat(column) for column in zip(*(c.metrics for c in chunks), strict=True)]
-    return ranks.join(columns, tasks), _mean_over_tasks(
+    return ranks.gather(columns, tasks), _mean_over_tasks(
         [c.buffers for c in chunks], start, tasks, ranks
     )
 
@@ -220,6 +220,6 @@ def _mean_over_tasks(parts: list[Tensors], start: Tensors, tasks: int, ranks: Ra
     own = {name: _cat(tuple(p[name] for p in parts)) for name in parts[0]}
     averaged = [name for name, b in own.items() if b.is_floating_point() or b.is_complex()]
     changes = [torch.where(own[n] == start[n], 0, own[n] - start[n]) for n in averaged]
-    sums = ranks.sum([change.sum(0) for change in changes])
+    sums = ranks.all_reduce([change.sum(0) for change in changes])
     means = {n: start[n] + total / tasks for n, total in zip(averaged, sums, strict=True)}
     return {name: means[name] if name in means else b[0] for name, b in own.items()}

@@ -37,7 +37,7 @@ class OuterSchedule(Protocol):
 
 
 @dataclass(frozen=True)
-class Constant:
+class ConstantSchedule:
     """The outer rate stays what it is."""
 
     def __call__(self, epoch: float) -> float:

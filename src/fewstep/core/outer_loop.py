@@ -39,7 +39,7 @@ class OuterLoop:
         meta, update = self._meta, self._algorithm.rate_update
         self._follow_schedule(epoch)
         of_one = {n: gradients[n][None] for n in meta.learned}
-        clipped = self._algorithm.clipping(of_one)
+        clipped = self._algorithm.outer_clipping(of_one)
         check_fits("clipping gave", clipped, of_one)
         for name, parameter in meta.by_outer.items():
             parameter.grad = clipped[name][0] if name in clipped else gradients[name]

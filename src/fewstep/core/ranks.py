@@ -76,7 +76,7 @@ class Ranks:
             return batch
         return TaskBatch(*(t[self.span(len(batch))] for t in batch.tensors()))
 
-    def sum(self, tensors: list[Tensor]) -> list[Tensor]:
+    def all_reduce(self, tensors: list[Tensor]) -> list[Tensor]:
         """Return the sums over the processes of each tensor."""
         if self.size == 1:
             return tensors
@@ -90,26 +90,26 @@ class Ranks:
             sums |= {i: p.view(tensors[i].shape) for i, p in zip(which, parts, strict=True)}
         return [sums[i] for i in range(len(tensors))]
 
-    def join(self, tensors: list[Tensor], tasks: int) -> list[Tensor]:
+    def gather(self, tensors: list[Tensor], tasks: int) -> list[Tensor]:
         """Return the tensors of all `tasks`, given those of this one's share, (tasks, ...) each."""
         if self.size == 1:
             return tensors
         whole = [t.new_zeros(tasks, *t.shape[1:]) for t in tensors]
         for w, t in zip(whole, tensors, strict=True):
             w[self.span(tasks)] = t
-        return self.sum(whole)
+        return self.all_reduce(whole)
 
     def any(self, wish: bool) -> bool:
         """Whether any of them has the wish; asked from CPU to CPU, so that no GPU is waited for."""
-        return bool(self.sum([torch.tensor(int(wish))])[0])
+        return bool(self.all_reduce([torch.tensor(int(wish))])[0])
 
-    def part(self) -> None:
-        """Go separate ways, once all are here."""
+    def close(self) -> None:
+        """Wait for all of them, then leave the group."""
         if self.size > 1:
             dist.barrier()
             dist.destroy_process_group()
 
-    def of_first(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Return the first one's value, whatever it is, to all."""
         box = [value]
         if self.size > 1:

@@ -19,7 +19,7 @@ from fewstep.core.hypergradient import (
 )
 from fewstep.core.inner_start import PrototypeStart
 from fewstep.core.norm import NormStatistics, PerStepAffine
-from fewstep.core.outer import Adam, Constant, CosineAnnealing
+from fewstep.core.outer import Adam, ConstantSchedule, CosineAnnealing
 from fewstep.core.query_weights import FinalStep, MultiStepLoss
 from fewstep.core.rates import ConstantRate, ElementRates, LayerStepRates, LearnedRate
 
@@ -300,5 +300,5 @@ def auto(
         ),
         rate_update=HypergradientRates(0.02, guards=SCALE_FREE),
         outer=HypergradientAdam(outer_lr, 0.02, SCALE_FREE),
-        outer_schedule=Constant(),
+        outer_schedule=ConstantSchedule(),
     )

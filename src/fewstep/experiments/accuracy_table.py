@@ -66,7 +66,7 @@ def accuracy_table(
         for name, configs in rows.items()
     }
     found = complete_all(plan, TESTS, console, workers=workers, ray=ray, ranks=ranks)
-    ranks.part()
+    ranks.close()
     if len(found) < len(plan):
         say(console, f"{len(found)} of {len(plan)} runs are done; the same command goes on")
         return

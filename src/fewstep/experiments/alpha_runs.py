@@ -155,7 +155,7 @@ def _course(
             broken = iteration
             break
         losses.append(metrics.loss.item())
-        rates.append({name: rate.item() for name, rate in learner.rates().items()})
+        rates.append({name: rate.item() for name, rate in learner.hypergradient_rates().items()})
         if iteration >= window and sum(losses[-window:]) / window < threshold:
             reached = iteration
             break

@@ -97,7 +97,7 @@ class MamlPlusPlusFromClassifier:
                 break
             found[name] = scores
             say(console, f"done: {path} ({len(found)} of {len(stages)})")
-        ranks.part()
+        ranks.close()
         if len(found) < len(stages) or not ranks.is_first:
             return
         few_shot = self.path_of("maml++")

@@ -76,12 +76,12 @@ def complete(
 
         def missing() -> list[Test]:
             if run is None:
-                return ranks.of_first([])
-            return ranks.of_first(
+                return ranks.broadcast([])
+            return ranks.broadcast(
                 [t for t in tests if not is_scored(run, t.checkpoint, _file(run, t, steps))]
             )
 
-        state = ranks.of_first(None if run is None else run.state())
+        state = ranks.broadcast(None if run is None else run.state())
         if state is None or state.iteration < config.iterations or missing():
             initial = initial_of(config) if state is None else None
             experiment = Experiment.build(config, ranks, initial)
@@ -93,7 +93,7 @@ def complete(
                     num_tasks=config.test_tasks, num_steps=steps,
                     statistics=test.statistics, views=test.views, changes=test.changes,
                 ).save()  # fmt: skip
-        return ranks.of_first(
+        return ranks.broadcast(
             [] if run is None else [json.loads(_file(run, t, steps).read_text()) for t in tests]
         )
 

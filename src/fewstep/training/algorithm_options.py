@@ -25,7 +25,7 @@ from fewstep.core.norm import NormStatistics, PerStepAffine, SharedAffine, Use
 from fewstep.core.outer import (
     SGD,
     Adam,
-    Constant,
+    ConstantSchedule,
     CosineAnnealing,
     OuterOptimiser,
     check_outer_lr,
@@ -154,8 +154,10 @@ class AlgorithmOptions:
                 iterations / epoch_length, self.final_outer_lr / self.outer_lr
             )
             if self.outer_schedule == "cosine"
-            else Constant(),
-            clipping=NoClipping() if self.clip_value is None else ClipByValue(self.clip_value),
+            else ConstantSchedule(),
+            outer_clipping=NoClipping()
+            if self.clip_value is None
+            else ClipByValue(self.clip_value),
             iterations_per_epoch=epoch_length,
             extra_steps=self.extra_steps,
         )

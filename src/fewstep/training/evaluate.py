@@ -92,7 +92,7 @@ def evaluate_run(
     kept = () if run is None else run.kept(checkpoint)
     states = [] if run is None else [run.load_checkpoint(each.name) for each in kept]
     states = [fitting_head(learner, state) for state in states]
-    states = learner.ranks.of_first(states)
+    states = learner.ranks.broadcast(states)
     episodes = experiment.problem.episodes[split]
     started = time.perf_counter()
     own = learner.ranks.count(num_tasks)

@@ -68,7 +68,11 @@ class Trainer:
         with self._log(state) as log, display.shown(), _stop_signals(display) as stop:
             unread = _Unread()
             for iteration in range(state.iteration + 1, config.iterations + 1):
-                unread.add(iteration, self._iterate(iteration), self.experiment.learner.rates())
+                unread.add(
+                    iteration,
+                    self._iterate(iteration),
+                    self.experiment.learner.hypergradient_rates(),
+                )
                 validates = iteration % config.val_every == 0 or iteration == config.iterations
                 # All processes pause alike: one that raises alone leaves the others waiting.
                 if not (validates or ranks.any(bool(stop) or unread.is_due())):
@@ -96,7 +100,7 @@ class Trainer:
         state, tensors = None, None
         if self.run is not None and (state := self.run.state()) is not None:
             tensors = self.run.load_checkpoint(state.last)
-        state, tensors = learner.ranks.of_first((state, tensors))
+        state, tensors = learner.ranks.broadcast((state, tensors))
         if state is None or tensors is None:
             return self._checkpoint(0, None, None)
         learner.load_state_tensors(tensors)

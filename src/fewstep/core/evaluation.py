@@ -1,4 +1,4 @@
-"""Testing: adaptation to many tasks, and what their query sets give on the way."""
+"""Evaluation: adaptation to many tasks, and what their query sets give on the way."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from fewstep.core.once import one_batch
 from fewstep.core.replay import Replay
 from fewstep.core.tasks import Episodes, TaskBatch, tasks_of
 
-Read = Callable[[list[Result]], Tensor]
+Reduce = Callable[[list[Result]], Tensor]
 
 
-def test(
+def adapt_and_query(
     loop: InnerLoop,
     episodes: Episodes,
     numbers: slice,
     query_after: Sequence[int],
     *,
     use: Use,
-    read: Read,
+    reduce: Reduce,
     chunk_size: int,
     replay: Replay | None,
 ) -> tuple[Tensor, Tensor]:
@@ -38,12 +38,12 @@ def test(
         numbers: Which tasks.
         query_after: After how many inner steps to call on the query sets; the last ends it.
         use: What batch normalisation normalises by.
-        read: Makes (tasks, ...) of what the query sets gave.
+        reduce: Makes (tasks, ...) of what the query sets gave.
         chunk_size: Tasks that go through the module at once.
         replay: Recordings of the same; None computes it anew.
 
     Returns:
-        What `read` makes, of all the tasks, and targets of some.
+        What `reduce` makes, of all the tasks, and targets of some.
     """
 
     @one_batch()
@@ -51,11 +51,11 @@ def test(
         points = loop.trajectory(
             TaskBatch(*tensors), query_after[-1], derivative_order=1, query_after=query_after
         )
-        return read([p.query for p in points if p.query is not None])
+        return reduce([p.query for p in points if p.query is not None])
 
     found = []
     with torch.no_grad(), loop.mode(is_training=False, use=use):
-        key = (read, tuple(query_after), use, *loop.outside())
+        key = (reduce, tuple(query_after), use, *loop.outside())
         call = adapt if replay is None else partial(replay, adapt, key=key)
         for start in range(numbers.start, numbers.stop, chunk_size):
             chunk = tasks_of(episodes, start, min(chunk_size, numbers.stop - start))
