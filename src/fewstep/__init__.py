@@ -1,10 +1,7 @@
 """Gradient-based meta-learning: models that learn a new task in a few gradient steps."""
 
-import fewstep.core.embedding  # its layers stand in for PyTorch's, as do the next four
-import fewstep.core.recurrent
-import fewstep.core.under_vmap
-import fewstep.core.weight_norm
-import fewstep.models.layers  # noqa: F401
+import fewstep.core.stand_ins
+import fewstep.models.layers  # noqa: F401  (registers stand-ins, too)
 from fewstep.core.adapted import AdaptedParameters
 from fewstep.core.algorithm import Algorithm
 from fewstep.core.clipping import ClipByNorm, ClipByValue, NoClipping

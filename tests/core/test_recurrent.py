@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 import fewstep
-from fewstep.core.layers import Layers
+from fewstep.core.stand_ins.registry import StandIns
 from tests.core.reference import Case, Recurrent, plain_meta_gradient, relative_error
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -50,7 +50,7 @@ def assert_same(module: nn.Module, *inputs) -> None:
     torch.manual_seed(1)  # of dropout
     expected = derivatives(module, *inputs)
     torch.manual_seed(1)
-    with Layers():
+    with StandIns():
         found = derivatives(module, *inputs)
     for a, b in zip(found, expected, strict=True):
         assert a.shape == b.shape
@@ -99,7 +99,7 @@ def test_relu_cell():
 @every_kind
 def test_packed_sequences_are_left_to_pytorch(kind):
     layer, packed = kind(3, 4), pack_sequence([torch.randn(3, 3), torch.randn(2, 3)])
-    with Layers():
+    with StandIns():
         found = layer(packed)[0].data
     assert found.equal(layer(packed)[0].data)
 

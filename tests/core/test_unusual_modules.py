@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fewstep
 from fewstep import InputError, MetaLearner, NormStatistics, TaskBatch, maml
-from fewstep.core.weight_norm import weight_norm
+from fewstep.core.stand_ins.weight_norm import weight_norm
 from fewstep.models import Conv4
 from fewstep.models.conv import ConvBlock
 from tests.core.reference import plain_meta_gradient, relative_error

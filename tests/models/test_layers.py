@@ -1,4 +1,4 @@
-"""Layers of any convolutional module, all tasks at once, against PyTorch's own in a loop."""
+"""StandIns of any convolutional module, all tasks at once, against PyTorch's own in a loop."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fewstep
-from fewstep.core.layers import Layers
+from fewstep.core.stand_ins.registry import StandIns
 from fewstep.models import kernels, layer_functions, layers
 from fewstep.models.kernels import batch_norm as compiled
 from fewstep.models.plain import batch_norm as plain
@@ -154,7 +154,7 @@ def test_a_filter_of_no_task_is_left_to_pytorch(monkeypatch):
     monkeypatch.setattr(layers, "_convolve", lambda tasks, *a: pytest.fail("it stands in"))
     module = Call(lambda x: F.conv2d(x, torch.ones(3, 2, 3, 3)).mean((2, 3)))
     x = torch.randn(4, 5, 2, 6, 6)
-    with Layers():
+    with StandIns():
         found = torch.vmap(module)(x)
     torch.testing.assert_close(found, torch.stack([module(each) for each in x]))
 
@@ -162,7 +162,7 @@ def test_a_filter_of_no_task_is_left_to_pytorch(monkeypatch):
 def test_outside_of_tasks_they_are_pytorchs_own():
     module, x = network(LAYERS["batch norm"]), torch.randn(2, 1, SIZE, SIZE)
     expected = module(x)
-    with Layers():
+    with StandIns():
         assert module(x).equal(expected)
         assert x.view(2, -1).data_ptr() == x.data_ptr()
         with pytest.raises(RuntimeError, match="view size"):
@@ -191,7 +191,7 @@ def test_their_arguments_have_pytorchs_names():
         )  # fmt: skip
         return F.adaptive_avg_pool2d(input=y, output_size=1)
 
-    with Layers():
+    with StandIns():
         found = torch.vmap(functions)(x, w)
     torch.testing.assert_close(
         found, torch.stack([functions(*each) for each in zip(x, w, strict=True)])

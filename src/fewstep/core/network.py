@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_map
 from fewstep.core.calls import Attributes, no_recomputing, nothing_left_behind, nothing_written
 from fewstep.core.errors import InputError, check_name
 from fewstep.core.judge import SUPPORT_LOSS, Judge
-from fewstep.core.layers import Layers
 from fewstep.core.modules import (
     DIFFERENTIABLE_TWICE,
     check_module,
@@ -32,6 +31,7 @@ from fewstep.core.normalise import NormaliseBy, Statistics, follow
 from fewstep.core.once import once
 from fewstep.core.precision import Precision, forward_pass, fp32_products
 from fewstep.core.reads import check_reads
+from fewstep.core.stand_ins.registry import StandIns
 from fewstep.core.tasks import TaskBatch
 from fewstep.core.watch import watching
 
@@ -95,7 +95,7 @@ class TaskNetwork:
         has_filters = any(p.ndim == 4 for called in self._called for p in called.parameters())
         is_recurrent = any(isinstance(m, nn.RNNBase | nn.RNNCellBase) for m in self.parts())
         gains = has_filters or is_recurrent or precision == "bfloat16"
-        self._layers = partial(Layers, fewest=not gains)
+        self._stand_ins = partial(StandIns, needed_only=not gains)
         self._under_two_names = under_two_names(module)
         self._use: Use = "batch"
         self.is_training = True
@@ -221,7 +221,7 @@ class TaskNetwork:
         """
         device = next(iter(parameters.values())).device
         unwritten = nothing_written(type(self.module).__name__, parameters, list(others))
-        with unwritten, self._layers(), forward_pass(self.precision, device):
+        with unwritten, self._stand_ins(), forward_pass(self.precision, device):
             if self.vectorize:
                 with nothing_left_behind(self.parts()):
                     found: Found = torch.vmap(one_task, randomness="different")(parameters, *others)

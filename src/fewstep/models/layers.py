@@ -16,8 +16,8 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.nn import functional as F
 
-from fewstep.core.layers import stands_in_for
 from fewstep.core.normalise import Moments, NormaliseBy
+from fewstep.core.stand_ins.registry import stands_in_for
 from fewstep.models.convolution import Space
 from fewstep.models.form import channels_last
 from fewstep.models.layer_functions import BatchNorm, Convolve, MaxPool, Pair

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewstep.core.layers import stands_in_for
+from fewstep.core.stand_ins.registry import stands_in_for
 
 
 @stands_in_for(torch._weight_norm, always=True)

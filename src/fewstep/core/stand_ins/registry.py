@@ -1,4 +1,4 @@
-"""Functions that stand in for PyTorch's while a module is called for many tasks."""
+"""Which functions stand in for PyTorch's, and when."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 from torch.overrides import TorchFunctionMode
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-_StandIns = dict[Any, Callable[..., Any]]
-_always: _StandIns = {}
-_all: _StandIns = {}
+_Functions = dict[Any, Callable[..., Any]]
+_always: _Functions = {}
+_all: _Functions = {}
 
 
 def stands_in_for(*functions: Any, always: bool = False) -> Callable[[Function], Function]:
@@ -29,28 +29,28 @@ def stands_in_for(*functions: Any, always: bool = False) -> Callable[[Function],
     return register
 
 
-class Layers(TorchFunctionMode):
-    """While active, functions with a stand-in go by it, the same to rounding.
+class StandIns(TorchFunctionMode):
+    """While active, PyTorch calls the stand-ins instead, the same to rounding.
 
     PyTorch's own are wrong (an embedding under `torch.vmap`, the second derivative of weight norm),
     have no batching rule (recurrent layers), no second derivative (cuDNN's), or are slow under
     `torch.vmap` and in their second derivative (convolution, batch norm, pool).
 
     Args:
-        fewest: Only by those that every module needs.
+        needed_only: Only those that every module needs.
     """
 
-    def __init__(self, *, fewest: bool = False) -> None:
+    def __init__(self, *, needed_only: bool = False) -> None:
         super().__init__()
-        self._stand_ins = _always if fewest else _all
+        self._functions = _always if needed_only else _all
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call the stand-in if there is one and it knows how, else the function."""
+        """Call the stand-in if there is one and it takes these arguments, else the function."""
         kwargs = kwargs or {}
-        if func in self._stand_ins:
-            found = self._stand_ins[func](*args, **kwargs)
+        if func in self._functions:
+            found = self._functions[func](*args, **kwargs)
             if found is not NotImplemented:
                 return found
         return func(*args, **kwargs)

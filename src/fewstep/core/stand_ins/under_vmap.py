@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._C import _functorch
 
 from fewstep.core.errors import InputError
-from fewstep.core.layers import stands_in_for
+from fewstep.core.stand_ins.registry import stands_in_for
 
 
 @stands_in_for(Tensor.requires_grad.__get__, always=True)  # type: ignore[attr-defined]

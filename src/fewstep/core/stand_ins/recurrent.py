@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fewstep.core.layers import stands_in_for
+from fewstep.core.stand_ins.registry import stands_in_for
 
 State = tuple[Tensor, ...]  # h, and c of an LSTM; each (batch, hidden)
 _Step = Callable[[Tensor, State, Tensor, Tensor | None], State]
