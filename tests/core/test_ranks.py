@@ -119,7 +119,7 @@ def test_sums_of_several_types_are_asked_for_in_their_order(kinds, monkeypatch):
     monkeypatch.setattr("fewstep.core.ranks.dist.all_reduce", all_reduce)
     kinds = (*kinds, torch.int64)
     tensors = [torch.full((i + 1,), i, dtype=kinds[i % 3]) for i in range(6)]
-    sums = Ranks(0, 2).sum(tensors)
+    sums = Ranks(0, 2).all_reduce(tensors)
     assert asked == list(kinds)
     assert all(torch.equal(s, 2 * t) for s, t in zip(sums, tensors, strict=True))
 

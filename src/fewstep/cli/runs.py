@@ -16,8 +16,8 @@ from torch import nn
 
 from fewstep.cli.score_table import score_table
 from fewstep.core.errors import InputError
-from fewstep.core.network import Tensors
 from fewstep.core.ranks import Ranks
+from fewstep.core.tensors import Tensors
 from fewstep.models.conv import PROJECTION
 from fewstep.report.curves import has_validation, plot_runs
 from fewstep.report.sinusoid_fits import plot_sinusoid_fits

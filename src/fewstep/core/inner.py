@@ -15,10 +15,11 @@ from fewstep.core.algorithm import Algorithm
 from fewstep.core.errors import InputError, check_fits
 from fewstep.core.inner_start import SupportSets
 from fewstep.core.meta_parameters import MetaParameters
-from fewstep.core.network import Result, TaskNetwork, Tensors
+from fewstep.core.network import Result, TaskNetwork
 from fewstep.core.norm import Use
 from fewstep.core.replay import Same
 from fewstep.core.tasks import TaskBatch
+from fewstep.core.tensors import Tensors
 
 _OF_TASKS = (
     ", tasks first; a rate or a factor for each task needs a dimension of 1 for each of the "

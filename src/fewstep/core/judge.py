@@ -15,6 +15,7 @@ from fewstep.core.derivative_order import FixedOrder
 from fewstep.core.errors import InputError
 from fewstep.core.modules import check_module, under_two_names
 from fewstep.core.scores import Scores
+from fewstep.core.tensors import below
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 SUPPORT_LOSS = "support_loss."
@@ -90,8 +91,7 @@ class Judge:
         if self.learned_loss is None:
             found: object = self.support_loss(outputs, y)
         else:
-            named = tensors.items()
-            own = {n.removeprefix(SUPPORT_LOSS): t for n, t in named if n.startswith(SUPPORT_LOSS)}
+            own = below(tensors, SUPPORT_LOSS)
             found = functional_call(self.learned_loss, own, (outputs, y))
         loss = _scalar("loss" if self.support_loss is self.loss else "support loss", found)
         return loss, loss.detach()
@@ -109,7 +109,7 @@ class Judge:
         loss = _scalar("loss", self.loss(outputs, y))
         return loss, self._measure(outputs.detach(), y)
 
-    def score(self, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def loss_and_metric(self, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return loss and metric, each (tasks, steps), of outputs (tasks, steps, examples, ...)."""
         pairs = [
             [(self.loss(o, targets), self._measure(o, targets)) for o in of_task]

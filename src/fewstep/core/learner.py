@@ -20,7 +20,7 @@ from fewstep.core.judge import Judge, Loss
 from fewstep.core.meta_gradient import meta_gradient
 from fewstep.core.meta_parameters import MetaParameters
 from fewstep.core.metrics import Metrics
-from fewstep.core.network import TaskNetwork, Tensors
+from fewstep.core.network import TaskNetwork
 from fewstep.core.norm import NormStatistics, Use
 from fewstep.core.outer_loop import OuterLoop
 from fewstep.core.precision import Precision
@@ -28,6 +28,7 @@ from fewstep.core.ranks import ALONE, Ranks
 from fewstep.core.replay import Replay
 from fewstep.core.scores import Scores
 from fewstep.core.tasks import Episodes, TaskBatch, View, as_they_are, tasks_of
+from fewstep.core.tensors import Tensors, below
 
 
 class MetaLearner:
@@ -330,13 +331,13 @@ class MetaLearner:
         after = (self._steps(num_steps),)
         losses, metrics = [], []
         with self._network.alone():  # no other thread is to meet another state
-            before = _below(self.state_tensors(), "model.")
+            before = below(self.state_tensors(), "model.")
             try:
                 for start in range(own.start, own.stop, self.chunk_size):
                     chunk = tasks_of(episodes, start, min(self.chunk_size, own.stop - start))
                     seen = [chunk.seen(v) for v in views]
                     outputs = self._mean_outputs(states, seen, norm.use, after)
-                    loss, metric = self._network.judge.score(outputs, chunk.y_query)
+                    loss, metric = self._network.judge.loss_and_metric(outputs, chunk.y_query)
                     losses.append(loss)
                     metrics.append(metric)
             finally:
@@ -362,9 +363,9 @@ class MetaLearner:
             raise InputError(
                 "the saved state has no 'iteration'; give what state_tensors() returned, whole"
             )
-        of_optimiser = _below(state, "optimiser.")
+        of_optimiser = below(state, "optimiser.")
         self._outer.check(of_optimiser)
-        self._meta.load(_below(state, "model."))
+        self._meta.load(below(state, "model."))
         self._outer.load(of_optimiser)
         self.iteration = int(state["iteration"])
 
@@ -391,7 +392,7 @@ class MetaLearner:
     ) -> Tensor:
         outputs = []
         for state in states:
-            self._meta.load(_below(state, "model."))
+            self._meta.load(below(state, "model."))
             for chunk in seen:
                 found, _ = self._test(chunk, slice(0, len(chunk)), after, use, outputs_of)
                 outputs.append(found)
@@ -403,7 +404,7 @@ class MetaLearner:
             batch,
             self.epoch,
             chunk_size=self.chunk_size,
-            segment=self.checkpoint_every,
+            checkpoint_every=self.checkpoint_every,
             ranks=self.ranks,
             replay=self._replay,
         )
@@ -412,7 +413,3 @@ class MetaLearner:
         steps = self.algorithm.num_steps if num_steps is None else num_steps
         self.algorithm.check_steps(steps)
         return steps
-
-
-def _below(state: Tensors, prefix: str) -> Tensors:
-    return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}

@@ -14,12 +14,13 @@ from fewstep.core.errors import InputError
 from fewstep.core.inner import InnerLoop, Point
 from fewstep.core.meta_parameters import RATE
 from fewstep.core.metrics import Metrics
-from fewstep.core.network import Result, Tensors
+from fewstep.core.network import Result
 from fewstep.core.once import one_batch
 from fewstep.core.ranks import Ranks
 from fewstep.core.replay import Replay
 from fewstep.core.segments import segments_backwards
 from fewstep.core.tasks import TaskBatch
+from fewstep.core.tensors import Tensors
 
 
 def meta_gradient(
@@ -28,7 +29,7 @@ def meta_gradient(
     epoch: float,
     *,
     chunk_size: int,
-    segment: int | None,
+    checkpoint_every: int | None,
     ranks: Ranks,
     replay: Replay | None,
 ) -> tuple[Tensors, Metrics, Tensors]:
@@ -41,7 +42,7 @@ def meta_gradient(
         batch: The tasks.
         epoch: What schedules read.
         chunk_size: Tasks whose graph is kept at once.
-        segment: Inner steps whose graph is kept at once; None is all of them.
+        checkpoint_every: Inner steps whose graph is kept at once; None is all of them.
         ranks: The processes that share the batch.
         replay: Recordings of the same; None computes it anew.
     """
@@ -54,17 +55,19 @@ def meta_gradient(
     share = {"mean": len(batch), "sum": 1}[algorithm.task_reduction]
     order = algorithm.order_at(epoch)
     if order == 1 and len(counting) < 2:
-        segment = None  # a step has no graph in order 1, a query set has
+        checkpoint_every = None  # a step has no graph in order 1, a query set has
     differentiate = partial(
-        _differentiate, loop, counting, share=share, order=order, segment=segment
+        _differentiate, loop, counting, share=share, order=order, checkpoint_every=checkpoint_every
     )
     with (
         loop.mode(is_training=True, use=algorithm.norm_statistics.use),
         torch.enable_grad(),
     ):
         if replay is not None:
-            key = (counting, share, order, segment, *loop.outside())
-            differentiate = partial(replay, differentiate, key=key, may_draw=segment is None)
+            key = (counting, share, order, checkpoint_every, *loop.outside())
+            differentiate = partial(
+                replay, differentiate, key=key, may_draw=checkpoint_every is None
+            )
         own: list[Tensor] = []  # this process's sum: one copy, of however many chunks
         of_tasks = []
         for chunk in ranks.share(batch).split(chunk_size):
@@ -95,7 +98,7 @@ def _differentiate(
     *tensors: Tensor,
     share: int,
     order: int,
-    segment: int | None,
+    checkpoint_every: int | None,
 ) -> tuple[Tensors, _OfTasks]:
     """Differentiate a chunk of tasks, one segment of steps after the other, from the last.
 
@@ -113,7 +116,7 @@ def _differentiate(
     of_parts = {n: torch.zeros_like(t) for n, t in meta.of_parts.items()}
     q = {n: torch.zeros_like(meta.phi[n]) for n in meta.harvested}
     is_learning = False
-    for start, stop, here in segments_backwards(loop, tasks, counting, segment):
+    for start, stop, here in segments_backwards(loop, tasks, counting, checkpoint_every):
         leaves = start.leaves(meta.phi)
         for point in loop.trajectory(
             tasks, stop, derivative_order=order, query_after=here, start=leaves

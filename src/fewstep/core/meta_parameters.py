@@ -13,8 +13,8 @@ from fewstep.core.algorithm import Algorithm
 from fewstep.core.errors import InputError
 from fewstep.core.judge import SUPPORT_LOSS
 from fewstep.core.modules import unit_buffers
-from fewstep.core.network import Tensors
 from fewstep.core.norm import StepRows
+from fewstep.core.tensors import Tensors
 
 RATE, START, STEP = "inner_lr.", "inner_start.", "inner_step."
 

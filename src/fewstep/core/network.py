@@ -33,9 +33,9 @@ from fewstep.core.precision import Precision, forward_pass, fp32_products
 from fewstep.core.reads import check_reads
 from fewstep.core.stand_ins.registry import StandIns
 from fewstep.core.tasks import TaskBatch
+from fewstep.core.tensors import Tensors
 from fewstep.core.watch import watching
 
-Tensors = dict[str, Tensor]
 _OF_VMAP = ("vmap", "atching rule", "functorch")  # in messages of PyTorch
 _LOCK = threading.Lock()
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()

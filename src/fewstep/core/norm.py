@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fewstep.core.errors import check_name
+from fewstep.core.tensors import Tensors
 
 Use = Literal["batch", "support", "running"]
-Tensors = dict[str, Tensor]
 _WITH_AFFINE = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 

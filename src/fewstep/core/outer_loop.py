@@ -9,7 +9,7 @@ import torch
 from fewstep.core.algorithm import Algorithm
 from fewstep.core.errors import InputError, check_fits
 from fewstep.core.meta_parameters import RATE, MetaParameters
-from fewstep.core.network import Tensors
+from fewstep.core.tensors import Tensors
 
 
 class OuterLoop:

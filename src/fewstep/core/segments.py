@@ -25,7 +25,7 @@ class Segment(NamedTuple):
 
 
 def segments_backwards(
-    loop: InnerLoop, tasks: TaskBatch, counting: tuple[int, ...], length: int | None
+    loop: InnerLoop, tasks: TaskBatch, counting: tuple[int, ...], checkpoint_every: int | None
 ) -> Iterator[Segment]:
     """Yield the last segment of the inner loop, the one before, ..., the first.
 
@@ -36,10 +36,10 @@ def segments_backwards(
         loop: What takes the steps.
         tasks: The tasks.
         counting: Steps whose query loss counts.
-        length: Steps of a segment; None is one segment of all.
+        checkpoint_every: Steps of a segment; None is one segment of all.
     """
     num_steps = loop.algorithm.num_steps
-    starts = range(0, max(num_steps, 1), length or max(num_steps, 1))
+    starts = range(0, max(num_steps, 1), checkpoint_every or max(num_steps, 1))
     several = len(starts) > 1
     first = _Start(loop.start(len(tasks)), _RandomState.now(several, loop, tasks))
     after = None

@@ -19,8 +19,9 @@ from fewstep.core.inner import InnerLoop, Point
 from fewstep.core.inner_step import GradientStep, InnerStep
 from fewstep.core.judge import Judge
 from fewstep.core.meta_parameters import MetaParameters
-from fewstep.core.network import TaskNetwork, Tensors
+from fewstep.core.network import TaskNetwork
 from fewstep.core.rates import ConstantRate, InnerRate
+from fewstep.core.tensors import Tensors
 from fewstep.rl.distributions import Distribution, Gaussian
 from fewstep.rl.environments import TaskEnvironments
 from fewstep.rl.experience import SUPPORT_LOSSES, Experience

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from fewstep.core.errors import InputError
 from fewstep.core.learner import MetaLearner
 from fewstep.core.memory import plan_memory
-from fewstep.core.network import Tensors
 from fewstep.core.ranks import ALONE, Ranks
 from fewstep.core.tasks import Episodes
+from fewstep.core.tensors import Tensors
 from fewstep.data.augmentation import UNCHANGED
 from fewstep.data.drawn_ahead import DrawnAhead
 from fewstep.data.episodes import ClassificationEpisodes, classes_of_each

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fewstep.core.inner_start import PrototypeStart
 from fewstep.core.learner import MetaLearner
 from fewstep.core.modules import layer_of
-from fewstep.core.network import Tensors
+from fewstep.core.tensors import Tensors
 
 
 def fitting_head(learner: MetaLearner, state: Tensors) -> Tensors:

@@ -15,8 +15,8 @@ from fewstep.core.judge import SUPPORT_LOSS
 from fewstep.core.learner import MetaLearner
 from fewstep.core.meta_parameters import RATE, START, STEP
 from fewstep.core.modules import last_layer
-from fewstep.core.network import Tensors
 from fewstep.core.norm import NormStatistics, PerStepAffine
+from fewstep.core.tensors import Tensors, below
 from fewstep.models.conv import PROJECTION
 from fewstep.models.features import projection_of
 from fewstep.training.classes_file import Classes, read_classes
@@ -70,7 +70,7 @@ def read_initial(path: Path) -> Tensors:
                 f"cannot start from {path}: {error}; give a run folder or a safetensors file"
             ) from error
     if any(name.startswith(_MODEL) for name in tensors):
-        own = {n.removeprefix(_MODEL): t for n, t in tensors.items() if n.startswith(_MODEL)}
+        own = below(tensors, _MODEL)
         tensors = {name: t for name, t in own.items() if not name.startswith(_BESIDE)}
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():

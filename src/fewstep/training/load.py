@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from fewstep.core.algorithm import ExtraSteps
 from fewstep.core.errors import InputError, check_name
 from fewstep.core.learner import MetaLearner
-from fewstep.core.network import Tensors
+from fewstep.core.tensors import Tensors
 from fewstep.training.build import build_learner, resolve_device
 from fewstep.training.config import RunConfig, SinusoidData
 from fewstep.training.episode_options import ClassificationOptions

@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 
 from fewstep.core.metrics import Metrics
-from fewstep.core.network import Tensors
 from fewstep.core.scores import Scores
+from fewstep.core.tensors import Tensors
 from fewstep.training.build import Experiment
 from fewstep.training.classes_file import check_classes, note_classes
 from fewstep.training.config import to_dict
