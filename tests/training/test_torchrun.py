@@ -93,14 +93,14 @@ def test_what_has_no_checkpoint_yet_starts_from_the_same_parameters(tmp_path):
 
 def notes_its_tests(note: Path, arguments: list[str]) -> int:
     """Run a command that writes down the numbers of the tasks it tests."""
-    rank, usual = os.environ["RANK"], learner.test
+    rank, usual = os.environ["RANK"], learner.adapt_and_query
 
     def noted(loop, episodes, numbers, *rest, **options):
         with Path(f"{note}{rank}").open("a") as file:
             file.write(f"{numbers.start}-{numbers.stop} ")
         return usual(loop, episodes, numbers, *rest, **options)
 
-    learner.test = noted
+    learner.adapt_and_query = noted
     return main(arguments)
 
 
