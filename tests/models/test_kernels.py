@@ -332,12 +332,12 @@ def test_what_they_do_not_take(monkeypatch):
 @needs_kernels
 def test_nothing_is_left_to_them_where_there_is_nothing_to_do():
     for x in (images(0, 1, 8, 8), images(3, 1, 1, 8)):
-        assert not pooled.fits(x, images(16, 1, 3, 3), POOLED, 1)
+        assert not pooled.fits(x, images(16, 1, 3, 3), images(16, 1, 1, 1), POOLED, 1)
         assert not moments.fits(x, 1, 1)
     for x in (images(0, 16, 8, 8), images(3, 16, 8, 1)):
         assert not winograd.fits(x, images(16, 16, 3, 3), 1)
-        assert not normalise.fits(x, images(1, 16, 1, 1), POOLED)
-    assert not affine.fits(images(0, 16, 8, 8), images(1, 16, 1, 1))
+        assert not normalise.fits(POOLED, x, images(1, 16, 1, 1))
+    assert not affine.fits(images(0, 16, 8, 8), *[images(1, 16, 1, 1)] * 2)
 
 
 @pytest.fixture

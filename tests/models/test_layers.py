@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import fewstep
 from fewstep.core.stand_ins.registry import StandIns
-from fewstep.models import kernels, layer_functions, layers
+from fewstep.models import ConvBlock, kernels, layer_functions, layers
 from fewstep.models.kernels import batch_norm as compiled
 from fewstep.models.plain import batch_norm as plain
 from tests.core.reference import Case, plain_meta_gradient, relative_error
@@ -274,3 +274,41 @@ def test_the_mean_of_many_pixels_loses_no_digits():
         exact = torch.var_mean(y.double(), (0, 2, 3), correction=0, keepdim=True)
         torch.testing.assert_close(mean.double(), exact[1], rtol=1e-6, atol=0)
         torch.testing.assert_close(var.double(), exact[0], rtol=1e-4, atol=0)
+
+
+def block_of(channels: int) -> nn.Module:
+    options = {"norm": "batch", "downsample": "max-pool", "activation": "relu", "bias": False}
+    return ConvBlock(channels, 16, SIZE, **options)
+
+
+@pytest.mark.parametrize("given", [1, 8, 16, 17, 32, 48])
+@pytest.mark.parametrize(
+    ("build", "takes", "says"),
+    [
+        (lambda: nn.Conv2d(16, 16, 3, padding=1), 16, "to have"),
+        (lambda: nn.Conv2d(32, 16, 3, padding=1, groups=2), 32, "to have"),
+        (lambda: block_of(16), 16, "to have"),
+        (lambda: block_of(3), 3, "to have"),
+        (lambda: nn.BatchNorm2d(32), 32, "should contain"),
+        (lambda: nn.BatchNorm2d(1), 1, "should contain"),
+    ],
+    ids=["conv", "groups", "block", "block of few", "batch norm", "batch norm of one"],
+)
+def test_other_numbers_of_channels_are_pytorchs_to_refuse(build, takes, says, given):
+    """The kernels read by address: they would run past the end, or take others' numbers."""
+    torch.manual_seed(0)
+    # A 1x1 convolution, so that images have a gradient where they meet the layer.
+    head = Call(lambda x: x.mean((2, 3)).repeat(1, WAYS))
+    module = nn.Sequential(nn.Conv2d(2, given, 1), build(), head)
+    batch = Case(lambda: module, (2, SIZE, SIZE)).batch()
+    learner = fewstep.MetaLearner(module, fewstep.maml(2, 0.1), F.cross_entropy)
+    for call in (
+        lambda: module(batch.x_support[0]),
+        lambda: learner.evaluate(batch, num_tasks=2, num_steps=0),
+        lambda: learner.meta_gradient(batch),
+    ):
+        if given == takes:
+            call()
+        else:
+            with pytest.raises(RuntimeError, match=says):
+                call()

@@ -134,7 +134,8 @@ class NormaliseAndPool(Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         if mean is not None:
             form = form._replace(examples=0)
-        by: Any = compiled_normalise if compiled_normalise.fits(y, gamma, form) else normalise
+        fits = compiled_normalise.fits(form, y, gamma, beta, mean, var)
+        by: Any = compiled_normalise if fits else normalise
         # Nothing else holds y.
         z, mean, var, r, p, where = by.forward(y, gamma, beta, mean, var, form)
         ctx.save_for_backward(y, gamma, z, r, p, where)
@@ -171,7 +172,7 @@ class ConvolveAndPool(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor, form: Form, groups: int) -> Tensor:
-        by: Any = compiled_pooled if compiled_pooled.fits(x, w, form, groups) else pooled
+        by: Any = compiled_pooled if compiled_pooled.fits(x, w, b, form, groups) else pooled
         p: Tensor
         p, where = by.convolve(x, w, b, form, groups)
         ctx.save_for_backward(x, where)
@@ -208,7 +209,7 @@ class Affine(Function):
 
     @staticmethod
     def forward(ctx: Any, d: Tensor, a: Tensor, b: Tensor, slope: float) -> Tensor:
-        by: Any = compiled_affine if compiled_affine.fits(d, a) else affine
+        by: Any = compiled_affine if compiled_affine.fits(d, a, b) else affine
         z: Tensor = by.forward(d, a, b, slope)
         ctx.save_for_backward(d, a, z)
         ctx.args = by, slope

@@ -89,6 +89,8 @@ class ConvBlock(nn.Module):
             and self.norm.num_batches_tracked is not None
             and self.conv.bias is None
             and self.conv.padding_mode == "zeros"
+            and x.ndim == 4
+            and x.shape[1] == self.conv.weight.shape[1]  # else PyTorch says what is wrong
             and one_vmap_at_most()
         ):
             return self._in_one_piece(x, self.norm)

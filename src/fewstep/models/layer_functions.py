@@ -147,7 +147,8 @@ class BatchNorm(Function):
         ctx: Any, y: Tensor, gamma: Tensor, beta: Tensor, mean: Grad, var: Grad, examples: int,
         eps: float,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        by: Any = compiled_batch_norm if compiled_batch_norm.fits(y, gamma) else batch_norm
+        fits = compiled_batch_norm.fits(y, gamma, beta, mean, var)
+        by: Any = compiled_batch_norm if fits else batch_norm
         z, mean, var, r = by.forward(y, gamma, beta, mean, var, examples, eps)
         ctx.save_for_backward(y, gamma, mean, r)
         ctx.args = by, examples

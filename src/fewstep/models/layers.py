@@ -118,6 +118,7 @@ def batch_norm(
         or bias is None
         or (running_mean is None or running_var is None)
         or not _of_tasks(input, weight, bias)
+        or any(t.shape != input.shape[1:2] for t in (weight, bias, running_mean, running_var))
         or input.numel() == input.shape[1]  # one element, which PyTorch refuses
     ):
         return NotImplemented

@@ -45,6 +45,27 @@ def take(*tensors: Tensor) -> bool:
     )
 
 
+def take_by_channel(images: Tensor, *of_channels: Tensor | None) -> bool:
+    """Whether there are kernels for images and tensors with an element for each channel."""
+    given = [t for t in of_channels if t is not None]
+    channels = images.shape[1]
+    return (
+        channels % LANES == 0
+        and all(t.numel() == channels for t in given)  # they are read by address
+        and take(images, *given)
+    )
+
+
+def take_filters(x: Tensor, w: Tensor, groups: int) -> bool:
+    """Whether there are kernels for images and filters, which are for as many channels."""
+    return (
+        x.shape[1] == groups * w.shape[1]
+        and w.shape[0] % groups == 0
+        and w.shape[0] // groups % LANES == 0
+        and take(x, w)
+    )
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """Return the compiled kernels, or None where they cannot be."""

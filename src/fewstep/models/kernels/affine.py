@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from fewstep.models.form import channels_last
-from fewstep.models.kernels import LANES, call, operations, take
+from fewstep.models.kernels import call, operations, take_by_channel
 
 own = torch.ops.fewstep
 
 
-def fits(d: Tensor, a: Tensor) -> bool:
-    """Whether the kernels take these images and scales."""
-    return d.shape[1] % LANES == 0 and take(d, a)
+def fits(d: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether the kernels take these images, scales and shifts."""
+    return take_by_channel(d, a, b)
 
 
 def forward(d: Tensor, a: Tensor, b: Tensor, slope: float) -> Tensor:

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from fewstep.models.form import channels_last
-from fewstep.models.kernels import LANES, call, operations, take
+from fewstep.models.kernels import call, operations, take_by_channel
 
 own = torch.ops.fewstep
 
 
-def fits(y: Tensor, gamma: Tensor) -> bool:
-    """Whether the kernels take these images, channels-last, and scales."""
-    return y.shape[1] % LANES == 0 and take(y, gamma)
+def fits(y: Tensor, *of_channels: Tensor | None) -> bool:
+    """Whether the kernels take these images, channels-last, and gamma, beta, mean and var."""
+    return take_by_channel(y, *of_channels)
 
 
 def forward(

@@ -6,19 +6,18 @@ import torch
 from torch import Tensor
 
 from fewstep.models.form import Form, channels_last
-from fewstep.models.kernels import LANES, call, images_like, operations, take
+from fewstep.models.kernels import call, images_like, operations, take_by_channel
 
 own = torch.ops.fewstep
 
 
-def fits(y: Tensor, gamma: Tensor, form: Form) -> bool:
-    """Whether the kernels take these images and scales."""
+def fits(form: Form, y: Tensor, *of_channels: Tensor | None) -> bool:
+    """Whether the kernels take these images, and gamma, beta, mean and var."""
     return (
         form.pool
-        and y.shape[1] % LANES == 0
         and min(y.shape[2:]) >= 2
         and y.is_contiguous(memory_format=torch.channels_last)
-        and take(y, gamma)
+        and take_by_channel(y, *of_channels)
     )
 
 

@@ -10,22 +10,22 @@ import torch
 from torch import Tensor
 
 from fewstep.models.form import Form, channels_last
-from fewstep.models.kernels import LANES, call, images_like, operations, take
+from fewstep.models.kernels import call, images_like, operations, take_filters
 
 own = torch.ops.fewstep
 
 _MOST = 3  # channels
 
 
-def fits(x: Tensor, w: Tensor, form: Form, groups: int) -> bool:
-    """Whether the kernels take these images and filters."""
+def fits(x: Tensor, w: Tensor, b: Tensor, form: Form, groups: int) -> bool:
+    """Whether the kernels take these images, filters and shifts."""
     return (
         form.pool
         and form.stride == 1
         and w.shape[1] <= _MOST
-        and w.shape[0] // groups % LANES == 0
         and min(x.shape[2:]) >= 2
-        and take(x, w)
+        and b.numel() == w.shape[0]
+        and take_filters(x, w, groups)
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fewstep.models.kernels import LANES, call, images_like, operations, take
+from fewstep.models.kernels import LANES, call, images_like, operations, take_filters
 
 _TILE = 4  # height and width of the outputs of a tile
 
@@ -19,11 +19,7 @@ def fits(x: Tensor, w: Tensor, groups: int) -> bool:
     """Whether the kernel takes these images and filters, and saves half of the multiplications."""
     height, width = x.shape[2:]
     tiles = -(-height // _TILE) * -(-width // _TILE)
-    return (
-        w.shape[1] % LANES == w.shape[0] // groups % LANES == 0
-        and height * width >= 8 * tiles
-        and take(x, w)
-    )
+    return w.shape[1] % LANES == 0 and height * width >= 8 * tiles and take_filters(x, w, groups)
 
 
 def convolve(
