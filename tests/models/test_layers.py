@@ -31,6 +31,20 @@ class Call(nn.Module):
         return self.function(x)
 
 
+class Scaled(nn.Module):
+    """Batch norm whose scale and shift are views of one parameter."""
+
+    def __init__(self, views, *shape: int) -> None:
+        super().__init__()
+        self.both = nn.Parameter(1 + 0.3 * torch.randn(shape))
+        self.register_buffer("mean", torch.zeros(CHANNELS))
+        self.register_buffer("var", torch.ones(CHANNELS))
+        self.views = views
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.mean, self.var, *self.views(self.both), training=True)
+
+
 def conv(*args, **options):
     return lambda: nn.Conv2d(CHANNELS, 8, *args, **options)
 
@@ -50,6 +64,8 @@ LAYERS = {
     "batch norm": lambda: nn.BatchNorm2d(CHANNELS),
     "batch norm, no affine": lambda: nn.BatchNorm2d(CHANNELS, affine=False),
     "batch norm, not tracked": lambda: nn.BatchNorm2d(CHANNELS, track_running_stats=False),
+    "batch norm, scale a column": lambda: Scaled(lambda p: p.t(), CHANNELS, 2),
+    "batch norm, scale expanded": lambda: Scaled(lambda p: p.expand(2, CHANNELS), 2, 1),
     "group norm": lambda: nn.GroupNorm(2, CHANNELS),
     "group norm of one pixel": lambda: nn.Sequential(
         nn.Conv2d(CHANNELS, 16, 3), nn.AdaptiveAvgPool2d(1), nn.GroupNorm(4, 16)
@@ -98,8 +114,8 @@ def test_meta_gradient(name):
     case, algorithm = case_of(name), fewstep.maml(2, 0.1)
     module, batch = case.build(), case.batch()
     expected, *_ = plain_meta_gradient(module, algorithm, case.loss, batch)
-    for replay in (False, True):
-        learner = fewstep.MetaLearner(module, algorithm, case.loss, replay=replay)
+    for options in ({}, {"chunk_size": 1}, {"replay": True}):
+        learner = fewstep.MetaLearner(module, algorithm, case.loss, **options)
         for _ in range(2):
             gradient, _ = learner.meta_gradient(batch)
             assert relative_error(gradient, expected) < 1e-9

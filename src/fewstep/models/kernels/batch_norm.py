@@ -24,18 +24,22 @@ def forward(
     return own.batch_norm(y, gamma.contiguous(), beta.contiguous(), mean, var, examples, eps)  # type: ignore[no-any-return]
 
 
-def backward(g: Tensor, *saved: Tensor, examples: int) -> tuple[Tensor, ...]:
-    """Return gy, ggamma and gbeta; `saved` are y, gamma, mean and r."""
+def backward(
+    g: Tensor, y: Tensor, gamma: Tensor, mean: Tensor, r: Tensor, *, examples: int
+) -> tuple[Tensor, ...]:
+    """Return gy, ggamma and gbeta."""
+    saved = y, gamma.contiguous(), mean, r
     return own.batch_norm_backward(channels_last(g), *saved, examples)  # type: ignore[no-any-return]
 
 
 def second(
-    h: Tensor, hgamma: Tensor, hbeta: Tensor, g: Tensor, *saved: Tensor, examples: int
-) -> tuple[Tensor, ...]:
+    h: Tensor, hgamma: Tensor, hbeta: Tensor, g: Tensor, y: Tensor, gamma: Tensor, *saved: Tensor,
+    examples: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Return the gradients by g, y and gamma of h . gy + hgamma . ggamma + hbeta . gbeta."""
-    of_channels = hgamma.contiguous(), hbeta.contiguous()
-    images = channels_last(h), channels_last(g)
-    return own.batch_norm_second(images[0], *of_channels, images[1], *saved, examples)  # type: ignore[no-any-return]
+    h_of_channels = hgamma.contiguous(), hbeta.contiguous()
+    of_g = channels_last(g), y, gamma.contiguous(), *saved
+    return own.batch_norm_second(channels_last(h), *h_of_channels, *of_g, examples)  # type: ignore[no-any-return]
 
 
 def _forward(
