@@ -1,3 +1,4 @@
+import json
 import math
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ from fewstep.training.build import Experiment
 from fewstep.training.config import to_dict
 from fewstep.training.episode_options import ClassificationOptions
 from fewstep.training.head import fitting_head
-from fewstep.training.initial import read_initial, start_from
+from fewstep.training.initial import check_unseen, read_initial, start_from
 from fewstep.training.network_options import Conv4Options
 from fewstep.training.parse import run_config
 from fewstep.training.presets import preset
@@ -240,3 +241,15 @@ def test_a_state_of_another_network_is_told_as_such():
     assert fitting_head(learners[1], state) is state
     with pytest.raises(InputError):
         learners[1].load_state_tensors(state)
+
+
+@pytest.mark.parametrize("train", ["train/", ""])
+@pytest.mark.parametrize("test", ["test/", ""])
+def test_a_class_that_moved_from_train_to_test_was_seen(tmp_path, train, test):
+    """Folders may be split or not: the split is no part of what the class is."""
+    began = {"train": [f"{train}a", f"{train}b"], "val": ["val/c"], "test": ["test/d"]}
+    (tmp_path / "classes.json").write_text(json.dumps(began))
+    now = {"train": [f"{train}b"], "val": ["val/c"], "test": [f"{test}d"]}
+    check_unseen(tmp_path, now)
+    with pytest.raises(InputError, match=r"was trained on 1 of the test classes, such as a; "):
+        check_unseen(tmp_path, now | {"test": [f"{test}a", f"{test}d"]})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,12 +29,13 @@ class ImageFolder:
     """Images of your own.
 
     Either `root/class/image`, whose classes are dealt out to train, val and test by a fixed draw,
-    or `root/split/class/image` with the splits named train, val and test. Classes may differ in
-    their number of images; deeper folders count towards the class they are in.
+    or `root/split/class/image` with the splits named train, val and test and no class in two.
+    Classes may differ in their number of images; deeper folders count towards the class they are
+    in.
 
     Raises:
-        InputError: the folder is missing or has no classes, or an image cannot be read, or a
-            setting is none of those below.
+        InputError: the folder is missing or has no classes, or one in two splits, or an image
+            cannot be read, or a setting is none of those below.
     """
 
     root: Path | None = None
@@ -109,6 +110,8 @@ def _files(root: Path) -> dict[str, list[Path]]:
             raise InputError(
                 f"{root / split} holds no class/image; put a folder of images for each class there"
             )
+    if is_split:
+        _check_no_class_in_two(root, files)
     if stray:
         warnings.warn(
             f"images in no class are left out, {len(stray)} in all, such as {stray[0]}; move each "
@@ -116,6 +119,21 @@ def _files(root: Path) -> dict[str, list[Path]]:
             stacklevel=1,
         )
     return files
+
+
+def _check_no_class_in_two(root: Path, names: Iterable[str]) -> None:
+    """Raise InputError if a class is in several splits, as where these share out its images."""
+    within: dict[str, list[str]] = defaultdict(list)
+    for split, _, name in sorted(n.partition("/") for n in names):
+        within[name].append(split)
+    twice = [name for name, splits in within.items() if len(splits) > 1]
+    if twice:
+        name = twice[0]
+        raise InputError(
+            f"{root} has class {name} in {' and '.join(within[name])} ({len(twice)} such classes), "
+            "where few-shot tasks test on classes never trained on; put each into one split, or "
+            "all into class/image without splits, and rename what only shares a name"
+        )
 
 
 def _check_no_splits(root: Path, folders: Set[str]) -> None:

@@ -115,15 +115,20 @@ def check_unseen(path: Path, classes: Classes) -> None:
     """
     if not path.is_dir():
         return
-    trained = set(read_classes(path).get("train", ()))
-    if not trained & set(classes.get("train", ())):
+    trained = _without_split(read_classes(path), "train")
+    if not trained & _without_split(classes, "train"):
         return  # of other data, where a name may be another class
     for split in ("val", "test"):
-        if seen := sorted(trained & set(classes[split])):
+        if seen := sorted(trained & _without_split(classes, split)):
             raise InputError(
                 f"{path} was trained on {len(seen)} of the {split} classes, such as {seen[0]}; the "
                 "data have changed since, so train it anew"
             )
+
+
+def _without_split(classes: Classes, split: str) -> set[str]:
+    """Return the names of a split's classes; a folder that is split has the split before each."""
+    return {name.removeprefix(f"{split}/") for name in classes.get(split, ())}
 
 
 def fitting(module: nn.Module, initial: Tensors) -> Tensors:
