@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import fewstep
+from fewstep.core.errors import InputError
 from fewstep.models import ConvBlock
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -77,6 +79,21 @@ def test_first_and_second_derivatives_are_too(norm, downsample, activation, bias
     scale = max(float(g.detach().abs().max()) for g in results[1])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12 * scale)
+
+
+@pytest.mark.parametrize("part", [None, nn.Identity()])
+def test_a_block_called_twice_has_no_one_support_statistics(part):
+    """Neither in one piece nor with a part exchanged: the second call's would serve the first."""
+    block = ConvBlock(
+        1, 1, 8, norm="batch", downsample="max-pool", activation="relu", bias=False
+    )  # fmt: skip
+    block.pool = part or block.pool
+    module = nn.Sequential(block, block, nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    learner = fewstep.MetaLearner(module, fewstep.maml(1), F.cross_entropy)
+    x, y = torch.randn(4, 1, 8, 8), torch.arange(4)
+    learner.adapt(x, y, statistics="running")
+    with pytest.raises(InputError, match=r"^statistics='support' .* one is called twice"):
+        learner.adapt(x, y, statistics="support")
 
 
 ACTIVATIONS = {"relu": F.relu, "leaky-relu": lambda z: F.leaky_relu(z, 0.01)}

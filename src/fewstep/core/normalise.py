@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -100,8 +100,11 @@ class NormaliseBy(TorchFunctionMode):
 
     def __init__(self, statistics: Statistics) -> None:
         super().__init__()
+        self._taken_over: list[Tensor] | None = None
+        if statistics.update is take_over:
+            self._taken_over = []
+            statistics = replace(statistics, update=self._take_over_once)
         self._statistics = statistics
-        self._taken_over: list[Tensor] = []
 
     @staticmethod
     def innermost() -> Statistics:
@@ -140,25 +143,29 @@ class NormaliseBy(TorchFunctionMode):
         by = self._statistics
         mean, var = by.given(running_mean, running_var) or _moments(y[: by.first(len(y))])
         if running_mean is None or running_var is None:
-            if by.update is take_over:
+            if self._taken_over is not None:
                 raise InputError(
                     "statistics='support' needs batch norms with track_running_stats=True to keep "
                     "them in"
                 )
         elif by.update is not None:
-            if by.update is take_over:
-                if any(running_mean is other for other in self._taken_over):
-                    raise InputError(
-                        "statistics='support' has one set of statistics for each batch norm, and "
-                        "one is called twice; choose 'batch' or 'running', or predict"
-                    )
-                self._taken_over.append(running_mean)
             found = _moments(y.detach()) if by.running else Moments(mean.detach(), var.detach())
             by.update(running_mean, running_var, found, by.count(y), momentum)
         scale = torch.rsqrt(var + eps) if weight is None else weight * torch.rsqrt(var + eps)
         shift = -mean * scale if bias is None else bias - mean * scale
         to_channels = (1, -1, *[1] * (y.ndim - 2))
         return y * scale.view(to_channels) + shift.view(to_channels)
+
+    def _take_over_once(self, mean: Tensor, *of_batch: Any) -> None:
+        """Do `take_over`, unless there is something already, which it would replace."""
+        assert self._taken_over is not None
+        if any(mean is other for other in self._taken_over):
+            raise InputError(
+                "statistics='support' has one set of statistics for each batch norm, and one is "
+                "called twice; choose 'batch' or 'running', or predict"
+            )
+        self._taken_over.append(mean)
+        take_over(mean, *of_batch)
 
 
 def _moments(y: Tensor) -> Moments:
