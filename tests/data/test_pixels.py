@@ -1,6 +1,8 @@
 """One image of any kind, as 8 bits of grey or colour."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -46,6 +48,43 @@ def test_sixteen_bits_are_scaled_to_eight(kind, order):
     content = _file(Image.fromarray(values), kind)
     assert decode(content, "x", 2, "L").tolist() == [[[0, 0], [200, 255]]]
     assert decode(content, "x", 2, "RGB").tolist() == [[[0, 0], [200, 255]]] * 3
+
+
+def _tiff(bits: int, photometric: int, data: bytes) -> bytes:
+    """Return a 2x2 grey TIFF, uncompressed, as PIL does not write it."""
+    entries = [
+        (256, 4, 2), (257, 4, 2), (258, 3, bits), (259, 3, 1), (262, 3, photometric), (273, 4, 8),
+        (277, 3, 1), (278, 4, 2), (279, 4, len(data)),
+    ]  # fmt: skip
+    directory = b"".join(struct.pack("<HHII", tag, kind, 1, n) for tag, kind, n in entries)
+    start = b"II*\0" + struct.pack("<I", 8 + len(data)) + data
+    return start + struct.pack("<H", len(entries)) + directory + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (_tiff(12, 1, bytes.fromhex("000fff80080f")), [[0, 255], [128, 128]]),
+        (_tiff(16, 0, np.array([0, 65535, 257, 51400], "<u2").tobytes()), [[255, 0], [254, 55]]),
+        (_tiff(16, 1, np.array([0, 65535, 257, 51400], "<u2").tobytes()), [[0, 255], [1, 200]]),
+        (_tiff(8, 0, bytes([0, 255, 1, 200])), [[255, 0], [254, 55]]),
+    ],
+    ids=["12 bits", "16 bits, white is 0", "16 bits", "8 bits, white is 0"],
+)
+def test_grey_of_a_tiff_is_as_its_tags_say(content, expected):
+    """How many bits there are, and which end is white."""
+    assert decode(content, "x", 2, "L").tolist() == [expected]
+    assert decode(content, "x", 2, "RGB").tolist() == [expected] * 3
+
+
+def test_a_transparent_grey_of_16_bits_is_white():
+    content = _file(Image.fromarray(np.array([[0, 1000], [65535, 1001]], np.uint16)))
+    body = b"tRNS" + struct.pack(">H", 1000)
+    chunk = struct.pack(">I", 2) + body + struct.pack(">I", zlib.crc32(body))
+    at = content.index(b"IDAT") - 4
+    assert decode(content, "x", 2, "L").tolist() == [[[0, 4], [255, 4]]]
+    keyed = content[:at] + chunk + content[at:]
+    assert decode(keyed, "x", 2, "L").tolist() == [[[0, 255], [255, 4]]]
 
 
 @pytest.mark.parametrize("kind", [np.int32, np.float32])
