@@ -1,5 +1,7 @@
 """One image of any kind, as 8 bits of grey or colour."""
 
+import hashlib
+import importlib
 import io
 import struct
 import zlib
@@ -9,7 +11,7 @@ import pytest
 from PIL import Image
 
 from fewstep.core.errors import InputError
-from fewstep.data.pixels import decode, strokes
+from fewstep.data.pixels import DECODING, decode, strokes
 
 GREY = np.array([[0, 10], [200, 255]], dtype=np.uint8)
 OPACITY = np.array([[255, 0], [255, 51]], dtype=np.uint8)
@@ -85,6 +87,53 @@ def test_a_transparent_grey_of_16_bits_is_white():
     assert decode(content, "x", 2, "L").tolist() == [[[0, 4], [255, 4]]]
     keyed = content[:at] + chunk + content[at:]
     assert decode(keyed, "x", 2, "L").tolist() == [[[0, 255], [255, 4]]]
+
+
+def _odd_files() -> list[bytes]:
+    """Return files of the kinds that are decoded by rules of ours."""
+    values = np.arange(7 * 9, dtype=np.uint8).reshape(7, 9) * 4
+    grey = Image.fromarray(values)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    ink = Image.merge("CMYK", [grey, grey.rotate(90, expand=False), grey.rotate(180), grey])
+    return [
+        _file(grey),
+        _file(grey, exif=exif),
+        _file(Image.fromarray(values.astype(np.uint16) * 257)),
+        _tiff(12, 1, bytes.fromhex("000fff80080f")),
+        _file(grey.convert("P"), transparency=bytes(range(256))),
+        _file(Image.merge("RGBA", [grey, grey.rotate(180), grey, grey])),
+        _file(grey.convert("1")),
+        _file(ink, "TIFF"),
+    ]
+
+
+def test_another_way_to_decode_has_another_number():
+    """If the digest differs, raise DECODING, or what was prepared before will be taken for new."""
+    pixels = [decode(f, "x", 5, mode) for f in _odd_files() for mode in ("L", "RGB")]
+    digest = hashlib.sha256(b"".join(p.tobytes() for p in pixels)).hexdigest()[:12]
+    assert (DECODING, digest) == (1, "d9a142684eb8")
+
+
+@pytest.mark.parametrize("of", ["folder", "omniglot", "mini_imagenet"])
+def test_a_set_is_prepared_anew_where_images_are_decoded_otherwise(tmp_path, monkeypatch, of):
+    module = importlib.import_module(f"fewstep.data.{of}")
+    for name in ("images_background", "images_evaluation"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(_file(Image.fromarray(GREY)))
+    sources = []
+
+    def prepare(name, source, *_):
+        sources.append(source)
+        raise InterruptedError
+
+    monkeypatch.setattr(module, "load_or_prepare", prepare)
+    data = {"folder": "ImageFolder", "omniglot": "Omniglot", "mini_imagenet": "MiniImageNet"}[of]
+    for decoding in (DECODING, DECODING, DECODING + 1):
+        monkeypatch.setattr(module, "DECODING", decoding)
+        with pytest.raises(InterruptedError):
+            getattr(module, data)(tmp_path).splits()
+    assert sources[0] == sources[1] != sources[2]
 
 
 @pytest.mark.parametrize("kind", [np.int32, np.float32])

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 from fewstep.core.errors import InputError, check_name
 from fewstep.data.archives import contents, files_below, is_image, reading
-from fewstep.data.pixels import decode
+from fewstep.data.pixels import DECODING, decode
 from fewstep.data.prepared import Pixels, RawClass, fingerprint, load_or_prepare, stamp
 from fewstep.data.store import ClassStore, dealt
 
@@ -71,7 +71,7 @@ class ImageFolder:
             state = stamp((f for c in files.values() for f in c), self.root)
         store = load_or_prepare(
             f"folder-{self.root.resolve().name}-{self.size}",
-            fingerprint(self.root.resolve(), self.size, self.colour, state),
+            fingerprint(DECODING, self.root.resolve(), self.size, self.colour, state),
             self.image_shape,
             partial(_read, files, self.pixels),
         )

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from fewstep.core.errors import InputError
 from fewstep.data.archives import files_below, folder_images, reading, tar_images
-from fewstep.data.pixels import decode
+from fewstep.data.pixels import DECODING, decode
 from fewstep.data.prepared import Pixels, RawClass, fingerprint, load_or_prepare, stamp
 from fewstep.data.store import ClassStore
 
@@ -80,7 +80,7 @@ class MiniImageNet:
             state = stamp(files_below(root), root)
         store = load_or_prepare(
             f"mini-imagenet-{self.size}",
-            fingerprint(self.size, state),
+            fingerprint(DECODING, self.size, state),
             self.image_shape,
             partial(_read, root, self.pixels),
         )

@@ -16,7 +16,7 @@ from requests.exceptions import RequestException
 from fewstep.core.cache import cache_folder
 from fewstep.core.errors import InputError, check_name
 from fewstep.data.archives import files_below, folder_images, reading, zip_images
-from fewstep.data.pixels import strokes
+from fewstep.data.pixels import DECODING, strokes
 from fewstep.data.prepared import Pixels, RawClass, fingerprint, load_or_prepare, stamp
 from fewstep.data.store import ClassStore, dealt
 
@@ -85,7 +85,7 @@ class Omniglot:
             state = stamp(files, sources[0].parent)
         store = load_or_prepare(
             f"omniglot-{self.size}",
-            fingerprint(self.size, state),
+            fingerprint(DECODING, self.size, state),
             self.image_shape,
             partial(_read, sources, self.pixels),
         )

@@ -13,6 +13,9 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 from fewstep.core.errors import InputError
 from fewstep.data.prepared import Pixels
 
+DECODING = 1
+"""Raised with each change of the pixels below, so that what was prepared before is not taken."""
+
 
 def decode(content: bytes, name: str, size: int, mode: Literal["L", "RGB"]) -> Pixels:
     """Return an image as (channels, size, size), resized with antialiasing.
