@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,6 +93,23 @@ def test_what_was_prepared_of_another_source_is_kept_once(own_cache):
     assert one.samefile(same)
     assert not list(own_cache.glob(".new-*"))
     one.unlink()
+    assert torch.equal(store.images, torch.arange(18).to(torch.uint8).reshape(3, *SHAPE))
+
+
+@pytest.mark.parametrize("error", [PermissionError, FileNotFoundError])
+@pytest.mark.parametrize("of", ["json", "npy"])
+def test_what_cannot_be_compared_with_does_not_matter(monkeypatch, of, error):
+    """In a folder shared with others, who may forbid to read it or remove it meanwhile."""
+    load_or_prepare("set", "v1", SHAPE, _classes)
+    open_ = Path.open
+
+    def refusing(path, *args, **kwargs):
+        if path.name == f"set-v1.{of}":
+            raise error(errno.EACCES, "of another user", str(path))
+        return open_(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refusing)
+    store = load_or_prepare("set", "v2", SHAPE, _classes)
     assert torch.equal(store.images, torch.arange(18).to(torch.uint8).reshape(3, *SHAPE))
 
 

@@ -152,12 +152,13 @@ def _same_array(folder: Path, sha256: str) -> Path | None:
     """Return an array of this checksum, made of a source that was only moved or touched since."""
     for path in folder.glob("*.json"):
         array = path.with_suffix(".npy")
-        if (
-            array.exists()
-            and f'"{sha256}"'.encode() in path.read_bytes()
-            and _sha256(array) == sha256
-        ):
-            return array
+        with contextlib.suppress(OSError):  # of another user, or gone since
+            if (
+                array.exists()
+                and f'"{sha256}"'.encode() in path.read_bytes()
+                and _sha256(array) == sha256
+            ):
+                return array
     return None
 
 
