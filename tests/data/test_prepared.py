@@ -10,6 +10,7 @@ import torch
 
 from fewstep.core.errors import InputError
 from fewstep.data.prepared import RawClass, load_or_prepare, verify_prepared
+from tests.data.conftest import deny
 
 SHAPE = (1, 2, 3)
 
@@ -52,10 +53,9 @@ def test_a_name_may_have_dots(own_cache):
     assert verify_prepared(own_cache) == ["birds_v1-84-a"]
 
 
-@pytest.mark.parametrize("text", ["{", "{}", "[]"])
-def test_a_damaged_description_is_refused(own_cache, text):
+def test_a_damaged_description_is_refused(own_cache):
     load_or_prepare("set", "v1", SHAPE, _classes)
-    (own_cache / "set-v1.json").write_text(text)
+    (own_cache / "set-v1.json").write_text("{")
     with pytest.raises(InputError, match=r"differs from .* remove .*set-v1\.json to prepare it"):
         verify_prepared(own_cache)
 
@@ -127,6 +127,29 @@ def test_verify_finds_a_changed_byte(own_cache):
     path = own_cache / "set-v1.npy"
     path.write_bytes(path.read_bytes()[:-1] + b"\0")
     with pytest.raises(InputError, match=r"set-v1\.npy differs from what was prepared"):
+        verify_prepared(own_cache)
+
+
+@pytest.mark.parametrize("text", ['{"images": []}', "[]", "{", '{"sha256": "0"}'])
+def test_verify_passes_over_files_of_others(own_cache, text):
+    """A folder for all data may hold annotations: nobody is told to remove them."""
+    load_or_prepare("set", "v1", SHAPE, _classes)
+    (own_cache / "annotations.json").write_text(text)
+    assert verify_prepared(own_cache) == ["set-v1"]
+
+
+def test_verify_misses_an_array(own_cache):
+    load_or_prepare("set", "v1", SHAPE, _classes)
+    (own_cache / "set-v1.npy").unlink()
+    with pytest.raises(InputError, match=r"set-v1\.npy differs from what was prepared"):
+        verify_prepared(own_cache)
+
+
+@pytest.mark.parametrize("of", ["json", "npy"])
+def test_verify_names_what_it_may_not_read(own_cache, monkeypatch, of):
+    load_or_prepare("set", "v1", SHAPE, _classes)
+    deny(monkeypatch, own_cache / f"set-v1.{of}")
+    with pytest.raises(InputError, match=rf"cannot read .*set-v1\.{of}: Permission denied; check"):
         verify_prepared(own_cache)
 
 

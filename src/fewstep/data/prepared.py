@@ -22,9 +22,12 @@ from rich.progress import track
 from fewstep.core.cache import cache_folder
 from fewstep.core.errors import InputError
 from fewstep.core.files import write_atomically
+from fewstep.data.archives import reading
 from fewstep.data.store import ClassStore
 
 Pixels = NDArray[np.uint8]
+
+_DESCRIBED = {"names", "counts", "sha256"}
 
 
 @dataclass(frozen=True)
@@ -81,20 +84,27 @@ def verify_prepared(folder: Path) -> list[str]:
         Names of the arrays.
 
     Raises:
-        InputError: one differs.
+        InputError: one differs, or cannot be read.
     """
-    descriptions = sorted(folder.glob("*.json"))
-    for path in descriptions:
+    names: list[str] = []
+    for path in sorted(folder.glob("*.json")):
         array = path.with_suffix(".npy")
-        try:
-            recorded = json.loads(path.read_text())["sha256"]
-        except (OSError, ValueError, KeyError, TypeError):
-            recorded = None
-        if not array.exists() or _sha256(array) != recorded:
+        with reading(path):
+            try:
+                description = json.loads(path.read_bytes())
+            except ValueError:
+                description = None
+            if description is None:  # damaged, or not ours
+                is_ours, is_same = array.exists(), False
+            else:
+                is_ours = isinstance(description, dict) and description.keys() >= _DESCRIBED
+                is_same = is_ours and array.exists() and _sha256(array) == description["sha256"]
+        if is_ours and not is_same:
             raise InputError(
                 f"{array} differs from what was prepared; remove {path} to prepare it again"
             )
-    return [path.stem for path in descriptions]
+        names += [path.stem] if is_ours else []
+    return names
 
 
 def _load(stem: Path) -> ClassStore:
