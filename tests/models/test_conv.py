@@ -189,6 +189,42 @@ def test_a_part_may_be_exchanged(norm, name, part):
     torch.testing.assert_close(block(x), plain(block, x))
 
 
+@pytest.mark.parametrize(
+    ("name", "setting", "value"),
+    [
+        ("activation", "negative_slope", 0.3),
+        ("activation", "negative_slope", -0.3),  # does not rise, so it may not follow the pool
+        ("conv", "padding", (0, 0)),
+        ("conv", "padding", (2, 1)),
+        ("conv", "dilation", (2, 2)),
+        ("conv", "stride", (1, 2)),
+        ("conv", "padding_mode", "circular"),
+        ("pool", "stride", 1),
+        ("pool", "kernel_size", 3),
+        ("pool", "padding", 1),
+        ("pool", "ceil_mode", True),
+        ("norm", "eps", 0.5),
+        ("norm", "momentum", None),
+    ],
+)
+@pytest.mark.parametrize("norm", ["batch", "none"])
+def test_a_setting_may_be_changed(norm, name, setting, value):
+    block, x = block_for(norm, activation="leaky-relu", bias=False, size=7), images(7)
+    block(x)
+    setattr(getattr(block, name), setting, value)
+    torch.testing.assert_close(block(x), plain(block, x))
+    torch.testing.assert_close(copy.deepcopy(block)(x), plain(block, x))
+
+
+def test_a_change_that_a_piece_can_follow_stays_in_one_piece(monkeypatch):
+    block, x = block_for(activation="leaky-relu", bias=False), images()
+    block.activation.negative_slope, block.norm.eps, block.norm.momentum = 0.3, 0.5, None
+    pieces, in_one_piece = [], ConvBlock._in_one_piece
+    monkeypatch.setattr(ConvBlock, "_in_one_piece", lambda *a: pieces.append(a) or in_one_piece(*a))
+    torch.testing.assert_close(block(x), plain(block, x))
+    assert len(pieces) == 1
+
+
 @pytest.mark.parametrize("part", ["conv", "norm", "pool", "activation"])
 def test_hooks_fire(part):
     block, x, seen = block_for(bias=False), images(), []
@@ -206,6 +242,6 @@ def test_hooks_fire(part):
 
 def test_a_copy_is_still_in_one_piece(monkeypatch):
     pieces = []
-    monkeypatch.setattr(ConvBlock, "_in_one_piece", lambda self, x, norm: pieces.append(x))
+    monkeypatch.setattr(ConvBlock, "_in_one_piece", lambda self, x, *_: pieces.append(x))
     copy.deepcopy(block_for(bias=False))(images())
     assert len(pieces) == 1

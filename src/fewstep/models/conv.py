@@ -28,7 +28,8 @@ class ConvBlock(nn.Module):
     """3x3 convolution, normalisation, activation, halving of the resolution.
 
     Under batch norm in training mode, without a bias, `fast_block` computes the same in one piece;
-    everything else calls the parts in turn, such as parts with hooks and parts exchanged.
+    everything else calls the parts in turn, such as parts with hooks, and parts exchanged or
+    changed.
 
     Args:
         in_channels: Channels of the input.
@@ -71,15 +72,18 @@ class ConvBlock(nn.Module):
         }
         self.norm = norms[norm]()
         self.pool = nn.MaxPool2d(2) if downsample == "max-pool" else nn.Identity()
-        self.slope = 0.0 if activation == "relu" else 0.01
-        self.activation = nn.LeakyReLU(self.slope) if self.slope else nn.ReLU()
+        self.activation = nn.ReLU() if activation == "relu" else nn.LeakyReLU(0.01)
         self.out_size = conv_size // 2 if downsample == "max-pool" else conv_size
         self._as_built = (self.conv, self.norm, self.pool, self.activation)
+        self._windows = _settings(self.conv), _settings(self.pool)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output."""
         parts = (self.conv, self.norm, self.pool, self.activation)
-        if any(a is not b or _is_watched(a) for a, b in zip(parts, self._as_built, strict=True)):
+        slope = getattr(self.activation, "negative_slope", 0.0)
+        if slope < 0 or any(
+            a is not b or _is_watched(a) for a, b in zip(parts, self._as_built, strict=True)
+        ):
             y: Tensor = self.pool(self.activation(self.norm(self.conv(x))))
             return y
         if (
@@ -88,17 +92,17 @@ class ConvBlock(nn.Module):
             and self.norm.track_running_stats
             and self.norm.num_batches_tracked is not None
             and self.conv.bias is None
-            and self.conv.padding_mode == "zeros"
+            and self._windows == (_settings(self.conv), _settings(self.pool))
             and x.ndim == 4
             and x.shape[1] == self.conv.weight.shape[1]  # else PyTorch says what is wrong
             and one_vmap_at_most()
         ):
-            return self._in_one_piece(x, self.norm)
+            return self._in_one_piece(x, self.norm, slope)
         # Our activations rise monotonically, so they may follow the pool, with less left to do.
         z: Tensor = self.activation(self.pool(self.norm(self.conv(x))))
         return z
 
-    def _in_one_piece(self, x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    def _in_one_piece(self, x: Tensor, norm: nn.BatchNorm2d, slope: float) -> Tensor:
         assert norm.running_mean is not None
         assert norm.running_var is not None
         assert norm.num_batches_tracked is not None
@@ -106,7 +110,7 @@ class ConvBlock(nn.Module):
         form = Form(
             stride=self.conv.stride[0],
             pool=isinstance(self.pool, nn.MaxPool2d),
-            slope=self.slope,
+            slope=slope,
             eps=norm.eps,
             examples=by.first(len(x)),
             needs_moments=by.needs_moments,
@@ -121,6 +125,11 @@ class ConvBlock(nn.Module):
             count = (form.examples or len(x)) * height * width
             by.update(norm.running_mean, norm.running_var, out.moments, count, momentum)
         return out.z
+
+
+def _settings(part: nn.Module) -> dict[str, object]:
+    """Return what a part was built with and may be changed in place."""
+    return {n: v for n, v in vars(part).items() if n[0] != "_" and n != "training"}
 
 
 def _is_watched(part: nn.Module) -> bool:
