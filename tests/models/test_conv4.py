@@ -4,7 +4,9 @@ from typing import get_args
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+import fewstep
 from fewstep import InputError
 from fewstep.models import Conv4, ConvBlock
 from fewstep.models.conv import Initialisation
@@ -88,7 +90,7 @@ def test_unit_features_leave_only_their_direction_to_the_head():
     f = raw.blocks(x).detach()
     unit = f / (f.square().mean(1, keepdim=True)).sqrt()
     torch.testing.assert_close(own.unit_features(own.blocks(x)).detach(), unit, rtol=1e-4, atol=0)
-    torch.testing.assert_close(own(x), own.head(unit), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(own(x), own.head(unit), rtol=1e-9, atol=1e-9)
     assert own.state_dict().keys() == raw.state_dict().keys()
     dark = UnitFeatures()(torch.zeros(1, 4, requires_grad=True))
     assert torch.equal(dark, torch.zeros(1, 4))
@@ -160,3 +162,15 @@ def test_a_cosine_head_sees_angles_alone():
 def test_conv4_refuses(mistake, quoted):
     with pytest.raises(InputError, match=f"^{quoted}.*$"):
         Conv4(**({"in_channels": 1, "ways": 5, "size": 28} | mistake))
+
+
+@pytest.mark.parametrize("use", ["batch", "support", "running"])
+def test_an_adapted_network_can_be_exported(use):
+    """Into a graph of PyTorch's operations alone, for programs without this library."""
+    learner = fewstep.MetaLearner(Conv4(3, 3, 16, filters=16), fewstep.maml(1), F.cross_entropy)
+    x, y = torch.randn(6, 3, 16, 16), torch.arange(3).repeat(2)
+    adapted = learner.adapt(x, y, statistics=use)
+    exported = torch.export.export(adapted, (x,))
+    called = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    assert all(name.startswith("aten.") for name in called)
+    torch.testing.assert_close(exported.module()(x), adapted(x), rtol=1e-9, atol=1e-9)

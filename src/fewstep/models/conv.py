@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from fewstep.core.errors import InputError, check_name
@@ -95,6 +96,7 @@ class ConvBlock(nn.Module):
             and self._windows == (_settings(self.conv), _settings(self.pool))
             and x.ndim == 4
             and x.shape[1] == self.conv.weight.shape[1]  # else PyTorch says what is wrong
+            and not torch.compiler.is_compiling()  # what is exported needs PyTorch alone
             and one_vmap_at_most()
         ):
             return self._in_one_piece(x, self.norm, slope)
