@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from fewstep.models import Conv4
 from fewstep.training.environment import command_line, environment
 from fewstep.training.run_folder import write_json
 from options import options_of
+from peak import Memory
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,16 @@ def measure(options: Options) -> dict[str, float]:
     x = torch.randn(2, options.tasks, options.ways, 1, 28, 28)
     y = torch.arange(options.ways).expand(options.tasks, options.ways)
     batch = TaskBatch(x[0], y, x[1], y)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds = []
-    for _ in range(options.repeats + 1):
-        started = time.perf_counter()
-        learner.step(batch)
-        seconds.append(time.perf_counter() - started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": statistics.median(seconds[1:]), "peak_mib": (peak - before) / 1024}
+    seconds: list[float] = []
+
+    def iterate() -> None:
+        for _ in range(options.repeats + 1):
+            started = time.perf_counter()
+            learner.step(batch)
+            seconds.append(time.perf_counter() - started)
+
+    peak = Memory().most(iterate)["mib"]
+    return {"seconds": statistics.median(seconds[1:]), "peak_mib": peak}
 
 
 def main() -> None:

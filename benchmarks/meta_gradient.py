@@ -1,23 +1,20 @@
-"""One meta-gradient, fewstep against its peers: time and peak memory.
+"""One meta-gradient, fewstep against its peers: time.
 
     python benchmarks/meta_gradient.py [--out results/benchmarks/meta_gradient.json]
 
 Each way has a process of its own, on the same tasks and parameters. First all must give the same
 meta-gradient in float64 on two of the tasks, to 1e-9 of its largest entry. Then they take turns, so
 that a slow moment of the machine meets all; the first gradient, in which JAX compiles and replay
-records, is told apart. Memory is what a process needs at most during it, beyond what it needs
-before, and how much of that are pages of libraries' files, which the first operation of a kind
-loads, whatever the size of its tensors. The share is that of the speed of a large product of
-matrices, which the convolutions and products of the plain loop would reach in that time. Products
-are of float32 where a way says nothing. Peers that are not installed (`pip install -e
-".[benchmark]"`) are named and left out.
+records, is told apart. The share is that of the speed of a large product of matrices, which the
+convolutions and products of the plain loop would reach in that time. Products are of float32 where
+a way says nothing. Peers that are not installed (`pip install -e ".[benchmark]"`) are named and
+left out. Memory is measured by memory.py.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
-import resource
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -34,11 +31,12 @@ from fewstep.core.precision import fp32_products
 from fewstep.training.environment import command_line, environment
 from fewstep.training.run_folder import write_json
 from options import options_of
+from peak import Memory
 from peers import WAYS, Case, Gradient
 from tables import Panel, plot, table_of
 
 Order = Literal[1, 2]
-Question = Literal["gradient", "flop", "speed", "first", "time"]
+Question = Literal["gradient", "flop", "speed", "memory", "first", "time"]
 Name = Literal[
     "omniglot-5-way", "sinusoid", "omniglot-20-way", "mini-imagenet-5-way",
     "omniglot-5-way-32-tasks",
@@ -140,13 +138,13 @@ def _answer(case: Case, way: str, pipe: Connection) -> None:
             elif question == "gradient":
                 exact = WAYS[way].build(other, torch.float64)()
                 pipe.send(torch.cat([g.flatten() for g in exact]))
+            elif question == "memory":
+                pipe.send(memory_of(case, way))
             elif gradient is None:  # "first"
                 gradient = WAYS[way].build(case, torch.float32)
-                started, *before = time.perf_counter(), _peak(case, way), _of_files(case.device)
+                started = time.perf_counter()
                 _finish(gradient)
-                after = time.perf_counter(), _peak(case, way), _of_files(case.device)
-                found = (b - a for a, b in zip((started, *before), after, strict=True))
-                pipe.send(dict(zip(("first_s", "mib", "mib_of_files"), found, strict=True)))
+                pipe.send({"first_s": time.perf_counter() - started})
             else:  # "time"
                 pipe.send(turn(gradient))
     except EOFError:
@@ -190,30 +188,18 @@ def flop_of(case: Case) -> int:
     return case.tasks * total
 
 
+def memory_of(case: Case, way: str) -> dict[str, float]:
+    """Return the most memory of a gradient, and of the first, which may compile or record."""
+    gradient = WAYS[way].build(case, torch.float32)
+    memory = Memory(case.device, WAYS[way].package)
+    first = memory.most(lambda: _finish(gradient))["mib"]
+    return memory.most(lambda: _finish(gradient)) | {"first_mib": first}
+
+
 def _finish(gradient: Gradient) -> None:
     gradient()
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-
-
-def _peak(case: Case, way: str) -> float:
-    """Return the most memory this process had so far, in MiB: its own, or on the GPU."""
-    if case.device.startswith("cuda") and WAYS[way].package == "jax":
-        import jax
-
-        return float(jax.devices()[0].memory_stats()["peak_bytes_in_use"]) / 2**20
-    if case.device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def _of_files(device: str) -> float:
-    """Return the memory that holds pages of files, in MiB, where the system tells."""
-    status = Path("/proc/self/status")
-    if device.startswith("cuda") or not status.exists():
-        return 0.0
-    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    return int(fields["RssFile"].split()[0]) / 1024
 
 
 def differences(cases: list[Case], ways: list[str], threads: int | None) -> list[dict[str, float]]:
@@ -244,7 +230,7 @@ def differences(cases: list[Case], ways: list[str], threads: int | None) -> list
 
 
 def measure(case: Case, options: Turns) -> dict[str, dict[str, Any]]:
-    """Return seconds and MiB of every way that applies."""
+    """Return the seconds of every way that applies."""
     ways = [w for w in options.ways if WAYS[w].applies(case) and WAYS[w].is_installed()]
     processes, found = {}, {}
     for way in ways:
@@ -269,7 +255,7 @@ def rows_of(cases: list[Case], options: Turns) -> list[dict[str, Any]]:
         raise SystemExit(f"ways lack {', '.join(sorted(missing))}, to compare with; add them")
     process = Process(cases[0], "plain loop", options.threads)
     best = process.ask("speed", cases[0])
-    flop = [process.ask("flop", case) for case in cases]  # not here: children inherit the peak
+    flop = [process.ask("flop", case) for case in cases]
     process.end()
     installed = [way for way in options.ways if WAYS[way].is_installed()]
     errors = differences(cases, installed, options.threads)
@@ -314,7 +300,7 @@ def main() -> None:
                 about = environment(command_line(), options.device)
                 tables[title] = {"environment": about, "rows": rows}
                 write_json(options.out, tables)
-                plot(panels_of(tables), options.out.with_suffix(".png"))
+                plot(panels_of(tables), "median_s", "seconds", options.out.with_suffix(".png"))
     say_missing()
 
 

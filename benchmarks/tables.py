@@ -17,18 +17,17 @@ def table_of(rows: list[dict[str, Any]], title: str, by: str = "steps") -> Table
     table = Table("way", title=title)
     lines: dict[str, list[str]] = {row["way"]: [row["way"]] for row in rows}
     for k in dict.fromkeys(row[by] for row in rows):
-        for column in (f"{k} {by}: s", "min-max", "x", "MiB (of files)", "share"):
+        for column in (f"{k} {by}: s", "min-max", "x", "share"):
             table.add_column(column, justify="right")
         here = {row["way"]: row for row in rows if row[by] == k}
         for way, line in lines.items():
             row = here.get(way)
             if row is None or "failed" in row:
-                line += ["-" if row is None else "failed", "", "", "", ""]
+                line += ["-" if row is None else "failed", "", "", ""]
             else:
                 s = row["seconds"]
                 line += [
                     f"{row['median_s']:.4f}", f"{min(s):.4f}-{max(s):.4f}", f"{row['ratio']:.2f}",
-                    f"{row['mib']:.0f} ({row['mib_of_files']:.0f})",
                     f"{row['share_of_a_large_product']:.0%}",
                 ]  # fmt: skip
     for line in lines.values():
@@ -47,36 +46,37 @@ class Panel:
     label: str
 
 
-def plot(panels: list[Panel], path: Path) -> None:
-    """Draw time above and memory below, a line for each way."""
-    figure = new_figure(3.2 * len(panels) + 2.6, 6)
-    axes = figure.subplots(2, len(panels), squeeze=False, sharex="col")
+def plot(panels: list[Panel], key: str, unit: str, path: Path) -> None:
+    """Draw the panels side by side, a line for each way.
+
+    Args:
+        panels: What is drawn against what.
+        key: What is drawn, a key of the rows.
+        unit: Its unit.
+        path: The picture.
+    """
+    figure = new_figure(3.2 * len(panels) + 2.6, 3.6)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
     ways = list(dict.fromkeys(row["way"] for panel in panels for row in panel.rows))
     colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
-    for column, panel in enumerate(panels):
-        for (key, label), ax in zip(
-            (("median_s", "seconds"), ("mib", "MiB")), axes[:, column], strict=True
-        ):
-            for i, way in enumerate(ways):
-                points = [
-                    (row[panel.by], row[key])
-                    for row in panel.rows
-                    if row["way"] == way and key in row
-                ]
-                if points:
-                    ours = way.startswith("fewstep")
-                    ax.plot(
-                        *zip(*points, strict=True), "o-" if ours else "s--", ms=4, label=way,
-                        color=colours[2 * i % 20 + i // 10],
-                    )  # fmt: skip
-            ax.set(xscale="log", yscale="log", ylabel=label if column == 0 else None)
-            ax.set_xticks(ticks := sorted({row[panel.by] for row in panel.rows}), map(str, ticks))
-            ax.minorticks_off()
-        axes[0, column].set_title(panel.title)
-        axes[1, column].set_xlabel(panel.label)
+    for panel, ax in zip(panels, axes, strict=True):
+        for i, way in enumerate(ways):
+            points = [
+                (row[panel.by], row[key]) for row in panel.rows if row["way"] == way and key in row
+            ]
+            if points:
+                ours = way.startswith("fewstep")
+                ax.plot(
+                    *zip(*points, strict=True), "o-" if ours else "s--", ms=4, label=way,
+                    color=colours[2 * i % 20 + i // 10],
+                )  # fmt: skip
+        ax.set(xscale="log", yscale="log", xlabel=panel.label, title=panel.title)
+        ax.set_xticks(ticks := sorted({row[panel.by] for row in panel.rows}), map(str, ticks))
+        ax.minorticks_off()
+    axes[0].set_ylabel(unit)
     handles = {
         text: handle
-        for ax in axes.flat
+        for ax in axes
         for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize="small")

@@ -1,0 +1,28 @@
+"""Memory of a gradient is that of its own process."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from memory import peak
+from meta_gradient import CASES
+from peak import Memory
+
+CASE = replace(CASES["omniglot-5-way"], tasks=1, num_steps=1)
+
+
+def test_what_the_parent_once_held_does_not_count():
+    before = peak("plain loop", CASE)
+    torch.ones(100 * 2**18)  # 100 MiB, freed at once
+    after = peak("plain loop", CASE)
+    assert before["mib"] > 10
+    assert after["mib"] == pytest.approx(before["mib"], abs=4)
+    assert after["first_mib"] == pytest.approx(before["first_mib"], abs=4)
+
+
+def test_an_earlier_peak_does_not_count():
+    memory = Memory()
+    first = memory.most(lambda: torch.ones(100 * 2**18))
+    second = memory.most(lambda: torch.ones(10 * 2**18))
+    assert first["mib"] == pytest.approx(100, abs=5)
+    assert second["mib"] == pytest.approx(10, abs=5)
