@@ -11,6 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from fewstep.core.errors import InputError
+from fewstep.experiments import accuracy_table
 from fewstep.experiments.accuracy_table import best_of
 from fewstep.experiments.from_classifier import MamlPlusPlusFromClassifier
 from fewstep.experiments.maml import MamlClassification
@@ -91,6 +92,25 @@ def test_rows_from_prototypes_may_be_trained_on_more_ways(ablation):
     assert "4 iterations of 2 tasks of 3 classes" in table
     trained = tomllib.loads((ablation.out / "proto-maml-seed0" / "config.toml").read_text())
     assert trained["episodes"]["train_ways"] == 3
+
+
+@pytest.mark.pictures
+def test_rows_of_an_earlier_call_stay_in_the_table_in_order(ablation, monkeypatch, capsys):
+    short = replace(ablation, seeds=1, variants=("MAML++",))
+    drawn = []
+    monkeypatch.setattr(accuracy_table, "draw_band", lambda *a: drawn.append(a[2]))
+    short.run(Console(quiet=True))
+    first = json.loads((ablation.out / "table.json").read_text())["rows"]["MAML++"]
+    replace(short, variants=("MAML",)).run(Console(quiet=True))
+    rows = json.loads((ablation.out / "table.json").read_text())["rows"]
+    assert list(rows) == ["MAML", "MAML++"]
+    assert rows["MAML++"] == first
+    assert "| MAML++ |" in (ablation.out / "table.md").read_text()
+    assert drawn == ["MAML++", "MAML", "MAML++"]
+    replace(short, variants=("ANIL",), test_tasks=4).run(Console(soft_wrap=True))
+    assert list(json.loads((ablation.out / "table.json").read_text())["rows"]) == ["ANIL"]
+    left = "left out of the table: MAML++, not finished or of other settings"
+    assert left in capsys.readouterr().out
 
 
 def test_one_seed_has_no_deviation(ablation):

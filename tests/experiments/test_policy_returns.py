@@ -67,6 +67,18 @@ def test_the_table_and_the_figures(experiment, monkeypatch):
     assert json.loads((experiment.out / "table.json").read_text())["rows"] == table["rows"]
 
 
+def test_rows_of_an_earlier_call_stay_in_the_table_in_order(experiment):
+    for method in ("oracle", "MAML"):
+        replace(experiment, seeds=1, methods=(method,)).run(QUIET)
+    table = json.loads((experiment.out / "table.json").read_text())
+    assert list(table["rows"]) == ["MAML", "oracle"]
+    assert "| oracle |" in (experiment.out / "table.md").read_text()
+    other = replace(SETTING, test_tasks=5)
+    replace(experiment, seeds=1, methods=("pretrained",), setting=other).run(QUIET)
+    table = json.loads((experiment.out / "table.json").read_text())
+    assert list(table["rows"]) == ["pretrained"]
+
+
 def test_the_picture_is_of_the_method_that_gives_most_after_its_step(experiment):
     def row(*means):
         return {"steps": [{"mean": mean} for mean in means]}

@@ -79,6 +79,13 @@ def test_the_baseline_takes_the_rate_that_suits_validation_best(experiment):
     assert len({round(mean, 6) for mean in validation}) == len(TUNED_RATES)  # it is a choice
 
 
+def test_rows_of_an_earlier_call_stay_in_the_table_in_order(experiment):
+    for method in ("pretrained", "MAML"):
+        replace(experiment, methods=(method,), seeds=1).run(Console(quiet=True))
+    rows = json.loads((experiment.out / "table.json").read_text())["rows"]
+    assert list(rows) == ["MAML", "pretrained"]
+
+
 def test_the_settings_are_the_papers():
     config = MamlSinusoid().config("MAML", 2)
     assert (config.iterations, config.tasks, config.seed) == (70_000, 25, 2)

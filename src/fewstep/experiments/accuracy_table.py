@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
@@ -11,8 +11,8 @@ from typing import Any
 from rich.console import Console
 
 from fewstep.core.ranks import Ranks
-from fewstep.experiments.seeds import mean_seconds, over_seeds, rounded
-from fewstep.experiments.sweep import Test, complete_all
+from fewstep.experiments.seeds import earlier_rows, mean_seconds, over_seeds, rounded, seed_folder
+from fewstep.experiments.sweep import Test, complete_all, finished
 from fewstep.experiments.write_up import write_up
 from fewstep.report.figure import draw_band, legend_below, new_figure, save_figure
 from fewstep.training.build import resolve_device
@@ -30,6 +30,7 @@ TESTS = (
 
 def accuracy_table(
     rows: Mapping[str, Sequence[RunConfig]],
+    asked: Collection[str],
     paper: Mapping[str, str],
     title: str,
     out: Path,
@@ -41,8 +42,11 @@ def accuracy_table(
 ) -> None:
     """Train and test what is not yet; write table.md, table.json and curves.png.
 
+    Rows that an earlier call has finished in the folder by the same settings are there, too.
+
     Args:
-        rows: Settings of a run for each seed, by the name of the row.
+        rows: Settings of a run for each seed, by the name of the row: all that there may be.
+        asked: Names of those to train.
         paper: The paper's accuracies, by the name of the row.
         title: What the rows have in common.
         out: Folder of the runs, the table and the figure.
@@ -58,12 +62,15 @@ def accuracy_table(
     ranks = Ranks.of_torchrun(device)
     if not ranks.is_first:
         console = Console(quiet=True)
-    folders = {name: _folders(out, name, configs) for name, configs in rows.items()}
     of_seeds = next(iter(rows.values()))
+    runs = {
+        name: {seed_folder(out, name, config.seed): replace(config, device=device) for config in of}
+        for name, of in rows.items()
+    }
     plan = {  # all rows of a seed before the next seed
-        folders[name][i]: replace(configs[i], device=device)
-        for i in range(len(of_seeds))
-        for name, configs in rows.items()
+        path: config
+        for seed in zip(*(runs[name].items() for name in asked), strict=True)
+        for path, config in seed
     }
     found = complete_all(plan, TESTS, console, workers=workers, ray=ray, ranks=ranks)
     ranks.close()
@@ -74,10 +81,16 @@ def accuracy_table(
         return
     title += f", {len(of_seeds)} seed{'s' * (len(of_seeds) > 1)}"
     title += f", {of_seeds[0].test_tasks} test tasks"
+    told = earlier_rows(
+        {name: runs[name] for name in rows if name not in asked},
+        lambda path, config: finished(path, config, TESTS),
+        console,
+    )
+    told |= {name: [found[path] for path in runs[name]] for name in asked}
     numbers = {
-        name: _row([found[path] for path in paths]) | {"paper": paper.get(name, "")}
-        for name, paths in folders.items()
+        name: _row(told[name]) | {"paper": paper.get(name, "")} for name in rows if name in told
     }
+    folders = {name: list(runs[name]) for name in numbers}
     _write(title, numbers, folders, out, device, console)
 
 
@@ -101,11 +114,6 @@ def _write(
     write_up(out, device, console, written, table=table, pictures=["curves.png"])
     run = quote(str(folders[best_of(numbers)][0]))
     say(console, f"next: fewstep predict {run} --support FOLDER --query FOLDER   (yours)")
-
-
-def _folders(out: Path, name: str, of_seeds: Sequence[RunConfig]) -> list[Path]:
-    plain = name.lower().replace(", ", "-").replace(" ", "-")
-    return [out / f"{plain}-seed{config.seed}" for config in of_seeds]
 
 
 def _row(runs: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:

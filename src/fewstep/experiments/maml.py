@@ -139,8 +139,9 @@ class MamlClassification:
                 f"{method}, {setting}": [
                     self.config(method, setting, seed) for seed in range(self.seeds)
                 ]
-                for method, setting in rows
+                for method, setting in product((*METHODS, *PROTOTYPES), SETTINGS[self.dataset])
             },
+            [", ".join(row) for row in rows],
             PAPER[self.dataset],
             f"{self.dataset}, {self.iterations:,} iterations, {self.precision}",
             self.folder,

@@ -152,14 +152,19 @@ class MamlPlusPlusAblation:
         check_names("variant", self.variants, VARIANTS | BESIDE)
         if self.seeds < 1:
             raise InputError(f"seeds={self.seeds} must be at least 1")
-        others = [v for v in self.variants if "start" not in (VARIANTS | BESIDE)[v]]
-        if self.train_ways is not None and others:
+        possible = [
+            name
+            for name, parts in (VARIANTS | BESIDE).items()
+            if self.train_ways is None or "start" in parts
+        ]
+        if others := [v for v in self.variants if v not in possible]:
             raise InputError(
                 f"train_ways={self.train_ways}: {others[0]} learns its last layer for {self.ways} "
                 "classes; name variants that start from prototypes, or leave it out"
             )
         accuracy_table(
-            {v: [self.config(v, seed) for seed in range(self.seeds)] for v in self.variants},
+            {v: [self.config(v, seed) for seed in range(self.seeds)] for v in possible},
+            self.variants,
             PAPER.get((self.dataset, self.ways, self.shots), {}),
             f"{self.dataset} {self.ways}-way {self.shots}-shot, Conv4-{self._filters}, "
             f"{self.iterations:,} iterations of {self._tasks} tasks"

@@ -15,10 +15,15 @@ from rich.console import Console
 
 from fewstep.core.errors import InputError, check_names
 from fewstep.core.rates import StepRates
-from fewstep.experiments.policy_runs import has_policy, train_policy, trained_policy
+from fewstep.experiments.policy_runs import (
+    has_policy,
+    told_by_policy,
+    train_policy,
+    trained_policy,
+)
 from fewstep.experiments.policy_settings import METHODS, PolicyRun, Setting
 from fewstep.experiments.pool import each
-from fewstep.experiments.seeds import over_seeds
+from fewstep.experiments.seeds import earlier_rows, over_seeds, seed_folder
 from fewstep.experiments.write_up import write_up
 from fewstep.report.figure import draw_band, legend_below, new_figure, save_figure
 from fewstep.rl.rollouts import Rollouts
@@ -26,7 +31,7 @@ from fewstep.training.build import resolve_device
 
 Numbers = Mapping[str, tuple[float, ...]]
 SHOWN_TASKS = 4
-Plan = dict[tuple[str, int], tuple[Path, PolicyRun]]
+Plan = dict[Path, tuple[Path, PolicyRun]]
 
 
 @dataclass(frozen=True)
@@ -74,22 +79,32 @@ class PolicyReturns(ABC):
         if self.seeds < 1:
             raise InputError(f"seeds={self.seeds} must be at least 1")
         device = resolve_device(self.device)
-        plan = {
-            (method, seed): (
-                self.folder / f"{method.lower().replace(' ', '-')}-seed{seed}",
-                PolicyRun(self.problem, method, seed, self.setting, device),
-            )
-            for seed in range(self.seeds)
-            for method in self.methods
+        runs = {
+            method: {
+                seed_folder(self.folder, method, seed): PolicyRun(
+                    self.problem, method, seed, self.setting, device
+                )
+                for seed in range(self.seeds)
+            }
+            for method in METHODS
+        }
+        plan = {  # all methods of a seed before the next seed
+            path: (path, run)
+            for seed in zip(*(runs[method].items() for method in self.methods), strict=True)
+            for path, run in seed
         }
         found = self._complete(plan, console)
-        outcomes = {m: [found[m, seed] for seed in range(self.seeds)] for m in self.methods}
+        others = {method: runs[method] for method in METHODS if method not in self.methods}
+        told = earlier_rows(others, told_by_policy, console)
+        told |= {method: [found[path] for path in runs[method]] for method in self.methods}
+        outcomes = {method: told[method] for method in METHODS if method in told}
         rows = {method: _row(of_seeds) for method, of_seeds in outcomes.items()}
         plot_returns(outcomes, self.paper, self.folder / "returns.png")
         pictures = ["returns.png"]
-        kept = {m: row for m, row in rows.items() if has_policy(plan[m, 0][0])}
+        kept = {m: row for m, row in rows.items() if has_policy(next(iter(runs[m])))}
         if (best := self._best(kept)) is not None:
-            pictures.append(self.draw(f"{best}, seed 0", self._rollouts(*plan[best, 0])).name)
+            first = next(iter(runs[best].items()))
+            pictures.append(self.draw(f"{best}, seed 0", self._rollouts(*first)).name)
         table, numbers = self._markdown(rows), ("table.json", {"rows": rows})
         write_up(self.folder, device, console, numbers, table=table, pictures=pictures)
 
@@ -112,7 +127,7 @@ class PolicyReturns(ABC):
             episodes=self.setting.test_episodes,
         )
 
-    def _complete(self, plan: Plan, console: Console) -> dict[tuple[str, int], dict[str, Any]]:
+    def _complete(self, plan: Plan, console: Console) -> dict[Path, dict[str, Any]]:
         """Complete the runs, with a bar for each if it is one after the other, else for all."""
         is_alone = self.workers == 1 and not self.ray
         train = partial(train_policy, console=console) if is_alone else train_policy

@@ -121,6 +121,14 @@ def evaluate_policy(run: PolicyRun, learner: PolicyLearner) -> Returns:
     )
 
 
+def told_by_policy(path: Path, run: PolicyRun) -> dict[str, Any] | None:
+    """Return what the outcome.json of a finished run with these settings holds, if there is one."""
+    try:
+        return _outcome(path, run)
+    except InputError:
+        return None
+
+
 def trained_policy(path: Path, run: PolicyRun) -> PolicyLearner:
     """Return the learner that a finished run has kept.
 

@@ -3,12 +3,51 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from rich.console import Console
 
 from fewstep.core.scores import mean_and_ci95
+from fewstep.training.display import say
+
+Settings = TypeVar("Settings")
+Told = TypeVar("Told")
+
+
+def folder_name(row: str) -> str:
+    """Return the name of a row as a part of paths."""
+    return row.lower().replace(", ", "-").replace(" ", "-")
+
+
+def seed_folder(out: Path, row: str, seed: int) -> Path:
+    """Return the folder of a row's run."""
+    return out / f"{folder_name(row)}-seed{seed}"
+
+
+def earlier_rows(
+    rows: Mapping[str, Mapping[Path, Settings]],
+    told_by: Callable[[Path, Settings], Told | None],
+    console: Console,
+) -> dict[str, list[Told]]:
+    """Return what earlier calls have left of rows that this one does not ask for.
+
+    Args:
+        rows: Folder and settings of each seed's run, by the name of the row.
+        told_by: Returns what a run with these settings has told in the end; None if there is none.
+        console: Where to say which rows are left out of the table.
+    """
+    found = {}
+    for name, runs in rows.items():
+        told = [told_by(path, settings) for path, settings in runs.items()]
+        whole = [each for each in told if each is not None]
+        if len(whole) == len(told):
+            found[name] = whole
+        elif any(path.exists() for path in runs):
+            say(console, f"left out of the table: {name}, not finished or of other settings")
+    return found
 
 
 def over_seeds(scores: Iterable[Sequence[float]]) -> dict[str, Any]:

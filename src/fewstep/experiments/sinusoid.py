@@ -17,8 +17,8 @@ from fewstep.core.errors import InputError, check_names, check_some
 from fewstep.core.learner import MetaLearner
 from fewstep.core.scores import Scores
 from fewstep.data.sinusoid import SinusoidEpisodes
-from fewstep.experiments.seeds import mean_seconds, over_seeds, rounded
-from fewstep.experiments.sweep import Test, complete_all
+from fewstep.experiments.seeds import earlier_rows, mean_seconds, over_seeds, rounded, seed_folder
+from fewstep.experiments.sweep import Test, complete_all, finished
 from fewstep.experiments.write_up import write_up
 from fewstep.report.figure import label_plainly, legend_below, new_figure, save_figure
 from fewstep.report.sinusoid_fits import plot_sinusoid_fits
@@ -44,6 +44,7 @@ PAPER = {  # after 1, 5 and 10 steps from 5 points
     PRETRAINED: {1: 2.41, 5: 2.23, 10: 2.19},
 }
 PAPER_POINTS = 5
+TESTS = (Test(),)
 QUERIES = 100
 VAL_TASKS = 200
 
@@ -97,11 +98,23 @@ class MamlSinusoid:
             for seed in range(self.seeds)
             for method in self.methods
         }
-        found = complete_all(plan, (Test(),), console, workers=self.workers, ray=self.ray)
+        found = complete_all(plan, TESTS, console, workers=self.workers, ray=self.ray)
         if len(found) < len(plan):
             say(console, f"{len(found)} of {len(plan)} runs are done; the same command goes on")
             return
-        rows = {method: self._row(method, found, device) for method in self.methods}
+        others = {
+            method: {
+                self._path(method, seed): replace(self.config(method, seed), device=device)
+                for seed in range(self.seeds)
+            }
+            for method in RECIPES
+            if method not in self.methods
+        }
+        told = earlier_rows(others, lambda path, config: finished(path, config, TESTS), console)
+        told |= {m: [found[self._path(m, s)] for s in range(self.seeds)] for m in self.methods}
+        rows = {
+            method: self._row(method, told[method], device) for method in RECIPES if method in told
+        }
         plot_errors(rows, self.out / "errors.png")
         shown = self._learner(self.methods[0], 0, device)
         plot_sinusoid_fits(shown, self.out / "fits.png")
@@ -130,13 +143,13 @@ class MamlSinusoid:
         )
 
     def _path(self, method: str, seed: int) -> Path:
-        return self.out / f"{method.lower().replace(' ', '-')}-seed{seed}"
+        return seed_folder(self.out, method, seed)
 
     def _row(
-        self, method: str, found: Mapping[Path, list[dict[str, Any]]], device: str
+        self, method: str, of_seeds: Sequence[list[dict[str, Any]]], device: str
     ) -> dict[str, Any]:
         """Return the errors of a method by support points and steps."""
-        seconds = mean_seconds([found[self._path(method, s)] for s in range(self.seeds)])
+        seconds = mean_seconds(of_seeds)
         tests = {}
         for points in self.points:
             learners = [self._tuned(method, s, points, device) for s in range(self.seeds)]

@@ -98,6 +98,21 @@ def complete(
         )
 
 
+def finished(path: Path, config: RunConfig, tests: tuple[Test, ...]) -> list[dict[str, Any]] | None:
+    """Return what each test wrote, where a run with these settings is trained and tested."""
+    if not (path / "config.toml").exists():
+        return None
+    run = RunFolder.open(path)
+    state = run.state()
+    if state is None or state.iteration < config.iterations:
+        return None
+    files = {test: _file(run, test, config.algorithm.eval_steps) for test in tests}
+    is_whole = all(is_scored(run, test.checkpoint, file) for test, file in files.items())
+    if not is_whole or any(_unlike(path, run.settings(), config)):
+        return None
+    return [json.loads(file.read_text()) for file in files.values()]
+
+
 @contextmanager
 def _opened(path: Path, config: RunConfig) -> Iterator[RunFolder]:
     """Hold the folder of a run that may be new, or have been begun with the same settings."""
@@ -176,10 +191,15 @@ def check_plan(plan: Mapping[Path, RunConfig]) -> None:
 
 def check_same(path: Path, held: dict[str, Any], asked: Any) -> None:
     """Raise InputError unless a run's file holds these settings; what it lacks is the default."""
+    for name, there, here in _unlike(path, held, asked):
+        check_equal(path, name, there, here)
+
+
+def _unlike(path: Path, held: dict[str, Any], asked: Any) -> Iterator[tuple[str, object, object]]:
     for name, there, here in differences(held, asked):
         if name == "initial" and _is_neighbour(path, there, here):
             continue  # of a sweep whose folder was moved, or is written otherwise
-        check_equal(path, name, there, here)
+        yield name, there, here
 
 
 def _is_neighbour(path: Path, there: object, here: object) -> bool:
