@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from memory import peak
 from meta_gradient import CASES
 from peak import Memory
