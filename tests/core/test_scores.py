@@ -8,10 +8,12 @@ from torch.nn import functional as F
 
 from fewstep import InputError, MetaLearner, Scores, TaskBatch, maml, paired_difference
 from fewstep.core.accuracy import accuracy
+from fewstep.core.scores import t95
 from tests.core.reference import MODELS
 
 pytestmark = pytest.mark.usefixtures("float64")
 
+T3 = 3.182446305284263  # Student's t of 3 degrees of freedom
 TASKS = [[0.0, 0.25], [0.5, 1.0], [0.25, 0.5], [0.25, 0.75]]
 
 
@@ -34,10 +36,27 @@ def test_a_task_is_drawn_once():
     assert drawn == list(range(7))
 
 
+@pytest.mark.parametrize(
+    ("degrees", "quantile"),
+    [
+        (1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (14, 2.145), (29, 2.045), (30, 2.042),
+        (99, 1.9842), (599, 1.9639), (100_000, 1.9600),
+    ],
+)  # fmt: skip
+def test_quantiles_of_student_s_t(degrees, quantile):
+    assert t95(degrees) == pytest.approx(quantile, abs=5e-4 if degrees < 99 else 5e-5)
+
+
+def test_few_tasks_have_no_interval():
+    assert math.isnan(t95(0))
+    assert t95(2) == pytest.approx(0.95 * math.sqrt(2 / (1 - 0.95**2)), rel=1e-12)  # closed form
+    assert t95(1) == pytest.approx(math.tan(0.95 * math.pi / 2), rel=1e-12)
+
+
 def test_mean_and_interval_of_every_step():
     for step, column in enumerate(zip(*TASKS, strict=True)):
         assert scores().curve[step] == pytest.approx(statistics.mean(column))
-        half_width = 1.96 * statistics.stdev(column) / math.sqrt(4)
+        half_width = T3 * statistics.stdev(column) / math.sqrt(4)
         assert scores().curve_ci95[step] == pytest.approx(half_width)
     assert (scores().mean, scores().ci95) == (scores().curve[1], scores().curve_ci95[1])
     assert (scores().num_tasks, scores().num_steps) == (4, 1)
@@ -45,7 +64,7 @@ def test_mean_and_interval_of_every_step():
 
 def test_summary_says_how_it_was_measured():
     assert str(scores()) == (
-        "accuracy 62.50% ± 31.63 (95% interval; 4 tasks; 1 inner steps; "
+        "accuracy 62.50% ± 51.36 (95% interval; 4 tasks; 1 inner steps; "
         "normalisation statistics: batch (transductive))"
     )
 
@@ -54,12 +73,12 @@ def test_dict_holds_plain_values():
     assert scores().as_dict() == {
         "metric": "accuracy",
         "mean": 0.625,
-        "ci95": pytest.approx(1.96 * math.sqrt(0.3125 / 3) / 2),
+        "ci95": pytest.approx(T3 * math.sqrt(0.3125 / 3) / 2),
         "num_tasks": 4,
         "num_steps": 1,
         "after": [0, 1],
         "curve": [0.25, 0.625],
-        "curve_ci95": pytest.approx([1.96 * math.sqrt(v / 3) / 2 for v in (0.125, 0.3125)]),
+        "curve_ci95": pytest.approx([T3 * math.sqrt(v / 3) / 2 for v in (0.125, 0.3125)]),
         "loss_curve": [0.5, 1.25],
         "statistics": "batch (transductive)",
         "per_task": [0.25, 1.0, 0.5, 0.75],
@@ -71,7 +90,7 @@ def test_a_paired_difference_is_that_of_the_tasks_differences():
     of_tasks = [-0.25, 0.5, 0.25, 0.0]
     found = paired_difference(ours, theirs)
     assert found.mean == pytest.approx(statistics.mean(of_tasks))
-    assert found.ci95 == pytest.approx(1.96 * statistics.stdev(of_tasks) / math.sqrt(4))
+    assert found.ci95 == pytest.approx(T3 * statistics.stdev(of_tasks) / math.sqrt(4))
     assert (found.above, found.below) == (2, 1)
     assert not found.is_significant
 

@@ -49,7 +49,9 @@ def test_the_table_and_the_figure(ablation, monkeypatch, capsys):
     assert row["single"]["seeds"] == pytest.approx([test["mean"] for test in tests])
     assert row["single"]["mean"] == pytest.approx(sum(test["mean"] for test in tests) / 2)
     of_tasks = [statistics.mean(two) for two in zip(*(t["per_task"] for t in tests), strict=True)]
-    assert row["single"]["ci95"] == pytest.approx(1.96 * statistics.stdev(of_tasks) / 3**0.5)
+    assert row["single"]["ci95"] == pytest.approx(
+        4.302652729696142 * statistics.stdev(of_tasks) / 3**0.5
+    )
     wordings = {
         "support": "evaluation-test-best-5-steps-statistics-support.json",
         "running": "evaluation-test-best-5-steps-statistics-running.json",

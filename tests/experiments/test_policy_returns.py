@@ -53,7 +53,7 @@ def test_the_table_and_the_figures(experiment, monkeypatch):
         assert found["seeds"] == pytest.approx([statistics.mean(r) for r in of_seeds])
         assert found["mean"] == pytest.approx(statistics.mean(of_tasks))
         assert found["ci95"] == pytest.approx(
-            1.96 * statistics.stdev(of_tasks) / SETTING.test_tasks**0.5
+            3.182446305284263 * statistics.stdev(of_tasks) / SETTING.test_tasks**0.5
         )
     assert len(table["rows"]["oracle"]["steps"]) == 1  # it knows the goal and takes no step
     text = (experiment.out / "table.md").read_text()

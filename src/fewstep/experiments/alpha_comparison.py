@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from fewstep.core.errors import InputError, check_names
+from fewstep.core.scores import mean_and_ci95
 from fewstep.experiments.alpha_runs import Setting, train
 from fewstep.experiments.pool import each
 from fewstep.experiments.write_up import write_up
@@ -124,13 +125,9 @@ class AlphaComparison:
 
 
 def interval(values: Sequence[float]) -> str:
-    """Return the mean in % with its 95% interval, by Student's t."""
-    n = len(values)
-    # Quantiles of t at 97.5% for 1, 2, ... degrees of freedom; then within 0.003 of them.
-    t = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
-    quantile = t[n - 2] if n - 2 < len(t) else 1.96 * (1 + 1.27 / (n - 1.6))
-    half = quantile * statistics.stdev(values) / math.sqrt(n)
-    return f"{100 * statistics.mean(values):.1f} ± {100 * half:.1f}"
+    """Return the mean in % with its 95% interval."""
+    mean, half = mean_and_ci95(100 * torch.tensor(values, dtype=torch.float64))
+    return f"{mean:.1f} ± {half:.1f}"
 
 
 def draw(bounds: tuple[float, float], seed: int, number: int) -> tuple[float, float]:
