@@ -127,7 +127,7 @@ def _named(eta_alpha: float, eta_beta: float) -> str:
 
 
 def _compare(grid: Grid, maml: Grid) -> dict[str, float]:
-    """Count cells that reach the threshold, and those faster or slower than MAML's."""
+    """Count cells that reach the threshold, and those faster or slower than MAML's, or neither."""
     pairs = [
         (math.inf if own is None else own, math.inf if base is None else base)
         for row, base_row in zip(grid, maml, strict=True)
@@ -137,8 +137,9 @@ def _compare(grid: Grid, maml: Grid) -> dict[str, float]:
         "cells": len(pairs),
         "reached": sum(own < math.inf for own, _ in pairs),
         "faster": sum(own < base for own, base in pairs),
-        "equal": sum(own == base for own, base in pairs),
+        "equal": sum(own == base < math.inf for own, base in pairs),
         "slower": sum(own > base for own, base in pairs),
+        "neither": sum(own == base == math.inf for own, base in pairs),
     }
 
 
@@ -149,12 +150,13 @@ def _markdown(shares: Mapping[str, Mapping[str, float]], options: AlphaSensitivi
         f"over {s.tasks} tasks; cells that reach a training loss of {options.threshold:g} within",
         f"{options.iterations} iterations, and iterations compared with MAML from the same rates.",
         "",
-        "| method | reached | faster than MAML | equal | slower |",
-        "|---|---|---|---|---|",
+        "| method | reached | faster than MAML | equal | slower | neither reaches it |",
+        "|---|---|---|---|---|---|",
     ]
     for name, n in shares.items():
         reached = f"{n['reached']} of {n['cells']} ({100 * n['reached'] / n['cells']:.0f}%)"
-        lines.append(f"| {name} | {reached} | {n['faster']} | {n['equal']} | {n['slower']} |")
+        counts = " | ".join(str(n[key]) for key in ("faster", "equal", "slower", "neither"))
+        lines.append(f"| {name} | {reached} | {counts} |")
     return "\n".join(lines) + "\n"
 
 
