@@ -18,11 +18,11 @@ from rich.console import Console
 from fewstep.cli.main import COMMANDS, main
 from fewstep.core.errors import InputError
 from fewstep.core.learner import MetaLearner
-from fewstep.experiments import alpha_convergence, alpha_runs, pool
+from fewstep.experiments import alpha_convergence, alpha_runs, alpha_sensitivity, pool
 from fewstep.experiments.alpha_comparison import CHANGES, AlphaComparison, draw, interval
 from fewstep.experiments.alpha_convergence import AlphaConvergence, plot_convergence
 from fewstep.experiments.alpha_runs import Setting, numeral, train
-from fewstep.experiments.alpha_sensitivity import AlphaSensitivity, _compare
+from fewstep.experiments.alpha_sensitivity import AlphaSensitivity, _compare, plot_grids
 from fewstep.experiments.maml_plus_plus import MamlPlusPlusAblation
 from fewstep.experiments.pool import each
 from fewstep.experiments.sweep import complete_all
@@ -83,6 +83,17 @@ def test_rates_that_hardly_differ_have_outcomes_of_their_own(sensitivity):
     assert len(json.loads((near.out / "grid.json").read_text())["shares"]) == 3
     names = [f"{numeral(rate)} {rate:g}".split() for rate in (0.1, 10.0, 0.00464, 1e-5, 1e30, 0.0)]
     assert all(name == usual for name, usual in names)
+
+
+def test_the_grid_names_rates_as_they_are(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(alpha_sensitivity, "save_figure", lambda figure, path: drawn.append(figure))
+    rates = (0.00464, 0.0215, 2.15, 10.0)
+    plot_grids({"MAML": [[1] * 4] * 4}, rates, rates, 5, tmp_path / "grid.png")
+    axes = drawn[0].axes[0]
+    names = ["0.00464", "0.0215", "2.15", "10"]
+    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+        assert [label.get_text() for label in labels] == names
 
 
 def test_shares_count_what_contradicts_the_claim():

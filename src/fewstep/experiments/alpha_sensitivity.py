@@ -189,8 +189,8 @@ def plot_grids(
             if not np.isnan(value):
                 colour = "white" if value > iterations / 2 else "black"
                 ax.text(j, i, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=7)
-        ax.set_xticks(range(len(outer_lrs)), [f"{b:.2g}" for b in outer_lrs], rotation=45)
-        ax.set_yticks(range(len(inner_lrs)), [f"{a:.2g}" for a in inner_lrs])
+        ax.set_xticks(range(len(outer_lrs)), [numeral(b) for b in outer_lrs], rotation=45)
+        ax.set_yticks(range(len(inner_lrs)), [numeral(a) for a in inner_lrs])
         ax.set(xlabel="initial beta (outer rate)", ylabel="initial alpha (inner rate)")
         ax.set_title(name.replace(", eta_alpha", "\neta_alpha"), fontsize=10)
     figure.colorbar(image, ax=axes.tolist(), label="iterations to the threshold")
