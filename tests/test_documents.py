@@ -1,5 +1,6 @@
 """What the README and the docs say is true as far as a machine can tell."""
 
+import json
 import re
 from pathlib import Path
 
@@ -61,3 +62,8 @@ def test_every_public_name_is_documented_and_exported():
         thing = getattr(fewstep, name)
         assert thing.__doc__, name
         assert not thing.__doc__.startswith(f"{name}("), f"{name} has a dataclass's own docstring"
+
+
+def test_results_are_json():
+    for file in (ROOT / "results").rglob("*.json"):
+        json.loads(file.read_text(), parse_constant=pytest.fail)

@@ -321,7 +321,7 @@ def test_outcomes_of_other_settings_are_refused_and_half_ones_done_again(setting
         (longer, {}, "iterations=3, but iterations=5"),
         (replace(config, seed=1), {}, "seed=0, but seed=1"),
         (replace(config, tasks=3), {}, "tasks=2, but tasks=3"),
-        (config, {"threshold": 2.0}, "threshold=-inf, but threshold=2.0"),
+        (config, {"threshold": 2.0}, "threshold=None, but threshold=2.0"),
         (config, {"is_tested": True}, "test=False, but test=True"),
     ):
         with pytest.raises(InputError, match=f"{named} is asked for; choose another folder"):
@@ -369,7 +369,8 @@ def test_a_course_that_breaks_at_once_is_drawn_as_far_as_it_goes(tmp_path, monke
     [
         (AlphaSensitivity(hyper_lrs=()), "hyper_lrs is empty; give at least one"),
         (AlphaSensitivity(inner_lrs=()), "inner_lrs is empty"),
-        (AlphaSensitivity(threshold=float("nan")), "threshold=nan must be a number"),
+        (AlphaSensitivity(threshold=float("nan")), "threshold=nan must be a finite number"),
+        (AlphaSensitivity(threshold=float("inf")), "threshold=inf must be a finite number"),
         (AlphaConvergence(hyper_lrs=()), "hyper_lrs is empty"),
         (AlphaComparison(methods=()), "methods is empty"),
         (AlphaComparison(trials=0), "trials=0 must be at least 1"),
@@ -377,7 +378,7 @@ def test_a_course_that_breaks_at_once_is_drawn_as_far_as_it_goes(tmp_path, monke
         (AlphaComparison(bounds=(0.1, float("inf"))), "bounds=.* must be positive and in order"),
         (MamlPlusPlusAblation(variants=()), "variants is empty"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_what_gives_no_table_is_refused(options, message):
     with pytest.raises(InputError, match=message):

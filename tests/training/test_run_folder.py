@@ -1,5 +1,6 @@
 """Which checkpoints a run keeps."""
 
+import json
 import math
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from fewstep.training.initial import read_initial
 from fewstep.training.load import load_learner
 from fewstep.training.metrics_file import Log, read_metrics
 from fewstep.training.presets import preset
-from fewstep.training.run_folder import RunFolder
+from fewstep.training.run_folder import RunFolder, write_json
 
 RANKS = [None, 0.3, 0.7, None, 0.5, 0.7, 0.6, 0.2]
 
@@ -45,10 +46,22 @@ def test_the_best_are_kept_and_of_equals_the_earlier(run, keep_best, best):
 
 
 def test_the_newest_counts_until_a_score_does(run):
+    state = _saved(run, [math.nan, math.inf], 2)
+    assert run.state() == state
+    assert [kept.iteration for kept in state.best] == [1]
     for ranks in ([None], [None, None], [None, None, None]):
         assert [kept.iteration for kept in _saved(run, ranks, 2).best] == [len(ranks) - 1]
     assert [kept.iteration for kept in _saved(run, [None, None, 0.1, None], 2).best] == [2]
     assert [kept.iteration for kept in _saved(run, [None, math.nan, 0.1], 1).best] == [2]
+
+
+def test_json_has_null_for_what_is_not_finite(run):
+    write_json(run.path / "a.json", {"a": [math.nan, (1.0, -math.inf)], "b": {"c": math.inf}})
+    text = (run.path / "a.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "a": [None, [1.0, None]],
+        "b": {"c": None},
+    }
 
 
 class FullWriter:

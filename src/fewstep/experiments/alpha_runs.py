@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +17,7 @@ from fewstep.training.episode_options import ClassificationOptions
 from fewstep.training.folders import make_folder
 from fewstep.training.network_options import Conv4Options
 from fewstep.training.presets import preset
-from fewstep.training.run_folder import write_json
+from fewstep.training.run_folder import nan_for_null, write_json
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def train(
     path: Path,
     config: RunConfig,
     *,
-    threshold: float = -math.inf,
+    threshold: float | None = None,
     window: int = 1,
     val_every: int = 0,
     is_tested: bool = False,
@@ -95,7 +94,7 @@ def train(
     Args:
         path: JSON file of the outcome; a whole one is read, and nothing trained.
         config: Settings.
-        threshold: Loss to reach; minus infinity trains to the end.
+        threshold: Loss to reach; None trains to the end.
         window: Iterations of the running mean.
         val_every: Iterations between validations; 0 for none.
         is_tested: Score the outcome on test tasks.
@@ -137,7 +136,7 @@ def _course(
     problem: Problem,
     config: RunConfig,
     *,
-    threshold: float,
+    threshold: float | None,
     window: int,
     val_every: int,
 ) -> dict[str, Any]:
@@ -155,8 +154,10 @@ def _course(
             broken = iteration
             break
         losses.append(metrics.loss.item())
-        rates.append({name: rate.item() for name, rate in learner.hypergradient_rates().items()})
-        if iteration >= window and sum(losses[-window:]) / window < threshold:
+        found = learner.hypergradient_rates().items()
+        rates.append({name: rate.item() for name, rate in found})
+        mean = sum(losses[-window:]) / window
+        if threshold is not None and iteration >= window and mean < threshold:
             reached = iteration
             break
         if val_every and (iteration % val_every == 0 or iteration == 1):
@@ -182,4 +183,7 @@ def _kept(path: Path, config: RunConfig, how: dict[str, Any]) -> dict[str, Any] 
     for name, asked in how.items():
         check_equal(path, name, held.get(name), asked)
     check_same(path, found["settings"], config)
+    found["validation"] = nan_for_null(found["validation"])
+    if found["test"] is not None:
+        found["test"]["mean"] = nan_for_null(found["test"]["mean"])
     return found

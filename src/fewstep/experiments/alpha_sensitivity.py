@@ -57,8 +57,8 @@ class AlphaSensitivity:
         """Train every cell that is not trained yet; write the figure and the table."""
         for name in ("inner_lrs", "outer_lrs", "hyper_lrs"):
             check_some(name, getattr(self, name))
-        if math.isnan(self.threshold):
-            raise InputError("threshold=nan must be a number, such as 2.5")
+        if not math.isfinite(self.threshold):
+            raise InputError(f"threshold={self.threshold} must be a finite number, such as 2.5")
         device = resolve_device(self.setting.device)
         methods = self._methods()
         jobs = self._cells(methods, device)

@@ -26,7 +26,7 @@ from fewstep.training.config import to_dict
 from fewstep.training.display import bars
 from fewstep.training.environment import command_line, environment
 from fewstep.training.folders import locked, make_folder
-from fewstep.training.run_folder import write_json
+from fewstep.training.run_folder import nan_for_null, write_json
 from fewstep.training.trainer import TrainingStopped
 
 
@@ -213,6 +213,8 @@ def _outcome(path: Path, run: PolicyRun) -> dict[str, Any] | None:
     except ValueError as error:
         raise InputError(f"{path / 'outcome.json'} is damaged; remove it") from error
     _check_same(path, found["run"], run)
+    found["validation"] = nan_for_null(found["validation"])
+    found["test"]["of_tasks"] = nan_for_null(found["test"]["of_tasks"])
     return found if found["run"]["setting"]["iterations"] == run.setting.iterations else None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from fewstep.experiments.pool import check_alone, each
 from fewstep.training.build import Experiment
 from fewstep.training.config import RunConfig, to_dict
 from fewstep.training.display import say
-from fewstep.training.evaluate import evaluate_run, evaluation_file, is_scored
+from fewstep.training.evaluate import evaluate_run, evaluation_file, is_scored, read_scores
 from fewstep.training.folders import locked, make_folder
 from fewstep.training.initial import initial_of
 from fewstep.training.run_folder import Checkpoint, RunFolder
@@ -94,7 +93,7 @@ def complete(
                     statistics=test.statistics, views=test.views, changes=test.changes,
                 ).save()  # fmt: skip
         return ranks.broadcast(
-            [] if run is None else [json.loads(_file(run, t, steps).read_text()) for t in tests]
+            [] if run is None else [read_scores(_file(run, t, steps)) for t in tests]
         )
 
 
@@ -110,7 +109,7 @@ def finished(path: Path, config: RunConfig, tests: tuple[Test, ...]) -> list[dic
     is_whole = all(is_scored(run, test.checkpoint, file) for test, file in files.items())
     if not is_whole or any(_unlike(path, run.settings(), config)):
         return None
-    return [json.loads(file.read_text()) for file in files.values()]
+    return [read_scores(file) for file in files.values()]
 
 
 @contextmanager

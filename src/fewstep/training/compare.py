@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -12,7 +11,7 @@ import torch
 
 from fewstep.core.errors import InputError
 from fewstep.core.scores import Difference, paired_difference
-from fewstep.training.evaluate import evaluation_file, is_scored
+from fewstep.training.evaluate import evaluation_file, is_scored, read_scores
 from fewstep.training.parse import load_config
 from fewstep.training.run_folder import RunFolder
 
@@ -41,7 +40,7 @@ class Evaluation:
         """
         file = _test_of(path) if path.is_dir() else path
         try:
-            values = json.loads(file.read_text())
+            values = read_scores(file)
         except OSError as error:
             raise InputError(
                 f"cannot read {file}: {error.strerror}; `fewstep evaluate RUN` writes such files"

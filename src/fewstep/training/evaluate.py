@@ -24,7 +24,7 @@ from fewstep.training.display import bars, counting
 from fewstep.training.environment import command_line, environment
 from fewstep.training.episode_options import Split
 from fewstep.training.head import fitting_head
-from fewstep.training.run_folder import Checkpoint, RunFolder, write_json
+from fewstep.training.run_folder import Checkpoint, RunFolder, nan_for_null, write_json
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,20 @@ def _training_seconds(run: RunFolder) -> float | None:
     except InputError:  # the scores are not to be lost to it
         return None
     return round(seconds, 1) if seconds else None
+
+
+def read_scores(file: Path) -> dict[str, Any]:
+    """Return what an evaluation file holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not JSON.
+    """
+    values: dict[str, Any] = json.loads(file.read_text())
+    for name in ("mean", "ci95", "curve", "curve_ci95", "loss_curve", "per_task"):
+        if name in values:
+            values[name] = nan_for_null(values[name])
+    return values
 
 
 def is_scored(run: RunFolder, checkpoint: Checkpoint, file: Path) -> bool:

@@ -177,15 +177,16 @@ class RunFolder:
             tensors: What to save.
             previous: The state before.
             iteration: Outer updates done.
-            rank: Its validation score, more being better; None without a validation.
+            rank: Its validation score, more being better; None without a validation. One that is
+                not finite is none.
             keep_best: How many checkpoints to keep for their scores.
         """
         name = f"{iteration:08d}.safetensors"
         contiguous = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
         write_atomically(self._checkpoints / name, save(contiguous))
-        newest = Kept(name, iteration, rank)
+        newest = Kept(name, iteration, finite(rank))
         kept = [*(() if previous is None else previous.best), newest]
-        scored = sorted((k for k in kept if k.rank is not None), key=_rank, reverse=True)
+        scored = sorted((k for k in kept if finite(k.rank) is not None), key=_rank, reverse=True)
         state = State(iteration, name, tuple(scored[:keep_best]) or (newest,))
         write_json(self.path / "state.json", asdict(state))
         for file in self._checkpoints.iterdir():
@@ -257,12 +258,32 @@ def _text(path: Path) -> str:
 
 def _rank(kept: Kept) -> float:
     assert kept.rank is not None
-    return -math.inf if math.isnan(kept.rank) else kept.rank
+    return kept.rank
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON file atomically."""
-    write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
+    """Write a JSON file atomically; numbers that are not finite, which JSON lacks, are null."""
+    text = json.dumps(finite(values), indent=2, allow_nan=False)
+    write_atomically(path, (text + "\n").encode())
+
+
+def finite(value: Any) -> Any:
+    """Return a value with None for what is not finite in it."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {key: finite(each) for key, each in value.items()}
+        case list() | tuple():
+            return [finite(each) for each in value]
+    return value
+
+
+def nan_for_null(value: Any) -> Any:
+    """Return a number, or nested lists of numbers, with NaN for what was not finite."""
+    if isinstance(value, list):
+        return [nan_for_null(each) for each in value]
+    return math.nan if value is None else value
 
 
 def read_toml(path: Path) -> dict[str, Any]:
