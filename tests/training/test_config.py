@@ -29,7 +29,7 @@ from fewstep.training.algorithm_options import AlgorithmOptions
 from fewstep.training.config import SOURCES, Recipe, RunConfig, to_dict
 from fewstep.training.network_options import NETWORKS, Conv4Options
 from fewstep.training.parse import load_config, parse, run_config
-from fewstep.training.presets import preset
+from fewstep.training.presets import HEADS, preset
 
 
 def _train(*arguments: str) -> Train:
@@ -366,7 +366,7 @@ def test_a_recipe_has_the_same_parts_here_and_in_python(name, recipe):
     assert replace(algorithm, **same_unit) == replace(recipe(), **same_unit)
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", HEADS)
 def test_anil_adapts_the_last_layer_of_every_network(network):
     dataset = "sinusoid" if network == "sinusoid-mlp" else "omniglot"
     config = preset(dataset, network, "anil")

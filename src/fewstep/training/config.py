@@ -26,6 +26,7 @@ from fewstep.training.network_options import (
     NETWORKS,
     Conv4Options,
     FullyConnectedOptions,
+    OwnNetworkOptions,
     SinusoidMLPOptions,
 )
 
@@ -47,8 +48,8 @@ class RunConfig:
 
     dataset: Literal["glyphs", "omniglot", "mini-imagenet", "folder", "sinusoid"] = "glyphs"
     """What to learn; sets the defaults of everything below."""
-    network: Literal["conv4", "fully-connected", "sinusoid-mlp"] = "conv4"
-    """The model."""
+    network: Literal["conv4", "fully-connected", "sinusoid-mlp", "own"] = "conv4"
+    """The model; "own" is what --factory makes."""
     recipe: Recipe = "maml"
     """The method; sets the defaults of its parts. "supervised" tells all training classes apart,
     for another run to start from."""
@@ -56,7 +57,7 @@ class RunConfig:
     """Where the data come from."""
     episodes: EpisodeOptions = field(default_factory=ClassificationOptions)
     """What a task is."""
-    model: Conv4Options | FullyConnectedOptions | SinusoidMLPOptions = field(
+    model: Conv4Options | FullyConnectedOptions | SinusoidMLPOptions | OwnNetworkOptions = field(
         default_factory=Conv4Options
     )
     """Options of the network."""
@@ -145,10 +146,11 @@ class RunConfig:
                     f"{tag}={getattr(self, tag)!r} goes with {part} of type {expected.__name__}, "
                     f"not {type(getattr(self, part)).__name__}"
                 )
-        if (self.dataset == "sinusoid") != (self.network == "sinusoid-mlp"):
+        fits = (self.dataset == "sinusoid") == (self.network == "sinusoid-mlp")
+        if not fits and self.network != "own":
             raise InputError(
                 f"network={self.network!r} does not fit dataset={self.dataset!r}; sinusoid takes "
-                "sinusoid-mlp, images take conv4 or fully-connected"
+                "sinusoid-mlp, images take conv4 or fully-connected, and both 'own'"
             )
 
     def _check_inner_loop(self) -> None:
@@ -179,7 +181,8 @@ class RunConfig:
         initial = None if self.initial is None else self.initial.absolute()
         root = getattr(self.data, "root", None)
         data = self.data if root is None else replace(self.data, root=root.absolute())
-        return replace(self, initial=initial, data=data)
+        model = self.model.placed() if isinstance(self.model, OwnNetworkOptions) else self.model
+        return replace(self, initial=initial, data=data, model=model)
 
     @property
     def takes_any_ways(self) -> bool:

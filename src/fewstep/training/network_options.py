@@ -9,6 +9,7 @@ from torch import nn
 from fewstep.core.errors import InputError
 from fewstep.models.conv import Activation, Conv4, Downsample, Head, Initialisation, Norm
 from fewstep.models.mlp import fully_connected, sinusoid_mlp
+from fewstep.training.own_network import own_network, placed
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,27 @@ class SinusoidMLPOptions:
         return sinusoid_mlp(self.hidden)
 
 
+@dataclass(frozen=True)
+class OwnNetworkOptions:
+    """A network of your own."""
+
+    factory: str | None = None
+    """The function that makes your network, as FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION; it is
+    called with the shape of an input, (channels, height, width) for images, and the number of
+    outputs, and returns an nn.Module."""
+
+    def build(self, input_shape: tuple[int, ...], outputs: int) -> nn.Module:
+        """Return what the function makes."""
+        return own_network(self.factory, input_shape, outputs)
+
+    def placed(self) -> OwnNetworkOptions:
+        """Return the same, with a path that leads to the file from any folder."""
+        return OwnNetworkOptions(placed(self.factory))
+
+
 NETWORKS: dict[str, type] = {
     "conv4": Conv4Options,
     "fully-connected": FullyConnectedOptions,
     "sinusoid-mlp": SinusoidMLPOptions,
+    "own": OwnNetworkOptions,
 }

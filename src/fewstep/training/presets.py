@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any, get_args
 
-from fewstep.core.errors import check_name
+from fewstep.core.errors import InputError, check_name
 from fewstep.training.algorithm_options import AlgorithmOptions
 from fewstep.training.config import SOURCES, Recipe, RunConfig
 from fewstep.training.episode_options import (
@@ -49,6 +49,11 @@ def preset(dataset: str = "glyphs", network: str | None = None, recipe: str = "m
     match recipe:
         case "fomaml":
             return replace(config, algorithm=replace(config.algorithm, first_order_epochs=math.inf))
+        case "anil" if network not in HEADS:
+            raise InputError(
+                f"recipe='anil' adapts the last layer, whose name in network={network!r} only you "
+                "know; give --recipe maml --adapted 'NAME.*'"
+            )
         case "anil":
             return replace(config, algorithm=replace(config.algorithm, adapted=HEADS[network]))
         case "meta-sgd":
