@@ -56,7 +56,7 @@ class Algorithm:
         derivative_order: 2 differentiates through the inner gradients; 1 takes them as constants
             and builds no second-order graph.
         adapted: The parameters that the inner loop changes.
-        norm_affine: Whose scale and shift normalisation layers have.
+        norm_affine: Scale and shift of normalisation layers: shared by all steps, or one per step.
         norm_statistics: What batch normalisation normalises by.
         inner_start: s: phi for every task, or one that looks at its support set.
         inner_clipping: What happens to a task's support gradient before the step.

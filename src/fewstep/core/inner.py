@@ -266,9 +266,9 @@ def _checked(state: object) -> Tensors:
 
 
 def _apart(theta: Tensors, adapted: tuple[str, ...]) -> Tensors:
-    """Return the same, of which none is behind another, as a part may have made one of another."""
+    """Return views of the parameters, so that none is in the graph of another made from it."""
     at = {n: theta[n].view_as(theta[n]) for n in adapted}
-    # What a part made a constant of is to be differentiated by, all the same.
+    # By what a part has detached the loss is differentiated all the same.
     return theta | {n: t if t.requires_grad else t.requires_grad_() for n, t in at.items()}
 
 

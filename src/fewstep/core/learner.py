@@ -64,8 +64,8 @@ class MetaLearner:
         compile: Hand the recording to `torch.compile`: several times faster for small networks, the
             same to rounding (checked), after compiling for some ten seconds and more with steps
             and layers; refused where that fails, as for `Conv4`.
-        precision: What products round their factors to: "tf32" (10 bits, on GPUs that have it) or
-            "bfloat16" (7 bits, by autocast, results too; also CPUs with AVX-512 BF16).
+        precision: Precision of matrix products and convolutions: "tf32" (10 bits, on GPUs that have
+            it) or "bfloat16" (7 bits, by autocast, results too; also CPUs with AVX-512 BF16).
             Parameters, normalisation, losses and outer updates are float32 in each.
 
     Raises:

@@ -26,7 +26,7 @@ def under_two_names(module: nn.Module) -> list[nn.Module]:
 
 
 def layer_of(name: str) -> str:
-    """Return the layer that a parameter is of, also one that `nn.utils.parametrize` put apart."""
+    """Return the layer that owns a parameter, parametrized ones included."""
     layer, apart, _ = f".{name}".partition(".parametrizations.")
     return layer[1:] if apart else name.rpartition(".")[0]
 
@@ -47,7 +47,7 @@ def check_module(module: nn.Module) -> None:
         )
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise InputError(
-            f"{kind} divides batches of examples, and tasks are to be divided; pass its .module, "
+            f"{kind} splits a batch by examples, but batches are split by tasks; pass its .module, "
             "and ranks=Ranks.of_torchrun() for several GPUs"
         )
     for part in module.modules():

@@ -71,7 +71,7 @@ class TaskNetwork:
         module: Maps a batch of inputs to a batch of outputs.
         judge: Losses and metric.
         vectorize: Use `torch.vmap`; else loop over the tasks.
-        precision: What products round their factors to.
+        precision: Precision of matrix products and convolutions.
 
     Raises:
         InputError: the module is a wrapper, or has lazy parameters; when it is called: a part

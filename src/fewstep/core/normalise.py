@@ -43,7 +43,7 @@ class Statistics:
     update: Update | None = None
 
     def first(self, rows: int) -> int | None:
-        """Return of how many of these rows the moments are, the first; None: of all.
+        """Return how many of the first rows the moments are taken over; None means all.
 
         Raises:
             InputError: a row is no example, so that the first could be any.

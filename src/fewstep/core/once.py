@@ -29,7 +29,7 @@ def once(compute: Callable[..., T], *args: Hashable) -> T:
 
     Args:
         compute: Depends on its arguments alone.
-        args: Tensors that the caller keeps and no gradient goes to, and whatever else.
+        args: Anything hashable; tensors among them need no gradient and outlive the call.
     """
     found = _found.get()
     # A tensor of inference mode has no version.

@@ -100,7 +100,7 @@ class Ranks:
         return self.all_reduce(whole)
 
     def any(self, wish: bool) -> bool:
-        """Whether any of them has the wish; asked from CPU to CPU, so that no GPU is waited for."""
+        """Whether any of them has the wish; asked between CPUs, so that no GPU is waited for."""
         return bool(self.all_reduce([torch.tensor(int(wish))])[0])
 
     def close(self) -> None:

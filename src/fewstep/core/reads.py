@@ -38,8 +38,8 @@ def check_reads(
     if known := [name for parameter, name in named.items() if parameter in read]:
         raise InputError(
             f"the {what} reads {known[0]} past the call of the module, as a penalty on "
-            "module.parameters() does, where no task has its own and nothing would learn of it; "
-            "let the module return what the loss needs"
+            "module.parameters() does; each task has its own copy, so that nothing would be "
+            "learned of it; let the module return what the loss needs"
         )
     shape, *_ = read.values()
     raise InputError(

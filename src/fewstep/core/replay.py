@@ -134,7 +134,7 @@ class _Kept(NamedTuple):
         return cls(run, outside, numbers)
 
     def is_valid(self) -> bool:
-        """Whether they are where they were, not moved as by `module.double()`, and as they were."""
+        """Whether outside tensors are where they were, and numbers among them as they were."""
         are_there = all(t.data_ptr() == address for t, address in self.outside)
         return are_there and all(t._version == version for t, version in self.numbers)
 

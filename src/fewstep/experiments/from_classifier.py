@@ -70,7 +70,7 @@ class MamlPlusPlusFromClassifier:
     seed: int = 0
     """Seed of all runs."""
     precision: Precision = "float32"
-    """What products round their factors to."""
+    """Precision of matrix products and convolutions."""
     out: Path | None = None
     """Folder of the classifiers, and in 5-way-1-shot (and so on) of MAML++'s run, the table and the
     figure; a second call goes on where one stopped, another kind of task with the same classifiers.
@@ -120,7 +120,7 @@ class MamlPlusPlusFromClassifier:
 
     @property
     def folder(self) -> Path:
-        """Where all is."""
+        """Folder of the runs, the table and the figures."""
         return self.out or Path(f"runs/maml++-from-classifier-{self.dataset}")
 
     def path_of(self, name: str) -> Path:

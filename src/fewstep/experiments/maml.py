@@ -106,7 +106,7 @@ class MamlClassification:
     test_tasks: int = 600
     """Tasks of the test."""
     precision: Precision = "float32"
-    """What products round their factors to."""
+    """Precision of matrix products and convolutions."""
     compile: bool = False
     """Without convolutions: hand the recordings to torch.compile (needs a C++ compiler), twice as
     fast."""
@@ -122,7 +122,7 @@ class MamlClassification:
 
     @property
     def folder(self) -> Path:
-        """Where all is."""
+        """Folder of the runs, the table and the figures."""
         return self.out or Path(f"runs/maml-classification-{self.dataset}")
 
     def run(self, console: Console) -> None:

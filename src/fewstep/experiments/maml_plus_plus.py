@@ -130,7 +130,7 @@ class MamlPlusPlusAblation:
     test_tasks: int = 600
     """Tasks of the test."""
     precision: Precision = "float32"
-    """What products round their factors to."""
+    """Precision of matrix products and convolutions."""
     workers: int = 1
     """Runs at once, a single-threaded process each."""
     ray: bool = False
@@ -143,7 +143,7 @@ class MamlPlusPlusAblation:
 
     @property
     def folder(self) -> Path:
-        """Where all is."""
+        """Folder of the runs, the table and the figures."""
         tasks = f"{self.dataset}-{self.ways}-way-{self.shots}-shot"
         return self.out or Path(f"runs/maml++-ablation-{tasks}")
 

@@ -61,7 +61,7 @@ class PolicyReturns(ABC):
 
     @property
     def folder(self) -> Path:
-        """Where all is."""
+        """Folder of the runs, the table and the figures."""
         return self.out or Path(f"runs/maml-{self.problem.replace(' ', '-')}")
 
     @property

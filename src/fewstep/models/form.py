@@ -16,8 +16,8 @@ class Form(NamedTuple):
         pool: Whether a 2x2 pool follows.
         slope: Of the activation below 0.
         eps: Added to the variance.
-        examples: Moments are of so many examples, the first; None: of all; 0: of none, where they
-            are given.
+        examples: How many of the first examples the moments are taken over; None means all, 0
+            that they are given.
         needs_moments: Take them also where it is given what to normalise by.
     """
 

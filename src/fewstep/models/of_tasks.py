@@ -26,14 +26,14 @@ def joined(t: Any, now: int | None, at: int, tasks: int) -> Any:
 
 
 class Entrance(Function):
-    """A function that only `torch.vmap` calls: subclasses say by `vmap` what of all tasks."""
+    """A function that only `torch.vmap` calls: subclasses do all tasks at once in `vmap`."""
 
     @staticmethod
     def forward(*_: Any) -> None:
-        """Only to be there."""
+        """Never called, but required by `Function`."""
         raise AssertionError("only torch.vmap calls this")
 
     @staticmethod
     def setup_context(*_: Any) -> None:
-        """Only to be there."""
+        """Never called, but required by `Function`."""
         raise AssertionError("only torch.vmap calls this")

@@ -58,7 +58,7 @@ class AlgorithmOptions:
     head_lr: float | None = None
     """Initial rate of the last layer that is adapted, by LSLR; that of all if not given."""
     inner_clip_norm: float | None = None
-    """Shorten each task's support gradient to this norm, if it is longer."""
+    """Clip each task's support gradient to this norm."""
     inner_hyper_lr: float | None = None
     """Let the learned rates follow hypergradients, at this rate (Alpha MAML)."""
     multi_step_epochs: int = 0
@@ -66,7 +66,8 @@ class AlgorithmOptions:
     first_order_epochs: float = 0
     """Epochs of first order before the second (DA); inf for first order throughout."""
     per_step_affine: bool = False
-    """A scale and shift of normalisation layers for each step, learned outside (BNWB)."""
+    """A scale and shift of normalisation layers for each step, learned by the outer loop
+    (BNWB)."""
     per_step_statistics: bool = False
     """Running statistics for each step (BNRS)."""
     statistics: Use = "batch"
@@ -74,7 +75,7 @@ class AlgorithmOptions:
     adapted: tuple[str, ...] = ("*",)
     """Patterns of names of the parameters that the inner loop changes, such as "head.*" (ANIL)."""
     not_adapted: tuple[str, ...] = ()
-    """Of these, patterns of those that it leaves alone, such as "*.norm.*"."""
+    """Patterns of those among them that it leaves alone, such as "*.norm.*"."""
     outer: Literal["adam", "sgd"] = "adam"
     """The outer optimiser."""
     outer_lr: float = 1e-3
@@ -86,7 +87,8 @@ class AlgorithmOptions:
     outer_hyper_lr: float | None = None
     """Let that rate follow its hypergradient, at this rate (Alpha MAML)."""
     hyper_step: Step = "additive"
-    """A hypergradient adds to the rate, to its log with guards, or to its log by sign alone."""
+    """How a hypergradient changes a rate: by adding to it, by a factor within bounds
+    (multiplicative), or by a fixed factor up or down (sign)."""
     task_reduction: Literal["mean", "sum"] = "mean"
     """The meta-loss is the mean over the tasks, or their sum."""
     outer_schedule: Literal["constant", "cosine"] = "constant"
@@ -94,7 +96,7 @@ class AlgorithmOptions:
     final_outer_lr: float = 0.0
     """Where the cosine ends."""
     clip_value: float | None = None
-    """Bring every element of the meta-gradient within this of 0."""
+    """Clip each element of the meta-gradient to this, up and down."""
     extra_steps: ExtraSteps = "refuse"
     """More test steps than trained: refuse, or repeat the last, where parts differ by step."""
 

@@ -88,8 +88,8 @@ class RunConfig:
     """Hand the recording to torch.compile (needs a C++ compiler): small networks are several times
     faster, after some ten seconds; Conv4 is refused."""
     precision: Precision = "float32"
-    """What products round their factors to: tf32 on GPUs that have it, bfloat16 by autocast; all
-    else stays float32. See docs/speed.md for what it costs in accuracy."""
+    """Precision of matrix products and convolutions: tf32 on GPUs that have it, bfloat16 by
+    autocast; all else stays float32. See docs/speed.md for what it costs in accuracy."""
     val_every: int = 250
     """Iterations between validations; each writes a checkpoint."""
     val_tasks: int = 200

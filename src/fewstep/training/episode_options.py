@@ -30,8 +30,9 @@ class _Drawing:
     eval_queries: int = 15
     """Query images of each class, in validation and test."""
     rotations: Rotations = "none"
-    """Training: turn no image, make every quarter turn a class, and its mirror image too, or turn
-    the classes of an episode, each by a quarter of its own or all together."""
+    """Quarter turns in training: none; each turn is a class of its own (classes), and each mirror
+    image, too (mirrored-classes); each class of an episode is turned at random (episode); or all of
+    them alike (together)."""
     eval_rotations: Rotations = "none"
     """The same in validation and test."""
 
