@@ -35,11 +35,11 @@ def test_a_split_folder_is_taken_as_it_is(tmp_path):
 def test_a_class_in_two_splits_is_refused(tmp_path):
     """As where the splits share out the images of every class: few-shot tests need new classes."""
     write_images(tmp_path, {f"{split}/{name}": 2 for split in SPLITS for name in "cab"})
-    named = r"has class a in test and train and val \(3 such classes\), .*; put each into one split"
+    named = r"has class a in test and train and val \(3 in all\), .*; put each into one split"
     with pytest.raises(InputError, match=named):
         ImageFolder(tmp_path, size=8).splits()
     write_images(tmp_path / "one", SPLIT | {"test/a": 1})
-    with pytest.raises(InputError, match=r"has class a in test and train \(1 such classes\)"):
+    with pytest.raises(InputError, match=r"has class a in test and train \(1 in all\)"):
         ImageFolder(tmp_path / "one", size=8).splits()
 
 

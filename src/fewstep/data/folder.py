@@ -130,7 +130,7 @@ def _check_no_class_in_two(root: Path, names: Iterable[str]) -> None:
     if twice:
         name = twice[0]
         raise InputError(
-            f"{root} has class {name} in {' and '.join(within[name])} ({len(twice)} such classes), "
+            f"{root} has class {name} in {' and '.join(within[name])} ({len(twice)} in all), "
             "where few-shot tasks test on classes never trained on; put each into one split, or "
             "all into class/image without splits, and rename what only shares a name"
         )
