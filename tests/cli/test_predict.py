@@ -180,6 +180,9 @@ def test_predict_counts_images_as_a_data_set_does(run, empty_folder, capsys):
     count = len(list(support.rglob("*.png")))
     shutil.copytree(support / "dark", support / "dark" / "deeper")
     (support / "__MACOSX").mkdir()
-    assert main(f"predict {run} {options}".split()) == 0
+    (support / "vectors").mkdir()
+    (support / "vectors" / "1.svg").touch()
+    with pytest.warns(UserWarning, match=r"without an image .* 1 in all, such as .*vectors; save"):
+        assert main(f"predict {run} {options}".split()) == 0
     more = len(list((support / "dark" / "deeper").iterdir()))
     assert f"{count + more} images to learn from" in " ".join(capsys.readouterr().out.split())

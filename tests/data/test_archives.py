@@ -6,7 +6,7 @@ import zipfile
 import pytest
 
 from fewstep.core.errors import InputError
-from fewstep.data.archives import folder_images, tar_images, zip_images
+from fewstep.data.archives import folder_images, is_image, tar_images, zip_images
 from tests.data.conftest import deny
 
 
@@ -119,3 +119,21 @@ def test_an_encrypted_zip_is_refused(tmp_path):
     (tmp_path / "a.zip").write_bytes(content)
     with pytest.raises(InputError, match=r"a\.zip is truncated or damaged .*encrypted"):
         list(zip_images(tmp_path / "a.zip"))
+
+
+def test_what_pillow_opens_is_no_image_by_that_alone():
+    for name in ("a.png", "a.JPG", "a.jpe", "a.jfif", "a.tif", "a.ppm", "a.tga", "a.webp", "a.bmp"):
+        assert is_image(name)
+    for name in (
+        "a.h5",
+        "a.pdf",
+        "a.mpg",
+        "a.ico",
+        "a.psd",
+        "a.eps",
+        "a.fits",
+        "a",
+        "png",
+        "a.csv",
+    ):
+        assert not is_image(name)

@@ -2,6 +2,7 @@ import math
 import re
 
 import pytest
+from PIL import Image, features
 
 from fewstep.core.errors import InputError
 from fewstep.data.folder import SPLITS, ImageFolder
@@ -119,6 +120,35 @@ def test_other_files_do_not_count(tmp_path):
     assert counts == CLASSES
 
 
+@pytest.mark.parametrize("classes", [SPLIT, CLASSES])
+def test_classes_without_an_image_are_named(tmp_path, classes):
+    write_images(tmp_path, classes | {".hidden": 1})
+    above = tmp_path / "train" if classes is SPLIT else tmp_path
+    (above / ".thumbs").mkdir()
+    (above / "__MACOSX").mkdir()
+    for name in ("empty", "of text/deep"):
+        (above / name).mkdir(parents=True)
+        (above / name / "notes.txt").write_text("not an image")
+    named = f"without an image are no classes, 2 in all, such as {above / 'empty'}; save images"
+    with pytest.warns(UserWarning, match=re.escape(named)):
+        splits = ImageFolder(tmp_path, size=8).splits()
+    assert {name for store in splits.values() for name in store.names} == set(classes)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "kind"), [(".JFIF", "JPEG"), (".ppm", "PPM"), (".jp2", "JPEG2000")]
+)
+def test_images_of_any_suffix_count(tmp_path, suffix, kind):
+    if not features.check("jpg_2000") and kind == "JPEG2000":
+        pytest.skip("Pillow without JPEG 2000")
+    write_images(tmp_path, CLASSES)
+    for i in range(5):
+        Image.new("RGB", (9, 9)).save(tmp_path / "class00" / f"more{i}{suffix}", kind)
+    counts = {n: c for s in ImageFolder(tmp_path, size=8).splits().values()
+              for n, c in zip(s.names, s.counts.tolist(), strict=True)}  # fmt: skip
+    assert counts == CLASSES | {"class00": CLASSES["class00"] + 5}
+
+
 def test_grey_images_have_one_channel(tmp_path):
     write_images(tmp_path, CLASSES)
     store = ImageFolder(tmp_path, size=8, colour="grey").splits()["train"]
@@ -126,10 +156,11 @@ def test_grey_images_have_one_channel(tmp_path):
 
 
 def test_a_new_image_is_noticed(tmp_path):
-    write_images(tmp_path, CLASSES)
-    before = ImageFolder(tmp_path, size=8).splits()
-    write_images(tmp_path, CLASSES | {"class00": 9})
-    after = ImageFolder(tmp_path, size=8).splits()
+    root = tmp_path / "images"
+    write_images(root, CLASSES)
+    before = ImageFolder(root, size=8).splits()
+    write_images(root, CLASSES | {"class00": 9})
+    after = ImageFolder(root, size=8).splits()
     total = [sum(int(s.counts.sum()) for s in splits.values()) for splits in (before, after)]
     assert total[1] == total[0] + 6
 

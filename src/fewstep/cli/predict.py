@@ -14,7 +14,7 @@ from rich.table import Table
 from fewstep.core.algorithm import ExtraSteps
 from fewstep.core.errors import InputError
 from fewstep.core.norm import Use
-from fewstep.data.archives import files_below, is_image, reading
+from fewstep.data.archives import files_below, folders_in, is_image, reading, warn_of_empty
 from fewstep.data.views import Views
 from fewstep.training.classifier import FewShotClassifier
 from fewstep.training.load import OneCheckpoint
@@ -85,7 +85,9 @@ def _labelled(folder: Path) -> tuple[list[Path], list[str]]:
         raise InputError(f"there is no folder {folder}; give one with a folder for each class")
     # As in a folder to train on, deeper ones count.
     files = [f for f in files_below(folder) if is_image(f.name) and f.parent != folder]
-    return files, [f.relative_to(folder).parts[0] for f in files]
+    names = [f.relative_to(folder).parts[0] for f in files]
+    warn_of_empty(c for c in folders_in(folder) if c.name not in names)
+    return files, names
 
 
 def _images(folder: Path) -> list[Path]:

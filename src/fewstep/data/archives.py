@@ -5,16 +5,23 @@ from __future__ import annotations
 import lzma
 import os
 import tarfile
+import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from PIL import Image
+
 from fewstep.core.errors import InputError
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
+# Of what Pillow opens, pictures; icons, drawings of layers, films and tables are not.
+_FORMATS = frozenset(
+    {"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP"}
+)
 _OF_DAMAGE = (
     zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, zlib.error, OSError, EOFError,
     RuntimeError,
@@ -28,7 +35,30 @@ def is_image(name: str) -> bool:
     (True, False, False)
     """
     path = PurePosixPath(name)
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    return path.suffix.lower() in _suffixes() and not path.name.startswith(".")
+
+
+@cache
+def _suffixes() -> frozenset[str]:
+    return frozenset(s for s, of in Image.registered_extensions().items() if of in _FORMATS)
+
+
+def warn_of_empty(folders: Iterable[Path]) -> None:
+    """Warn of folders of classes that hold no image, if there are any."""
+    named = [str(folder) for folder in folders]
+    if named:
+        warnings.warn(
+            f"folders without an image are no classes, {len(named)} in all, such as {named[0]}; "
+            "save images of other kinds as PNG or JPEG",
+            stacklevel=2,
+        )
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """Return the folders in a folder, sorted, but for what is hidden and what macOS's zips add."""
+    return sorted(
+        p for p in folder.iterdir() if p.is_dir() and p.name[0] != "." and p.name != "__MACOSX"
+    )
 
 
 def zip_images(path: Path) -> Iterator[tuple[str, bytes]]:

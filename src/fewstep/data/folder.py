@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from fewstep.core.errors import InputError, check_name
-from fewstep.data.archives import contents, files_below, is_image, reading
+from fewstep.data.archives import (
+    contents,
+    files_below,
+    folders_in,
+    is_image,
+    reading,
+    warn_of_empty,
+)
 from fewstep.data.pixels import DECODING, decode
 from fewstep.data.prepared import Pixels, RawClass, fingerprint, load_or_prepare, stamp
 from fewstep.data.store import ClassStore, dealt
@@ -112,6 +119,9 @@ def _files(root: Path) -> dict[str, list[Path]]:
             )
     if is_split:
         _check_no_class_in_two(root, files)
+    above = [root / split for split in SPLITS] if is_split else [root]
+    classes = [folder for each in above for folder in folders_in(each)]
+    warn_of_empty(c for c in classes if c.relative_to(root).as_posix() not in files)
     if stray:
         warnings.warn(
             f"images in no class are left out, {len(stray)} in all, such as {stray[0]}; move each "
