@@ -149,6 +149,17 @@ def test_images_of_any_suffix_count(tmp_path, suffix, kind):
     assert counts == CLASSES | {"class00": CLASSES["class00"] + 5}
 
 
+@pytest.mark.parametrize("name", ["labels.csv", "images.zip", "cache.PKL"])
+def test_what_is_not_read_is_named(tmp_path, name):
+    """A folder of another form than ours: images beside a list of their classes, an archive."""
+    root = tmp_path / "images"
+    write_images(root, {".": 3})
+    (root / name).touch()
+    named = rf"no image in class/image or split/class/image \({name} is not read\); sort the images"
+    with pytest.raises(InputError, match=named):
+        ImageFolder(root).splits()
+
+
 def test_grey_images_have_one_channel(tmp_path):
     write_images(tmp_path, CLASSES)
     store = ImageFolder(tmp_path, size=8, colour="grey").splits()["train"]

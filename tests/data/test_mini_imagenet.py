@@ -1,6 +1,7 @@
 import csv
 import io
 import tarfile
+import zipfile
 from collections import defaultdict
 
 import pytest
@@ -62,7 +63,26 @@ def _csv_splits(root):
             writer.writerows((n.split("/")[1], n.split("/")[0]) for n in images)
 
 
-LAYOUTS = [_class_folders, _split_folders, _tar_parts, _csv_splits]
+def _zip_parts(root):
+    for part, names in (("train", CLASSES["train"]), ("rest", CLASSES["val"] + CLASSES["test"])):
+        with zipfile.ZipFile(root / f"{part}.zip", "w") as archive:
+            for name, content in _images(names).items():
+                archive.writestr(f"{part}/{name}", content)
+
+
+def _zip_parts_beside_what_they_held(root):
+    _zip_parts(root)
+    _split_folders(root)
+
+
+LAYOUTS = [
+    _zip_parts,
+    _zip_parts_beside_what_they_held,
+    _class_folders,
+    _split_folders,
+    _tar_parts,
+    _csv_splits,
+]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -91,6 +111,13 @@ def test_a_missing_image_is_named(tmp_path):
     _class_folders(tmp_path)
     (tmp_path / ALL[70] / f"{ALL[70]}00000001.jpg").unlink()
     with pytest.raises(InputError, match=f"holds 1 images of class {ALL[70]}"):
+        MiniImageNet(tmp_path).splits()
+
+
+def test_a_pickle_is_named_as_what_is_not_read(tmp_path):
+    (tmp_path / "mini-imagenet-cache-val.pkl").touch()
+    named = rf"holds 0 images of class {ALL[0]}, .* 2 \(mini-imagenet-cache-val.pkl is not read\); "
+    with pytest.raises(InputError, match=named + "complete it by class folders, tar or zip files"):
         MiniImageNet(tmp_path).splits()
 
 

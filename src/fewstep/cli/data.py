@@ -28,7 +28,7 @@ ImageDataset = Literal["glyphs", "omniglot", "mini-imagenet", "folder"]
 _DESCRIPTIONS = {
     "glyphs": "drawn characters made by a program; needs no files",
     "omniglot": "handwritten characters; a folder, the two zips, or a download",
-    "mini-imagenet": "100 ImageNet classes at 84x84; a folder, tar parts or CSV splits of yours",
+    "mini-imagenet": "100 ImageNet classes at 84x84; folders, tars, zips or CSV splits of yours",
     "folder": "your own images: --root with class/image or split/class/image",
     "sinusoid": "regression; needs no files",
 }

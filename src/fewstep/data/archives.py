@@ -8,7 +8,7 @@ import tarfile
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -122,6 +122,12 @@ def files_below(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[
                 yield from files_below(Path(entry), above | {resolved})
             else:
                 yield Path(entry)
+
+
+def unread(folder: Path, suffixes: Set[str]) -> str:
+    """Return a remark, for an error, on a file of such a suffix in a folder; "" without one."""
+    found = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in suffixes)
+    return f" ({found[0]} is not read)" if found else ""
 
 
 def contents(file: Path) -> bytes:

@@ -17,6 +17,7 @@ from fewstep.data.archives import (
     folders_in,
     is_image,
     reading,
+    unread,
     warn_of_empty,
 )
 from fewstep.data.pixels import DECODING, decode
@@ -27,6 +28,8 @@ SPLITS = ("train", "val", "test")
 _ALSO_CALLED = {
     "train": ("training",), "val": ("valid", "validation", "dev"), "test": ("testing",),
 }  # fmt: skip
+
+_HOLD_DATA = {".csv", ".json", ".pkl", ".npz", ".npy", ".h5", ".zip", ".tar", ".tgz", ".gz", ".xz"}
 
 Colour = Literal["rgb", "grey"]
 
@@ -109,8 +112,8 @@ def _files(root: Path) -> dict[str, list[Path]]:
             stray.append(file)
     if not files:
         raise InputError(
-            f"{root} has no image in class/image or split/class/image; sort the images into a "
-            "folder for each class"
+            f"{root} has no image in class/image or split/class/image"
+            f"{unread(root, _HOLD_DATA)}; sort the images into a folder for each class"
         )
     for split in SPLITS if is_split else ():
         if not any(name.startswith(f"{split}/") for name in files):

@@ -11,11 +11,19 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from fewstep.core.errors import InputError
-from fewstep.data.archives import files_below, folder_images, reading, tar_images
+from fewstep.data.archives import (
+    files_below,
+    folder_images,
+    reading,
+    tar_images,
+    unread,
+    zip_images,
+)
 from fewstep.data.pixels import DECODING, decode
 from fewstep.data.prepared import Pixels, RawClass, fingerprint, load_or_prepare, stamp
 from fewstep.data.store import ClassStore
 
+_PICKLED = {".pkl", ".pickle", ".npz"}  # by others, and a pickle may run anything
 IMAGES = 600  # of every class
 _LISTS = {
     "train": """
@@ -43,12 +51,12 @@ CLASSES = {split: names.split() for split, names in _LISTS.items()}
 
 @dataclass(frozen=True)
 class MiniImageNet:
-    """mini-ImageNet from class folders, tar parts, or a flat folder with CSV splits.
+    """mini-ImageNet from class folders, tar or zip parts, or a flat folder with CSV splits.
 
     ImageNet's terms do not allow a download; a folder of yours may hold any of
 
     - class folders, `n01532829/*.jpg`, at any depth (`train/n01532829/*.jpg` too);
-    - tar files of such folders, compressed or not, in any number of parts;
+    - tar files of such folders, compressed or not, or zip files, in any number of parts;
     - images at any depth and train.csv, val.csv and test.csv (columns filename,label).
 
     Raises:
@@ -97,44 +105,49 @@ def _root(root: Path | None) -> Path:
     if root is None or not root.is_dir():
         missing = "no folder with mini-ImageNet is given" if root is None else f"no folder {root}"
         raise InputError(
-            f"{missing}, and ImageNet's terms allow no download; put class folders, tar files or "
-            "CSV splits into a folder mini-imagenet and set FEWSTEP_DATA to the folder around it, "
-            "or pass --root to `fewstep train`"
+            f"{missing}, and ImageNet's terms allow no download; put class folders, tar or zip "
+            "files or CSV splits into a folder mini-imagenet and set FEWSTEP_DATA to the folder "
+            "around it, or pass --root to `fewstep train`"
         )
     return root
 
 
 def _read(root: Path, pixels: Callable[[bytes, str], Pixels]) -> list[RawClass]:
     labels = _labels(root)
-    images: dict[str, list[tuple[str, bytes]]] = defaultdict(list)
+    images: dict[str, dict[str, tuple[str, bytes]]] = defaultdict(dict)
     wanted = dict.fromkeys(name for names in CLASSES.values() for name in names)
     for file, name, content in _entries(root):
         path = PurePosixPath(name)
         label = labels.get(path.name, path.parent.name)
         if label in wanted:  # of all of ImageNet, the others would fill the memory
-            images[label].append((f"{file}: {name}", content))
+            # Of an archive beside what was taken out of it, once.
+            images[label].setdefault(path.name, (f"{file}: {name}", content))
     for name in wanted:
         if len(images[name]) != IMAGES:
             raise InputError(
                 f"{root} holds {len(images[name])} images of class {name}, where mini-ImageNet has "
-                f"{IMAGES}; complete it, or use --dataset folder for images of your own"
+                f"{IMAGES}{unread(root, _PICKLED)}; complete it by class folders, tar or zip "
+                "files, or use --dataset folder for images of your own"
             )
     return [
         RawClass(
             name,
-            [partial(pixels, content, file) for file, content in sorted(images[name])],
+            [partial(pixels, content, file) for file, content in sorted(images[name].values())],
         )
         for name in wanted
     ]
 
 
 def _entries(root: Path) -> Iterator[tuple[Path, str, bytes]]:
-    """Yield source, name and content of every image in the folder and in its tar files."""
+    """Yield source, name and content of every image in the folder and in its tar and zip files."""
     for name, content in folder_images(root):
         yield root, name, content
     for archive in sorted(p for p in root.iterdir() if p.is_file() and p.name[0] != "."):
         if ".tar" in archive.suffixes or archive.suffix == ".tgz":
             for name, content in tar_images(archive):
+                yield archive, name, content
+        elif archive.suffix == ".zip":
+            for name, content in zip_images(archive):
                 yield archive, name, content
 
 
