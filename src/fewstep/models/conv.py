@@ -36,7 +36,7 @@ class ConvBlock(nn.Module):
         in_channels: Channels of the input.
         filters: Channels of the output.
         size: Height and width of the input, for layer norm, which has a parameter per element.
-        norm: "batch", "layer" (over channels, height and width, as in MAML++'s code) or "none".
+        norm: "batch", "layer" (over channels, height and width) or "none".
         downsample: "max-pool" 2x2 after a stride of 1, or a "stride" of 2 without pooling.
         activation: "relu", or "leaky-relu" with slope 0.01.
         bias: Give the convolution a bias. Batch norm by batch statistics cancels it.
@@ -46,6 +46,9 @@ class ConvBlock(nn.Module):
 
     Shapes: (examples, in_channels, size, size) to (examples, filters, size', size'), size' being
         size // 2 after a pool and (size + 1) // 2 after a stride.
+
+    Deviation: the scale of layer norm is learned, where MAML++'s code, whose layer norm is over the
+        same elements, leaves it at 1.
     """
 
     def __init__(
