@@ -21,9 +21,10 @@ class Context(nn.Module):
         size: Numbers of the vector.
 
     Raises:
-        InputError: `size` is below 1.
+        InputError: `size` is below 1, or inputs have more dimensions, as images do.
 
-    Shapes: (..., features) to (..., features + size).
+    Shapes: (examples, features) to (examples, features + size), with steps or tokens between the
+        two if there are any.
 
     Reference: Finn, Abbeel and Levine, ICML 2017, arXiv:1703.03400, which compares with it;
         Zintgraf et al., ICML 2019, arXiv:1810.03642.
@@ -37,4 +38,9 @@ class Context(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return inputs and vector side by side."""
+        if x.ndim > 3:
+            raise InputError(
+                f"Context got inputs of shape {tuple(x.shape)}, whose rows it would widen; flatten "
+                "images before it, such as by nn.Flatten()"
+            )
         return torch.cat([x, self.vector.expand(*x.shape[:-1], -1)], -1)
