@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
+from torch.utils.dlpack import from_dlpack
 from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.core.allocator import keep_freed_memory
@@ -138,7 +139,7 @@ def _answer(case: Case, way: str, pipe: Connection) -> None:
                 pipe.send(flop_per_second(other.device))
             elif question == "gradient":
                 exact = WAYS[way].build(other, torch.float64)()
-                pipe.send(torch.cat([g.flatten() for g in exact]))
+                pipe.send(torch.cat([from_dlpack(g).flatten() for g in exact]))
             elif question == "memory":
                 pipe.send(memory_of(case, way))
             elif gradient is None:  # "first"

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 import fewstep
 from fewstep.models import Conv4, sinusoid_mlp
 
-Gradient = Callable[[], list[Tensor]]
+Gradient = Callable[[], list[Any]]
+"""Returns the arrays of the package that computes them, which have `__dlpack__`."""
 
 
 @dataclass(frozen=True)
@@ -295,11 +296,7 @@ def with_jax(case: Case, dtype: torch.dtype, *, native: bool) -> Gradient:
     tasks = jax.vmap(task_loss, in_axes=(None, 0, 0, 0, 0))
     differentiate = jax.jit(jax.grad(lambda phi, *arrays: tasks(phi, *arrays).mean()))
 
-    def gradient() -> list[Tensor]:
-        found = jax.block_until_ready(differentiate(phi, *arrays))
-        return [torch.from_numpy(jax.device_get(g).copy()) for g in found]
-
-    return gradient
+    return lambda: list(jax.block_until_ready(differentiate(phi, *arrays)))
 
 
 @dataclass(frozen=True)
