@@ -29,6 +29,20 @@ def test_the_command_can_be_typed_again(arguments, command, monkeypatch):
     assert environment.command_line() == command
 
 
+@pytest.mark.parametrize(
+    ("program", "command"),
+    [
+        ("/lib/fewstep/__main__.py", "torchrun --nproc-per-node 2 -m fewstep train --tasks 8"),
+        ("/home/me/one.py", "torchrun --nproc-per-node 2 one.py train --tasks 8"),
+        ("/bin/fewstep", "torchrun --nproc-per-node 2 -m fewstep train --tasks 8"),
+    ],
+)
+def test_the_command_of_several_processes_names_torchrun(program, command, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [program, "train", "--tasks", "8"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert environment.command_line() == command
+
+
 def test_a_project_that_fewstep_is_installed_in_is_not_its_source(tmp_path, monkeypatch):
     installed = tmp_path / ".venv" / "fewstep" / "environment.py"
     installed.parent.mkdir(parents=True)

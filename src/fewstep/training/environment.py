@@ -74,10 +74,13 @@ def _git(*arguments: str, folder: Path) -> str:
 
 def command_line() -> str:
     """Return the command, to be typed again."""
-    program = Path(sys.argv[0])
-    words = [program.name]
+    program, python = Path(sys.argv[0]), ["python"]
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        python = ["torchrun", "--nproc-per-node", processes]
     if program.name == "__main__.py":
-        words = ["python", "-m", program.parent.name]
+        words = [*python, "-m", program.parent.name]
     elif program.suffix == ".py":
-        words = ["python", program.name if program.is_absolute() else str(program)]
+        words = [*python, program.name if program.is_absolute() else str(program)]
+    else:
+        words = [program.name] if processes == "1" else [*python, "-m", program.name]
     return shlex.join([*words, *sys.argv[1:]])
