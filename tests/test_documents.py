@@ -64,6 +64,22 @@ def test_every_public_name_is_documented_and_exported():
         assert not thing.__doc__.startswith(f"{name}("), f"{name} has a dataclass's own docstring"
 
 
+def test_the_readme_s_comparison_of_methods_is_that_of_the_tables():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    compared = text[text.index("For the same few tasks") :]
+    of_ablation, of_others = (
+        json.loads((ROOT / "results" / name / "table.json").read_text())["rows"]
+        for name in ("maml++-ablation-reduced", "methods-20w1s-reduced")
+    )
+    rows = {name: of_ablation[name] for name in ("MAML", "MAML++")} | of_others
+    for name, row in rows.items():
+        found = re.search(rf"[:,] {re.escape(name)}(?: by one step)? ([\d.]+) ± ([\d.]+)", compared)
+        assert found is not None, name
+        assert found[1] == f"{100 * row['single']['mean']:.1f}", name
+        if name in of_others:  # the interval of the others is the one at its widest
+            assert found[2] == f"{100 * row['single']['ci95']:.1f}", name
+
+
 def test_results_are_json():
     for file in (ROOT / "results").rglob("*.json"):
         json.loads(file.read_text(), parse_constant=pytest.fail)
