@@ -15,7 +15,7 @@ from fewstep.experiments import accuracy_table
 from fewstep.experiments.accuracy_table import best_of
 from fewstep.experiments.from_classifier import MamlPlusPlusFromClassifier
 from fewstep.experiments.maml import MamlClassification
-from fewstep.experiments.maml_plus_plus import MamlPlusPlusAblation
+from fewstep.experiments.maml_plus_plus import PAPER, MamlPlusPlusAblation
 from fewstep.experiments.navigation import MamlNavigation
 from fewstep.experiments.running import MamlAnt, MamlHalfCheetah
 from fewstep.training.trainer import Trainer
@@ -81,6 +81,14 @@ def test_the_table_and_the_figure(ablation, monkeypatch, capsys):
     ablation.run(Console(quiet=True))
     with pytest.raises(InputError, match="precision='float32', but precision='bfloat16'"):
         replace(ablation, precision="bfloat16").run(Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("ways", "shots", "accuracy"),
+    [(20, 1, "97.65 ± 0.05"), (20, 5, "99.33 ± 0.03"), (5, 1, "99.47"), (5, 5, "99.93")],
+)
+def test_the_paper_s_settings_of_omniglot_have_its_number(ways, shots, accuracy):
+    assert PAPER["omniglot", ways, shots]["MAML++"] == accuracy
 
 
 def test_the_best_row_is_the_one_with_the_highest_accuracy():

@@ -73,6 +73,8 @@ PAPER = {
         "Meta-SGD": "99.53 ± 0.26",
         "prototypical networks": "98.8",
     },
+    ("omniglot", 20, 5): {"MAML++": "99.33 ± 0.03"},
+    ("omniglot", 5, 5): {"MAML++": "99.93"},
     ("mini-imagenet", 5, 1): {
         "MAML": "48.25 ± 0.62",
         "MAML++": "52.15 ± 0.26",
