@@ -32,6 +32,13 @@ def test_images_are_changed_in_training_alone(option):
             assert as_drawn.all()
 
 
+@pytest.mark.parametrize("recipe", ["maml++", "maml++-reference-code", "auto"])
+def test_photographs_of_one_s_own_are_learned_as_mini_imagenet_s(recipe):
+    own, mini = (preset(dataset, recipe=recipe) for dataset in ("folder", "mini-imagenet"))
+    assert own.algorithm == mini.algorithm
+    assert (own.episodes, own.iterations, own.tasks) == (mini.episodes, mini.iterations, mini.tasks)
+
+
 @pytest.mark.parametrize(
     "option", [{"flips": True}, {"shifts": 1}, {"crops": 0.5}, {"colours": 0.2}], ids=str
 )

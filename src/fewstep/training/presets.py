@@ -17,6 +17,7 @@ from fewstep.training.episode_options import (
 from fewstep.training.network_options import NETWORKS, Conv4Options
 
 HEADS = {"conv4": ("head.*",), "fully-connected": ("13.*",), "sinusoid-mlp": ("4.*",)}
+PHOTOGRAPHS = ("mini-imagenet", "folder")
 
 
 def preset(dataset: str = "glyphs", network: str | None = None, recipe: str = "maml") -> RunConfig:
@@ -82,7 +83,7 @@ def preset(dataset: str = "glyphs", network: str | None = None, recipe: str = "m
 
 def _supervised(dataset: str) -> dict[str, Any]:
     """Return what learning all training classes sets: no inner step; images turned or moved."""
-    are_photographs = dataset in ("mini-imagenet", "folder")
+    are_photographs = dataset in PHOTOGRAPHS
     return {
         "episodes": SupervisedOptions(
             rotations="classes" if dataset == "omniglot" else "none",
@@ -131,23 +132,23 @@ def _alpha_maml(config: RunConfig) -> AlgorithmOptions:
 
 def _maml_plus_plus(config: RunConfig, *, is_paper: bool) -> RunConfig:
     """Return the settings with MAML++'s parts; `docs/maml++/index.md` has the table."""
-    is_mini, is_sinusoid = config.dataset == "mini-imagenet", config.dataset == "sinusoid"
+    are_photographs, is_sinusoid = config.dataset in PHOTOGRAPHS, config.dataset == "sinusoid"
     algorithm = replace(
         config.algorithm,
         num_steps=5,
         eval_steps=5,
-        inner_lr=0.01 if is_sinusoid or (is_mini and is_paper) else 0.1,
+        inner_lr=0.01 if is_sinusoid or (are_photographs and is_paper) else 0.1,
         inner_clip_norm=10.0 if is_sinusoid else None,  # where steep tasks carry the rates off
         learned_rates="layer" if is_paper else "tensor",
-        multi_step_epochs=15 if is_mini else 10,
+        multi_step_epochs=15 if are_photographs else 10,
         first_order_epochs=50 if is_paper else 0,
         per_step_affine=True,
         per_step_statistics=True,
         statistics="running" if is_paper else "batch",
         outer_lr=1e-3,
         outer_schedule="cosine",
-        final_outer_lr=1e-3 if is_mini and not is_paper else 1e-5,
-        clip_value=10.0 if is_mini and not is_paper else None,
+        final_outer_lr=1e-3 if are_photographs and not is_paper else 1e-5,
+        clip_value=10.0 if are_photographs and not is_paper else None,
     )
     iterations = {"glyphs": 200, "omniglot": 6_000}.get(config.dataset, config.iterations)
     keep_best = 3 if is_paper else 5
