@@ -11,6 +11,7 @@ from rich.console import Console
 
 from fewstep.core.errors import InputError, check_names
 from fewstep.core.precision import Precision
+from fewstep.data.episodes import Rotations
 from fewstep.data.omniglot import Omniglot
 from fewstep.experiments.accuracy_table import accuracy_table
 from fewstep.training.algorithm_options import AlgorithmOptions
@@ -19,7 +20,7 @@ from fewstep.training.episode_options import ClassificationOptions
 from fewstep.training.network_options import Conv4Options
 from fewstep.training.presets import HEADS, preset
 
-MSL: dict[str, Any] = {"multi_step_epochs": 10}
+MSL: dict[str, Any] = {"multi_step_epochs": 10}  # of Omniglot
 DA: dict[str, Any] = {"first_order_epochs": 50}
 CA: dict[str, Any] = {"outer_schedule": "cosine", "final_outer_lr": 1e-5}
 NORM: dict[str, Any] = {"per_step_affine": True, "per_step_statistics": True}
@@ -92,6 +93,27 @@ PAPER = {
         "prototypical networks": "68.20 ± 0.66",
     },
 }
+
+
+@dataclass(frozen=True)
+class _Authors:
+    """What the authors set by the data set; of Omniglot if nothing is said."""
+
+    tasks: int = 8
+    filters: int = 64
+    queries: int = 1
+    rotations: Rotations = "episode"
+    inner_lr: float = 0.1
+    clip_value: float | None = None
+    multi_step_epochs: int = 10
+
+
+AUTHORS = {
+    "mini-imagenet": _Authors(
+        tasks=2, filters=48, queries=15, rotations="none", inner_lr=0.01, clip_value=10.0,
+        multi_step_epochs=15,
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -181,16 +203,15 @@ class MamlPlusPlusAblation:
 
     def config(self, variant: str, seed: int) -> RunConfig:
         """Return the settings of a run."""
-        base = preset(self.dataset)
-        is_mini = self.dataset == "mini-imagenet"
+        base, authors = preset(self.dataset), self._authors
         usual: dict[str, Any] = {
-            "inner_lr": 0.01 if is_mini else 0.1,
+            "inner_lr": authors.inner_lr,
             "not_adapted": ("*.norm.*",),
-            "clip_value": 10.0 if is_mini else None,
+            "clip_value": authors.clip_value,
         }
         parts = usual | (VARIANTS | BESIDE)[variant]
-        if is_mini and "multi_step_epochs" in parts:
-            parts = parts | {"multi_step_epochs": 15}
+        if "multi_step_epochs" in parts:
+            parts["multi_step_epochs"] = authors.multi_step_epochs
         return replace(
             base,
             recipe=RECIPES.get(variant, "maml"),
@@ -199,9 +220,9 @@ class MamlPlusPlusAblation:
                 ways=self.ways,
                 train_ways=self.train_ways,
                 shots=self.shots,
-                queries=15 if is_mini else 1,
-                eval_queries=15 if is_mini else 1,
-                rotations="none" if is_mini else "episode",
+                queries=authors.queries,
+                eval_queries=authors.queries,
+                rotations=authors.rotations,
             ),
             model=Conv4Options(filters=self._filters, activation="leaky-relu"),
             algorithm=AlgorithmOptions(**parts),
@@ -216,13 +237,13 @@ class MamlPlusPlusAblation:
         )
 
     @property
+    def _authors(self) -> _Authors:
+        return AUTHORS.get(self.dataset, _Authors())
+
+    @property
     def _tasks(self) -> int:
-        return (2 if self.dataset == "mini-imagenet" else 8) if self.tasks is None else self.tasks
+        return self._authors.tasks if self.tasks is None else self.tasks
 
     @property
     def _filters(self) -> int:
-        return (
-            (48 if self.dataset == "mini-imagenet" else 64)
-            if self.filters is None
-            else self.filters
-        )
+        return self._authors.filters if self.filters is None else self.filters
