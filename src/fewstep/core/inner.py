@@ -92,7 +92,7 @@ class InnerLoop:
             InputError: its parameters are others.
         """
         with self.network.alone():
-            self.meta.check_unchanged()
+            self.meta.known.check_unchanged()
             with self.network.mode(is_training=is_training, use=use):
                 yield
 

@@ -194,7 +194,7 @@ class MetaLearner:
             FloatingPointError: one is not finite; phi is left as it was.
             InputError: a parameter's is missing, of another shape, or of no parameter.
         """
-        self._meta.check_unchanged()
+        self._meta.known.check_unchanged()
         check_fits("update got", gradients, self.parameters)
         if not get_total_norm(gradients.values()).isfinite():
             raise FloatingPointError("the norm of the gradients given to update is not finite")

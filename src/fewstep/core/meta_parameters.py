@@ -12,6 +12,7 @@ from fewstep.core.adapted import AdaptedParameters
 from fewstep.core.algorithm import Algorithm
 from fewstep.core.errors import InputError
 from fewstep.core.judge import SUPPORT_LOSS
+from fewstep.core.known_parameters import KnownParameters
 from fewstep.core.modules import unit_buffers
 from fewstep.core.norm import StepRows
 from fewstep.core.tensors import Tensors
@@ -31,6 +32,7 @@ class MetaParameters:
         support_loss: A loss whose parameters are learned beside the module's, never adapted.
 
     Attributes:
+        known: The parameters that there were at the start.
         phi: The module's trained parameters, by their names, and those beside it.
         learned: Those of them that the outer loop changes: all but fixed starts.
         rates: The table of learned inner rates.
@@ -40,6 +42,7 @@ class MetaParameters:
         parameters: All that has a meta-gradient: what is learned of phi, and what parts learn.
         by_outer: Those of them that the outer optimiser updates.
         rows: Which of all these have a row for each step.
+        units: Buffers that are vectors of length one, as spectral norm's.
         adapted: Names of the parameters that the inner loop changes.
         harvested: Those whose gradients a cheap hypergradient is made of.
         hypergradients: -d meta-loss / d rate of the last update, where that updates the rates.
@@ -54,14 +57,9 @@ class MetaParameters:
         algorithm: Algorithm,
         support_loss: nn.Module | None = None,
     ) -> None:
-        self._module, self._support_loss = module, support_loss
-        named = self._named()
-        trained = {n: p for n, p in named.items() if p.requires_grad}
-        kind = type(module).__name__
-        if not trained:
-            raise InputError(
-                f"{kind} has no parameter that requires a gradient; nothing could be learned"
-            )
+        self._module = module
+        self.known = KnownParameters(module, support_loss)
+        trained = self.known.trained
         _check_names(module, (RATE, START, STEP, *([] if support_loss is None else [SUPPORT_LOSS])))
         parameter_rows = algorithm.norm_affine.rows(module, algorithm.num_steps)
         buffer_rows = algorithm.norm_statistics.rows(module, algorithm.num_steps)
@@ -75,9 +73,7 @@ class MetaParameters:
         self.units = unit_buffers(module)
         # Others are looked up, as `module.double()` puts new ones in their place.
         self._places = {n: _place(module, n) for n, _ in module.named_buffers()}
-        self._copied = [(n, p, p._version) for n, p in trained.items() if n in parameter_rows]
-        self._flags = {n: (p, p.requires_grad) for n, p in named.items()}
-        self._frozen: Tensors = {n: p for n, p in named.items() if not p.requires_grad}
+        self.known.note_copied(parameter_rows)
 
         of_module = [n for n, _ in module.named_parameters() if n in trained]
         self.adapted = _adapted(module, algorithm, of_module)
@@ -113,64 +109,6 @@ class MetaParameters:
             for n, (its_buffers, leaf) in self._places.items()
         }
 
-    def check_unchanged(self) -> None:
-        """Check that the module's parameters are those from the start, and trained as they were.
-
-        Raises:
-            InputError: one was frozen, unfrozen, replaced, added or removed, has a hook on its
-                gradient, or was changed where there are copies of it for each step.
-        """
-        now = self._named()
-        for name in self._flags | now:
-            parameter, was = self._flags.get(name, (None, False))
-            if parameter is None or now.get(name) is not parameter:
-                change = "replaced" if name in now else "removed"
-                raise InputError(
-                    f"`{name}` was {change if parameter is not None else 'added'} after the "
-                    "learner was made, which goes on with those it found; change values in place, "
-                    "as load_state_dict does without assign=True, or make a new MetaLearner"
-                )
-            if parameter.requires_grad != was:
-                raise InputError(
-                    f"`{name}` was {'frozen' if was else 'unfrozen'} after the learner was made, "
-                    "which chose then what to train; make a new MetaLearner"
-                )
-            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-                raise InputError(
-                    f"`{name}` has a hook on its gradient, which would not be called; remove it, "
-                    "and see .grad in learner.optimiser.register_step_pre_hook(...)"
-                )
-        for name, parameter, version in self._copied:
-            if parameter._version != version:
-                raise InputError(
-                    f"`{name}` was changed after the learner was made, which has copies of it for "
-                    "each step; load what the module is to start from before that, or a learner's "
-                    "state with load_state_tensors"
-                )
-
-    def _named(self) -> dict[str, nn.Parameter]:
-        """Return the parameters of the module and of the loss beside it.
-
-        Raises:
-            InputError: one is of both.
-        """
-        named = dict(self._module.named_parameters())
-        if self._support_loss is None:
-            return named
-        beside = {SUPPORT_LOSS + n: p for n, p in self._support_loss.named_parameters()}
-        for name, parameter in beside.items():
-            if shared := [n for n, p in named.items() if p is parameter]:
-                raise InputError(
-                    f"`{name}` is `{shared[0]}` of {type(self._module).__name__}, too, where each "
-                    "task has its own; give the loss a copy"
-                )
-        return named | beside
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over a copy's attributes; what it copied has versions of its own."""
-        vars(self).update(state)
-        self._copied = [(n, p, p._version) for n, p, _ in self._copied]
-
     def check_buffers(self, found: Tensors) -> None:
         """Check that buffers came out of a call as they went in.
 
@@ -187,7 +125,7 @@ class MetaParameters:
 
     def theta(self, tasks: int) -> Tensors:
         """Return the start of the inner loop, the same for every task: each (tasks, *shape)."""
-        return _stack(self.phi | self._frozen, tasks)
+        return _stack(self.phi | self.known.frozen, tasks)
 
     def buffers_of(self, tasks: int) -> Tensors:
         """Return the buffers at the start of the inner loop, each (tasks, *shape)."""
@@ -196,7 +134,7 @@ class MetaParameters:
     def tensors(self) -> Tensors:
         """Return everything, by name."""
         hypergradients = {f"inner_lr_hypergradient.{n}": h for n, h in self.hypergradients.items()}
-        return {**self._frozen, **self.phi, **self.of_parts, **self.buffers, **hypergradients}
+        return {**self.known.frozen, **self.phi, **self.of_parts, **self.buffers, **hypergradients}
 
     def load(self, saved: Tensors) -> None:
         """Take over what `tensors` gave.
