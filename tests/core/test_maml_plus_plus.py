@@ -146,7 +146,10 @@ NEUTRAL = {
     "multi-step loss after its epochs": {"query_weights": MultiStepLoss(1)},
     "derivative annealing after its epochs": {"derivative_order": DerivativeAnnealing(1)},
     "rows of statistics that are not used": {"norm_statistics": NormStatistics(per_step=True)},
-    "clipping beyond reach": {"clipping": ClipByValue(1e9), "inner_clipping": ClipByNorm(1e9)},
+    "clipping beyond reach": {
+        "outer_clipping": ClipByValue(1e9),
+        "inner_clipping": ClipByNorm(1e9),
+    },
 }
 NEUTRAL["all of these"] = {slot: part for parts in NEUTRAL.values() for slot, part in parts.items()}
 

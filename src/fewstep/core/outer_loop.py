@@ -40,7 +40,7 @@ class OuterLoop:
         self._follow_schedule(epoch)
         of_one = {n: gradients[n][None] for n in meta.learned}
         clipped = self._algorithm.outer_clipping(of_one)
-        check_fits("clipping gave", clipped, of_one)
+        check_fits("outer_clipping gave", clipped, of_one)
         for name, parameter in meta.by_outer.items():
             parameter.grad = clipped[name][0] if name in clipped else gradients[name]
         self.optimiser.step()
