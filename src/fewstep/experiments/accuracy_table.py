@@ -11,7 +11,15 @@ from typing import Any
 from rich.console import Console
 
 from fewstep.core.ranks import Ranks
-from fewstep.experiments.seeds import earlier_rows, mean_seconds, over_seeds, rounded, seed_folder
+from fewstep.experiments.seeds import (
+    earlier_rows,
+    mean_seconds,
+    over_seeds,
+    percent,
+    rounded,
+    seed_folder,
+    spread,
+)
 from fewstep.experiments.sweep import Test, complete_all, finished
 from fewstep.experiments.write_up import write_up
 from fewstep.report.figure import draw_band, legend_below, new_figure, save_figure
@@ -20,12 +28,12 @@ from fewstep.training.config import RunConfig
 from fewstep.training.display import say
 from fewstep.training.run_folder import RunFolder
 
-TESTS = (
-    Test("best"),
-    Test("ensemble"),
-    Test("best", statistics="support"),
-    Test("best", statistics="running"),
-)
+TESTS = {
+    "single": Test("best"),
+    "ensemble": Test("ensemble"),
+    "support": Test("best", statistics="support"),
+    "running": Test("best", statistics="running"),
+}
 
 
 def accuracy_table(
@@ -72,18 +80,17 @@ def accuracy_table(
         for seed in zip(*(runs[name].items() for name in asked), strict=True)
         for path, config in seed
     }
-    found = complete_all(plan, TESTS, console, workers=workers, ray=ray, ranks=ranks)
+    found = complete_all(
+        plan, tuple(TESTS.values()), console, workers=workers, ray=ray, ranks=ranks
+    )
     ranks.close()
-    if len(found) < len(plan):
-        say(console, f"{len(found)} of {len(plan)} runs are done; the same command goes on")
-        return
-    if not ranks.is_first:
+    if len(found) < len(plan) or not ranks.is_first:
         return
     title += f", {len(of_seeds)} seed{'s' * (len(of_seeds) > 1)}"
     title += f", {of_seeds[0].test_tasks} test tasks"
     told = earlier_rows(
         {name: runs[name] for name in rows if name not in asked},
-        lambda path, config: finished(path, config, TESTS),
+        lambda path, config: finished(path, config, tuple(TESTS.values())),
         console,
     )
     told |= {name: [found[path] for path in runs[name]] for name in asked}
@@ -118,15 +125,13 @@ def _write(
 
 def _row(runs: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
     """Return what the runs of a row gave in the tests."""
-    best, ensemble, support, running = zip(*runs, strict=True)
+    tests = dict(zip(TESTS, zip(*runs, strict=True), strict=True))
+    found = {name: over_seeds(t["per_task"] for t in of_seeds) for name, of_seeds in tests.items()}
+    models = [len(test["iterations"]) for test in tests["ensemble"]]
     return {
-        "single": over_seeds(t["per_task"] for t in best),
-        "ensemble": over_seeds(t["per_task"] for t in ensemble)
-        | {"models": [len(test["iterations"]) for test in ensemble]},
-        "statistics": {
-            "support": over_seeds(t["per_task"] for t in support),
-            "running": over_seeds(t["per_task"] for t in running),
-        },
+        "single": found["single"],
+        "ensemble": found["ensemble"] | {"models": models},
+        "statistics": {use: found[use] for use in ("support", "running")},
         "seconds_per_run": mean_seconds(runs),
     }
 
@@ -134,12 +139,10 @@ def _row(runs: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
 def _markdown(title: str, rows: Mapping[str, dict[str, Any]]) -> str:
     counts = {count for row in rows.values() for count in row["ensemble"]["models"]}
     models = " or ".join(map(str, sorted(counts)))
-    spread = " (standard deviation over the seeds)" * any(
-        "std_over_seeds" in row["single"] for row in rows.values()
-    )
+    seeds = max(len(row["single"]["seeds"]) for row in rows.values())
     lines = [
         f"{title}.",
-        f"Accuracy in % ± 95% interval over the test tasks, the same for all seeds{spread}.",
+        f"Accuracy in % ± 95% interval over the test tasks, the same for all seeds{spread(seeds)}.",
         "Transductive batch statistics but in the last two columns.",
         "",
         f"| method | accuracy | ensemble of {models} | paper | s per run | by support "
@@ -149,19 +152,11 @@ def _markdown(title: str, rows: Mapping[str, dict[str, Any]]) -> str:
     for name, row in rows.items():
         by = row["statistics"]
         cells = [
-            name, cell(row["single"]), cell(row["ensemble"]), row["paper"] or "-",
-            rounded(row["seconds_per_run"]), cell(by["support"]), cell(by["running"]),
+            name, percent(row["single"]), percent(row["ensemble"]), row["paper"] or "-",
+            rounded(row["seconds_per_run"]), percent(by["support"]), percent(by["running"]),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def cell(value: Mapping[str, Any]) -> str:
-    """Return an accuracy in % with its interval and, of several seeds, their deviation."""
-    text = f"{100 * value['mean']:.2f} ± {100 * value['ci95']:.2f}"
-    if "std_over_seeds" in value:
-        text += f" ({100 * value['std_over_seeds']:.2f})"
-    return text
 
 
 def plot_validation(runs: Mapping[str, Sequence[RunFolder]], path: Path) -> None:

@@ -16,6 +16,7 @@ from fewstep.core.errors import InputError, check_names
 from fewstep.core.scores import mean_and_ci95
 from fewstep.experiments.alpha_runs import Setting, train
 from fewstep.experiments.pool import each
+from fewstep.experiments.seeds import folder_name
 from fewstep.experiments.write_up import write_up
 from fewstep.training.build import resolve_device
 from fewstep.training.config import RunConfig
@@ -147,7 +148,7 @@ def spend(options: AlphaComparison, method: str, seed: int) -> float:
         seed: Its draw.
     """
     alpha, beta = draw(options.bounds, seed, 0)
-    folder = options.out / "outcomes" / method.lower().replace(", ", "-").replace(" ", "-")
+    folder = options.out / "outcomes" / folder_name(method)
     iterations = options.iterations
     if method == "random search":
         iterations = options.iterations // 2

@@ -17,8 +17,9 @@ from fewstep.core.ranks import Ranks
 from fewstep.data.mini_imagenet import MiniImageNet
 from fewstep.data.omniglot import Omniglot
 from fewstep.data.views import Views
-from fewstep.experiments.accuracy_table import cell, plot_validation
+from fewstep.experiments.accuracy_table import plot_validation
 from fewstep.experiments.maml_plus_plus import PAPER, MamlPlusPlusAblation
+from fewstep.experiments.seeds import percent
 from fewstep.experiments.sweep import Test, check_plan, complete
 from fewstep.experiments.write_up import write_up
 from fewstep.training.algorithm_options import AlgorithmOptions
@@ -266,7 +267,7 @@ class MamlPlusPlusFromClassifier:
             rows = self._tests(name)
             for row, score in zip(rows, scores, strict=True):
                 row = row.format(len(score["iterations"]))
-                lines.append(f"| {name}, {row} | {cell(score)} | {minutes} |")
+                lines.append(f"| {name}, {row} | {percent(score)} | {minutes} |")
         paper = PAPER.get((self.dataset, self._ways, self.shots), {}).get("MAML++", "-")
         lines.append(f"| paper, from drawn parameters | {paper} | |")
         return "\n".join(lines) + "\n"

@@ -23,7 +23,14 @@ from fewstep.experiments.policy_runs import (
 )
 from fewstep.experiments.policy_settings import METHODS, PolicyRun, Setting
 from fewstep.experiments.pool import each
-from fewstep.experiments.seeds import earlier_rows, over_seeds, seed_folder
+from fewstep.experiments.seeds import (
+    cell,
+    earlier_rows,
+    folder_name,
+    over_seeds,
+    seed_folder,
+    spread,
+)
 from fewstep.experiments.write_up import write_up
 from fewstep.report.figure import draw_band, legend_below, new_figure, save_figure
 from fewstep.rl.rollouts import Rollouts
@@ -62,7 +69,7 @@ class PolicyReturns(ABC):
     @property
     def folder(self) -> Path:
         """Folder of the runs, the table and the figures."""
-        return self.out or Path(f"runs/maml-{self.problem.replace(' ', '-')}")
+        return self.out or Path(f"runs/maml-{folder_name(self.problem)}")
 
     @property
     @abstractmethod
@@ -137,17 +144,16 @@ class PolicyReturns(ABC):
     def _markdown(self, rows: Mapping[str, dict[str, Any]]) -> str:
         setting, steps = self.setting, self.setting.test_steps
         seeds = f"{self.seeds} seed{'s' * (self.seeds > 1)}"
-        spread = " (standard deviation over the seeds)" * (self.seeds > 1)
         lines = [
             f"{self.problem.capitalize()}, {setting.iterations} iterations of {setting.tasks} "
             f"tasks of {setting.episodes} episodes, {seeds}, {setting.test_tasks} test tasks.",
-            f"Return ± 95% interval over the test tasks{spread}, by gradient steps.",
+            f"Return ± 95% interval over the test tasks{spread(self.seeds)}, by gradient steps.",
             "",
             f"| method | {' | '.join(map(str, range(steps + 1)))} | s per run |",
             f"|---|{'---|' * (steps + 2)}",
         ]
         for method, row in rows.items():
-            lines.append(_line(method, [*map(_cell, row["steps"])], row["seconds"], steps))
+            lines.append(_line(method, [*map(cell, row["steps"])], row["seconds"], steps))
         for method, returns in self.paper.items():
             numbers = [f"{number:.2f}" for number in returns[: steps + 1]]
             lines.append(_line(f"{method}, paper", numbers, None, steps))
@@ -166,13 +172,6 @@ def _row(of_seeds: list[dict[str, Any]]) -> dict[str, Any]:
         "steps": [over_seeds(of_step) for of_step in zip(*of_tasks, strict=True)],
         "seconds": statistics.mean(o["seconds"] for o in of_seeds),
     }
-
-
-def _cell(value: Mapping[str, Any]) -> str:
-    text = f"{value['mean']:.2f} ± {value['ci95']:.2f}"
-    if "std_over_seeds" in value:
-        text += f" ({value['std_over_seeds']:.2f})"
-    return text
 
 
 def plot_returns(outcomes: Mapping[str, list[dict[str, Any]]], paper: Numbers, path: Path) -> None:

@@ -15,6 +15,7 @@ from fewstep.training.display import say
 
 Settings = TypeVar("Settings")
 Told = TypeVar("Told")
+_PARTS = ("mean", "ci95", "std_over_seeds")
 
 
 def folder_name(row: str) -> str:
@@ -74,6 +75,30 @@ def mean_seconds(runs: Iterable[Sequence[Mapping[str, Any]]]) -> float | None:
     """
     seconds = [tests[0]["training_seconds"] for tests in runs]
     return None if None in seconds else statistics.mean(seconds)
+
+
+def spread(seeds: int) -> str:
+    """Return what a table says of the numbers in brackets, where there are several seeds."""
+    return " (standard deviation over the seeds)" * (seeds > 1)
+
+
+def cell(value: Mapping[str, Any], mean: str = ".2f", others: str = ".2f") -> str:
+    """Return what `over_seeds` found for a table: mean, interval and, of several, deviation.
+
+    Args:
+        value: What it found.
+        mean: How to write the mean.
+        others: How to write interval and deviation.
+    """
+    text = f"{value['mean']:{mean}} ± {value['ci95']:{others}}"
+    if "std_over_seeds" in value:
+        text += f" ({value['std_over_seeds']:{others}})"
+    return text
+
+
+def percent(value: Mapping[str, Any]) -> str:
+    """Return an accuracy in % for a table."""
+    return cell({key: 100 * v for key, v in value.items() if key in _PARTS})
 
 
 def rounded(seconds: float | None) -> str:

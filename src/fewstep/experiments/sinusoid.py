@@ -17,7 +17,15 @@ from fewstep.core.errors import InputError, check_names, check_some
 from fewstep.core.learner import MetaLearner
 from fewstep.core.scores import Scores
 from fewstep.data.sinusoid import SinusoidEpisodes
-from fewstep.experiments.seeds import earlier_rows, mean_seconds, over_seeds, rounded, seed_folder
+from fewstep.experiments.seeds import (
+    cell,
+    earlier_rows,
+    mean_seconds,
+    over_seeds,
+    rounded,
+    seed_folder,
+    spread,
+)
 from fewstep.experiments.sweep import Test, complete_all, finished
 from fewstep.experiments.write_up import write_up
 from fewstep.report.figure import label_plainly, legend_below, new_figure, save_figure
@@ -100,7 +108,6 @@ class MamlSinusoid:
         }
         found = complete_all(plan, TESTS, console, workers=self.workers, ray=self.ray)
         if len(found) < len(plan):
-            say(console, f"{len(found)} of {len(plan)} runs are done; the same command goes on")
             return
         others = {
             method: {
@@ -181,13 +188,13 @@ class MamlSinusoid:
         return learner
 
     def _markdown(self, rows: Mapping[str, dict[str, Any]]) -> str:
-        spread = " (standard deviation over the seeds)" * (self.seeds > 1)
         steps = " | ".join(str(k) for k in SHOWN_STEPS)
         lines = [
             f"Sinusoids, {self.iterations:,} iterations of 25 tasks of 10 points, "
             f"{self.hidden} units a layer, {self.seeds} seed{'s' * (self.seeds > 1)}, "
             f"{self.test_tasks} test tasks of {QUERIES} query points.",
-            f"Mean squared error ± 95% interval over the test tasks{spread}, by gradient steps.",
+            f"Mean squared error ± 95% interval over the test tasks{spread(self.seeds)}, "
+            "by gradient steps.",
             "Where single tasks diverge, the median.",
         ]
         for points in self.points:
@@ -223,10 +230,7 @@ def _errors(of_seeds: Sequence[Sequence[float]]) -> dict[str, Any]:
 def _cell(value: Mapping[str, Any]) -> str:
     if not _says_something(value):
         return f"median {value['median']:.3g}"
-    text = f"{value['mean']:.3g} ± {value['ci95']:.2g}"
-    if "std_over_seeds" in value:
-        text += f" ({value['std_over_seeds']:.2g})"
-    return text
+    return cell(value, ".3g", ".2g")
 
 
 def _says_something(value: Mapping[str, Any]) -> bool:

@@ -174,6 +174,8 @@ def complete_all(
             break
         results[path] = found
         say(console, f"done: {path} ({len(results)} of {len(plan)})")
+    if len(results) < len(plan):
+        say(console, f"{len(results)} of {len(plan)} runs are done; the same command goes on")
     return results
 
 
