@@ -26,7 +26,7 @@ from fewstep.training.episode_options import (
     Split,
     SupervisedOptions,
 )
-from fewstep.training.evaluate import evaluate_run
+from fewstep.training.evaluate import Scoring, evaluate_run
 from fewstep.training.run_folder import Checkpoint
 from fewstep.training.same_settings import open_run
 
@@ -73,7 +73,7 @@ class Evaluate:
         run, config = open_run(self.run_folder)
         episodes = self._episodes(config.for_tests().episodes)
         config = config.with_extra_steps(self.extra_steps).for_tests(self.ways)
-        changes = self._changes(config.test_tasks)
+        scoring = self._scoring(config.test_tasks)
         config = replace(config, episodes=episodes, device=resolve_device(self.device))
         ranks = Ranks.of_torchrun(config.device)
         experiment = Experiment.build(config, ranks, splits=[self.split])
@@ -86,18 +86,14 @@ class Evaluate:
             experiment,
             run if ranks.is_first else None,
             console if ranks.is_first else Console(quiet=True),
+            scoring,
             split=self.split,
-            checkpoint=self.checkpoint,
-            num_tasks=self.tasks,
             num_steps=config.algorithm.eval_steps if self.steps is None else self.steps,
-            statistics=self.statistics,
-            views=self.views,
-            changes=changes,
         )
         ranks.close()
         if ranks.is_first:
             of = f"checkpoint: {self.checkpoint}, {_named(tested.summary['iterations'])}"
-            of += "".join(f"; {change.replace('-', ' ', 1)}" for change in changes)
+            of += "".join(f"; {change.replace('-', ' ', 1)}" for change in scoring.changes)
             console.print(score_table(tested.scores))
             say(console, f"{self.split}: {tested.scores}\n{of}")
             tested.save()
@@ -123,18 +119,15 @@ class Evaluate:
                 named[field] = value
         return replace(episodes, **named)
 
-    def _changes(self, test_tasks: int) -> list[str]:
-        """Return a word for each difference from the run's own tests but the steps."""
-        words = {
-            "ways": self.ways,
-            "shots": self.shots,
-            "queries": self.queries,
-            "rotations": self.rotations,
-            "statistics": self.statistics,
-            "tasks": self.tasks if self.tasks != test_tasks else None,
-            "views": self.views,
-        }
-        return [f"{name}-{value}" for name, value in words.items() if value is not None]
+    def _scoring(self, test_tasks: int) -> Scoring:
+        names = ("ways", "shots", "queries", "rotations")
+        return Scoring(
+            self.checkpoint,
+            self.statistics,
+            self.views,
+            num_tasks=None if self.tasks == test_tasks else self.tasks,
+            episodes={name: getattr(self, name) for name in names},
+        )
 
 
 # What is special about tasks of a kind, and the options that mean nothing there.

@@ -24,7 +24,7 @@ from fewstep.report.sinusoid_fits import plot_sinusoid_fits
 from fewstep.training.build import Experiment, resolve_device
 from fewstep.training.config import RunConfig, to_dict
 from fewstep.training.display import say
-from fewstep.training.evaluate import evaluate_run
+from fewstep.training.evaluate import Scoring, evaluate_run
 from fewstep.training.folders import locked, make_folder
 from fewstep.training.initial import fitting, initial_of
 from fewstep.training.parse import run_config
@@ -170,15 +170,14 @@ def _train_and_test(experiment: Experiment, run: RunFolder | None, console: Cons
             run,
             console,
             split="test",
-            num_tasks=config.test_tasks,
             num_steps=config.algorithm.eval_steps,
         )
-        tested = test(checkpoint="best")
+        tested = test(Scoring())
         console.print(score_table(tested.scores))
         say(console, f"test: {tested.scores}")
         tested.save()
         if config.keep_best > 1:
-            tested = test(checkpoint="ensemble")
+            tested = test(Scoring("ensemble"))
             say(console, f"test, ensemble of {len(state.best)}: {tested.scores}")
             tested.save()
     else:

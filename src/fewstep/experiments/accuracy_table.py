@@ -20,19 +20,20 @@ from fewstep.experiments.seeds import (
     seed_folder,
     spread,
 )
-from fewstep.experiments.sweep import Test, complete_all, finished
+from fewstep.experiments.sweep import complete_all, finished
 from fewstep.experiments.write_up import write_up
 from fewstep.report.figure import draw_band, legend_below, new_figure, save_figure
 from fewstep.training.build import resolve_device
 from fewstep.training.config import RunConfig
 from fewstep.training.display import say
+from fewstep.training.evaluate import Scoring
 from fewstep.training.run_folder import RunFolder
 
 TESTS = {
-    "single": Test("best"),
-    "ensemble": Test("ensemble"),
-    "support": Test("best", statistics="support"),
-    "running": Test("best", statistics="running"),
+    "single": Scoring("best"),
+    "ensemble": Scoring("ensemble"),
+    "support": Scoring("best", statistics="support"),
+    "running": Scoring("best", statistics="running"),
 }
 
 

@@ -20,13 +20,14 @@ from fewstep.data.views import Views
 from fewstep.experiments.accuracy_table import plot_validation
 from fewstep.experiments.maml_plus_plus import PAPER, MamlPlusPlusAblation
 from fewstep.experiments.seeds import percent
-from fewstep.experiments.sweep import Test, check_plan, complete
+from fewstep.experiments.sweep import check_plan, complete
 from fewstep.experiments.write_up import write_up
 from fewstep.training.algorithm_options import AlgorithmOptions
 from fewstep.training.build import build_problem, resolve_device
 from fewstep.training.config import RunConfig
 from fewstep.training.display import say
 from fewstep.training.episode_options import ClassificationOptions, SupervisedOptions
+from fewstep.training.evaluate import Scoring
 from fewstep.training.network_options import Conv4Options
 from fewstep.training.presets import preset
 from fewstep.training.run_folder import RunFolder
@@ -150,18 +151,18 @@ class MamlPlusPlusFromClassifier:
         given = self.classifier_iterations
         return (36_000 if self._is_mini else 33_000) if given is None else given
 
-    def _tests(self, name: str) -> dict[str, Test]:
+    def _tests(self, name: str) -> dict[str, Scoring]:
         """Return the tests of a run, by their rows' names; {} stands for how many models."""
         if name != "maml++":
-            return {"images of the training classes held out": Test("best")}
+            return {"images of the training classes held out": Scoring("best")}
         views: Views = "mirrored" if self._is_mini else "turned"
         return {
-            "one model": Test("best"),
-            "ensemble of {}": Test("ensemble"),
-            "by support statistics": Test("best", statistics="support"),
-            f"by {self._other} statistics": Test("best", statistics=self._other),
-            f"one model, {views} views": Test("best", views=views),
-            f"ensemble of {{}}, {views} views": Test("ensemble", views=views),
+            "one model": Scoring("best"),
+            "ensemble of {}": Scoring("ensemble"),
+            "by support statistics": Scoring("best", statistics="support"),
+            f"by {self._other} statistics": Scoring("best", statistics=self._other),
+            f"one model, {views} views": Scoring("best", views=views),
+            f"ensemble of {{}}, {views} views": Scoring("ensemble", views=views),
         }
 
     def _omniglot(self) -> dict[str, RunConfig]:

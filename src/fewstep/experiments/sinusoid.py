@@ -26,13 +26,14 @@ from fewstep.experiments.seeds import (
     seed_folder,
     spread,
 )
-from fewstep.experiments.sweep import Test, complete_all, finished
+from fewstep.experiments.sweep import complete_all, finished
 from fewstep.experiments.write_up import write_up
 from fewstep.report.figure import label_plainly, legend_below, new_figure, save_figure
 from fewstep.report.sinusoid_fits import plot_sinusoid_fits
 from fewstep.training.build import build_learner, resolve_device
 from fewstep.training.config import Recipe, RunConfig
 from fewstep.training.display import say
+from fewstep.training.evaluate import Scoring
 from fewstep.training.network_options import SinusoidMLPOptions
 from fewstep.training.presets import preset
 from fewstep.training.run_folder import RunFolder
@@ -52,7 +53,7 @@ PAPER = {  # after 1, 5 and 10 steps from 5 points
     PRETRAINED: {1: 2.41, 5: 2.23, 10: 2.19},
 }
 PAPER_POINTS = 5
-TESTS = (Test(),)
+TESTS = (Scoring(),)
 QUERIES = 100
 VAL_TASKS = 200
 

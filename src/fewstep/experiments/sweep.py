@@ -4,53 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from fewstep.core.errors import InputError
-from fewstep.core.norm import Use
 from fewstep.core.ranks import ALONE, Ranks
-from fewstep.data.views import Views
 from fewstep.experiments.pool import check_alone, each
 from fewstep.training.build import Experiment
 from fewstep.training.config import RunConfig, to_dict
 from fewstep.training.display import say
-from fewstep.training.evaluate import evaluate_run, evaluation_file, is_scored, read_scores
+from fewstep.training.evaluate import (
+    Scoring,
+    evaluate_run,
+    evaluation_file,
+    is_scored,
+    read_scores,
+)
 from fewstep.training.folders import locked, make_folder
 from fewstep.training.initial import initial_of
-from fewstep.training.run_folder import Checkpoint, RunFolder
+from fewstep.training.run_folder import RunFolder
 from fewstep.training.same_settings import differences
 from fewstep.training.trainer import Trainer
-
-
-@dataclass(frozen=True)
-class Test:
-    """A test that every run of a sweep ends with.
-
-    Args:
-        checkpoint: Which checkpoint.
-        statistics: What batch normalisation normalises by; None takes the run's.
-        views: How to see each task besides.
-    """
-
-    checkpoint: Checkpoint = "best"
-    statistics: Use | None = None
-    views: Views | None = None
-
-    @property
-    def changes(self) -> tuple[str, ...]:
-        """Return how it differs from the run's own test, for the file name."""
-        asked = {"statistics": self.statistics, "views": self.views}
-        return tuple(f"{name}-{value}" for name, value in asked.items() if value is not None)
 
 
 def complete(
     path: Path,
     config: RunConfig,
-    tests: tuple[Test, ...],
+    tests: tuple[Scoring, ...],
     console: Console | None = None,
     ranks: Ranks = ALONE,
 ) -> list[dict[str, Any]] | None:
@@ -73,7 +56,7 @@ def complete(
     steps = config.algorithm.eval_steps
     with _opened(path, config) if ranks.is_first else nullcontext() as run:
 
-        def missing() -> list[Test]:
+        def missing() -> list[Scoring]:
             if run is None:
                 return ranks.broadcast([])
             return ranks.broadcast(
@@ -87,17 +70,15 @@ def complete(
             if not Trainer(experiment, run, console).train()[1]:
                 return None
             for test in missing():
-                evaluate_run(
-                    experiment, run, console, split="test", checkpoint=test.checkpoint,
-                    num_tasks=config.test_tasks, num_steps=steps,
-                    statistics=test.statistics, views=test.views, changes=test.changes,
-                ).save()  # fmt: skip
+                evaluate_run(experiment, run, console, test, split="test", num_steps=steps).save()
         return ranks.broadcast(
             [] if run is None else [read_scores(_file(run, t, steps)) for t in tests]
         )
 
 
-def finished(path: Path, config: RunConfig, tests: tuple[Test, ...]) -> list[dict[str, Any]] | None:
+def finished(
+    path: Path, config: RunConfig, tests: tuple[Scoring, ...]
+) -> list[dict[str, Any]] | None:
     """Return what each test wrote, where a run with these settings is trained and tested."""
     if not (path / "config.toml").exists():
         return None
@@ -105,11 +86,11 @@ def finished(path: Path, config: RunConfig, tests: tuple[Test, ...]) -> list[dic
     state = run.state()
     if state is None or state.iteration < config.iterations:
         return None
-    files = {test: _file(run, test, config.algorithm.eval_steps) for test in tests}
-    is_whole = all(is_scored(run, test.checkpoint, file) for test, file in files.items())
+    files = [_file(run, test, config.algorithm.eval_steps) for test in tests]
+    is_whole = all(map(partial(is_scored, run), [test.checkpoint for test in tests], files))
     if not is_whole or any(_unlike(path, run.settings(), config)):
         return None
-    return [read_scores(file) for file in files.values()]
+    return [read_scores(file) for file in files]
 
 
 @contextmanager
@@ -133,13 +114,13 @@ def _check_begun(run: RunFolder, config: RunConfig) -> None:
         check_same(run.path, run.settings(), config)
 
 
-def _file(run: RunFolder, test: Test, steps: int) -> Path:
+def _file(run: RunFolder, test: Scoring, steps: int) -> Path:
     return evaluation_file(run, "test", test.checkpoint, steps, test.changes)
 
 
 def complete_all(
     plan: Mapping[Path, RunConfig],
-    tests: tuple[Test, ...],
+    tests: tuple[Scoring, ...],
     console: Console,
     *,
     workers: int,

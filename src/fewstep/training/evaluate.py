@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,38 @@ from fewstep.training.environment import command_line, environment
 from fewstep.training.episode_options import Split
 from fewstep.training.head import fitting_head
 from fewstep.training.run_folder import Checkpoint, RunFolder, nan_for_null, write_json
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a run is scored; the default is its own test.
+
+    Args:
+        checkpoint: Which checkpoint; "ensemble" takes the mean of the outputs of all that are kept
+            for their validation scores.
+        statistics: What batch normalisation normalises by; None takes the run's.
+        views: How to see each task besides; the outputs are the mean of all, after the last step
+            alone.
+        num_tasks: How many tasks; None takes the run's.
+        episodes: How the episodes differ from the run's own, which whoever builds them sees to.
+    """
+
+    checkpoint: Checkpoint = "best"
+    statistics: Use | None = None
+    views: Views | None = None
+    num_tasks: int | None = None
+    episodes: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def changes(self) -> list[str]:
+        """Return a word for each difference from the run's own test, for the file name."""
+        words = {
+            **self.episodes,
+            "statistics": self.statistics,
+            "tasks": self.num_tasks,
+            "views": self.views,
+        }
+        return [f"{name}-{value}" for name, value in words.items() if value is not None]
 
 
 @dataclass(frozen=True)
@@ -55,14 +87,10 @@ def evaluate_run(
     experiment: Experiment,
     run: RunFolder | None,
     console: Console,
+    scoring: Scoring,
     *,
     split: Split,
-    checkpoint: Checkpoint,
-    num_tasks: int,
     num_steps: int,
-    statistics: Use | None = None,
-    views: Views | None = None,
-    changes: Sequence[str] = (),
 ) -> Evaluated:
     """Score a checkpoint on a split.
 
@@ -72,24 +100,19 @@ def evaluate_run(
         experiment: Its tester is given the checkpoint.
         run: Where the checkpoint is and the scores will go; None in all processes but the first.
         console: Where to show how far it is.
+        scoring: How to score it.
         split: Where the tasks come from.
-        checkpoint: Which checkpoint; "ensemble" takes the mean of the outputs of all that are kept
-            for their validation scores.
-        num_tasks: How many tasks.
         num_steps: Inner steps.
-        statistics: What batch normalisation normalises by; None takes the run's.
-        views: How to see each task besides; the outputs are the mean of all, after the last step
-            alone.
-        changes: How the episodes differ from the run's own, for the file name.
 
     Raises:
         InputError: the run has no checkpoint, or the split had other classes when it began.
     """
-    learner = experiment.tester
+    learner, config = experiment.tester, experiment.config
+    num_tasks = config.test_tasks if scoring.num_tasks is None else scoring.num_tasks
     of_split: Classes = {s: names for s, names in experiment.problem.classes.items() if s == split}
     if run is not None:
         check_classes(run.path, of_split)
-    kept = () if run is None else run.kept(checkpoint)
+    kept = () if run is None else run.kept(scoring.checkpoint)
     states = [] if run is None else [run.load_checkpoint(each.name) for each in kept]
     states = [fitting_head(learner, state) for state in states]
     states = learner.ranks.broadcast(states)
@@ -97,28 +120,28 @@ def evaluate_run(
     started = time.perf_counter()
     own = learner.ranks.count(num_tasks)
     with bars(console) as progress, counting(progress, split, episodes, own) as counted:
-        if checkpoint == "ensemble" or views is not None:
+        if scoring.checkpoint == "ensemble" or scoring.views is not None:
             evaluate: Callable[..., Scores] = partial(
-                learner.evaluate_ensemble, states, views=views_of(views)
+                learner.evaluate_ensemble, states, views=views_of(scoring.views)
             )
         else:
             learner.load_state_tensors(states[0])
             evaluate = learner.evaluate
-        scores = evaluate(counted, num_tasks, num_steps=num_steps, statistics=statistics)
+        scores = evaluate(counted, num_tasks, num_steps=num_steps, statistics=scoring.statistics)
     if run is None:
         return Evaluated(scores)
     summary = {
         "split": split,
-        "checkpoint": checkpoint,
+        "checkpoint": scoring.checkpoint,
         "iterations": [each.iteration for each in kept],
-        "views": views,
-        **_origin(experiment.config, of_split),
+        "views": scoring.views,
+        **_origin(config, of_split),
         **scores.as_dict(),
         "evaluation_seconds": round(time.perf_counter() - started, 2),
         "training_seconds": _training_seconds(run),
-        "environment": environment(command_line(), experiment.config.device),
+        "environment": environment(command_line(), config.device),
     }
-    file = evaluation_file(run, split, checkpoint, num_steps, changes)
+    file = evaluation_file(run, split, scoring.checkpoint, num_steps, scoring.changes)
     return Evaluated(scores, file, summary)
 
 
