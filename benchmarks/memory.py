@@ -86,11 +86,12 @@ def main() -> None:
 
 
 def cases_of(options: Options) -> list[Case]:
-    """Return every case once: by steps, then those of growth that are not among them."""
+    """Return every case once: by steps, then those of growth, by the same name if they have one."""
     named = [replace(CASES[name], order=2, device=options.device) for name in options.cases]
     cases = [replace(case, num_steps=steps) for steps in options.steps for case in named]
-    seen = {replace(case, name="") for case in cases}
-    return cases + [case for case in options.growth.cases(options.device) if case not in seen]
+    known = {replace(c, name="", num_steps=options.growth.steps): c.name for c in named}
+    grown = [replace(c, name=known.get(c, "")) for c in options.growth.cases(options.device)]
+    return list(dict.fromkeys(cases + grown))
 
 
 def peak(way: str, case: Case, threads: int | None = None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from memory import peak
+from memory import Options, cases_of, peak
 from meta_gradient import CASES
 from peak import Memory
 
@@ -19,6 +19,14 @@ def test_what_the_parent_once_held_does_not_count():
     assert before["mib"] > 10
     assert after["mib"] == pytest.approx(before["mib"], abs=4)
     assert after["first_mib"] == pytest.approx(before["first_mib"], abs=4)
+
+
+@pytest.mark.parametrize("steps", [(1, 5), (20,)])
+def test_every_case_is_measured_once(steps):
+    cases = cases_of(Options(cases=("omniglot-5-way",), steps=steps))
+    assert len({replace(case, name="") for case in cases}) == len(cases)
+    assert CASES["omniglot-5-way"].name == next(c.name for c in cases if c.tasks == 8)
+    assert all(c.name for c in cases if (c.tasks, c.size) == (8, 28))
 
 
 def test_an_earlier_peak_does_not_count():
