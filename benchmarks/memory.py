@@ -87,7 +87,7 @@ def main() -> None:
 
 def cases_of(options: Options) -> list[Case]:
     """Return every case once: by steps, then those of growth, by the same name if they have one."""
-    named = [replace(CASES[name], order=2, device=options.device) for name in options.cases]
+    named = [replace(CASES[n], name=n, order=2, device=options.device) for n in options.cases]
     cases = [replace(case, num_steps=steps) for steps in options.steps for case in named]
     known = {replace(c, name="", num_steps=options.growth.steps): c.name for c in named}
     grown = [replace(c, name=known.get(c, "")) for c in options.growth.cases(options.device)]

@@ -61,9 +61,9 @@ def plot(panels: list[Panel], key: str, unit: str, path: Path) -> None:
     colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
     for panel, ax in zip(panels, axes, strict=True):
         for i, way in enumerate(ways):
-            points = [
+            points = sorted(
                 (row[panel.by], row[key]) for row in panel.rows if row["way"] == way and key in row
-            ]
+            )
             if points:
                 ours = way.startswith("fewstep")
                 ax.plot(
