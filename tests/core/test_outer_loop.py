@@ -268,3 +268,60 @@ def test_a_state_that_is_not_whole_is_refused():
     state = {n: t for n, t in learner.state_tensors().items() if not n.endswith("exp_avg_sq")}
     with pytest.raises(InputError, match=r"not whole: 'exp_avg_sq' is missing, and this one keeps"):
         learner.load_state_tensors(state)
+
+
+class OfMatrices:
+    """Momentum for matrices in a group of their own, before the rest, as Muon's users write it."""
+
+    owns_rate = False
+
+    class Optimiser(torch.optim.Optimizer):
+        def __init__(self, parameters):
+            matrices = [p for p in parameters if p.ndim == 2]
+            rest = [p for p in parameters if p.ndim < 2]
+            groups = [{"params": matrices, "estimate": 1e-3}, {"params": rest, "estimate": 1.0}]
+            super().__init__(groups, {"lr": 0.1, "count": 0})
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            for group in self.param_groups:
+                group["count"] += 1
+                group["estimate"] *= 1.5  # as Prodigy and others estimate their rates
+                for p in group["params"]:
+                    state, key = self.state[p], "m" if p.ndim == 2 else "v"
+                    state[key] = p.grad + 0.9 * state.get(key, 0)
+                    p.sub_(group["lr"] * group["estimate"] * state[key])
+
+    def __call__(self, parameters):
+        return self.Optimiser(parameters)
+
+
+def test_groups_of_ones_own_and_their_numbers_come_back():
+    def learner():
+        return MetaLearner(CASE.build(), replace(maml(1, 0.1), outer=OfMatrices()), CASE.loss)
+
+    first, second, batch = learner(), learner(), CASE.batch()
+    for _ in range(3):
+        first.step(batch)
+    state = first.state_tensors()
+    second.load_state_tensors(state)
+    for each in (first, second):
+        each.step(batch)
+    for name, p in first.parameters.items():
+        assert torch.equal(p, second.parameters[name]), name
+    second.load_state_tensors(learner().state_tensors())  # and back to the start
+    assert [g["count"] for g in second.optimiser.param_groups] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "is_refused"),
+    [(maml(1, 0.1), False), (replace(maml(1, 0.1), inner_rate=LayerStepRates(0.1)), True)],
+)
+def test_a_module_moved_away_from_its_rates_is_refused(algorithm, is_refused):
+    learner, batch = MetaLearner(CASE.build().float(), algorithm, F.cross_entropy), CASE.batch()
+    learner.module.double()
+    if is_refused:
+        with pytest.raises(InputError, match=r"was torch.float32 on cpu when the learner was made"):
+            learner.meta_gradient(batch)
+    else:
+        learner.meta_gradient(batch)

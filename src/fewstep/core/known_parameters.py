@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import Any
 
+import torch
 from torch import nn
 
 from fewstep.core.errors import InputError
@@ -32,6 +33,7 @@ class KnownParameters:
         self.trained = {n: p for n, p in named.items() if p.requires_grad}
         self.frozen = {n: p for n, p in named.items() if not p.requires_grad}
         self._copied: list[tuple[str, nn.Parameter, int]] = []
+        self._kinds: dict[str, tuple[torch.dtype, torch.device]] = {}
         if not self.trained:
             raise InputError(
                 f"{type(module).__name__} has no parameter that requires a gradient; nothing could "
@@ -41,6 +43,10 @@ class KnownParameters:
     def note_copied(self, names: Container[str]) -> None:
         """Note of which trained parameters there are copies, so that they must stay as they are."""
         self._copied = [(n, p, p._version) for n, p in self.trained.items() if n in names]
+
+    def note_kinds(self) -> None:
+        """Note types and devices, which what is learned beside the parameters shares."""
+        self._kinds = {n: (p.dtype, p.device) for n, p in self.trained.items()}
 
     def check_unchanged(self) -> None:
         """Check that the module's parameters are those from the start, and trained as they were.
@@ -63,6 +69,12 @@ class KnownParameters:
                 raise InputError(
                     f"`{name}` was {'frozen' if name in self.trained else 'unfrozen'} after the "
                     "learner was made, which chose then what to train; make a new MetaLearner"
+                )
+            dtype, device = self._kinds.get(name, (parameter.dtype, parameter.device))
+            if (dtype, device) != (parameter.dtype, parameter.device):
+                raise InputError(
+                    f"`{name}` was {dtype} on {device} when the learner was made, which keeps "
+                    "rates or rows of that kind; move the module first, then make the learner"
                 )
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
                 raise InputError(

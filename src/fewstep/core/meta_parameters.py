@@ -88,6 +88,8 @@ class MetaParameters:
         tables = {RATE: self.rates, START: self.start_table, STEP: self.step_table}
         self.of_parts = {p + n: t for p, table in tables.items() for n, t in table.items()}
         self.parameters: Tensors = self.learned | self.of_parts
+        if self.of_parts or parameter_rows or buffer_rows:
+            self.known.note_kinds()
 
         update = algorithm.rate_update
         owned = () if update is None else {RATE + n for n in self.rates}
@@ -167,6 +169,11 @@ def _check_names(module: nn.Module, prefixes: Iterable[str]) -> None:
 
 def _check_buffers_are_whole(module: nn.Module) -> None:
     for name, buffer in module.named_buffers():
+        if buffer.layout != torch.strided:
+            raise InputError(
+                f"buffer `{name}` of {type(module).__name__} is sparse, and cannot be stacked for "
+                "the tasks; register it dense, or make it sparse in forward"
+            )
         if any(
             size > 1 and step == 0 for size, step in zip(buffer.shape, buffer.stride(), strict=True)
         ):

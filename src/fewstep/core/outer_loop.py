@@ -11,6 +11,8 @@ from fewstep.core.errors import InputError, check_fits
 from fewstep.core.meta_parameters import RATE, MetaParameters
 from fewstep.core.tensors import Tensors
 
+GROUP = "param_groups."
+
 
 class OuterLoop:
     """Updates meta-parameters by the algorithm's outer optimiser, its schedule and its clipping.
@@ -25,6 +27,7 @@ class OuterLoop:
         self.optimiser = algorithm.outer(list(meta.by_outer.values()))
         self._initial_lrs = [group["lr"] for group in self.optimiser.param_groups]
         self._lrs = list(self._initial_lrs)  # as last set
+        self._initial_numbers = self._numbers()
 
     def step(self, gradients: Tensors, epoch: float) -> None:
         """Update phi and the learned rates.
@@ -63,11 +66,25 @@ class OuterLoop:
             group["lr"] = self._lrs[i] = self._initial_lrs[i] * factor
 
     def tensors(self) -> Tensors:
-        """Return the optimiser's state, by the names of parameter and entry."""
-        return {
+        """Return the optimiser's state, by the names of parameter and entry.
+
+        So that of groups, by their numbers, which some optimisers estimate as they go.
+        """
+        state = {
             f"{name}.{key}": torch.as_tensor(value)
             for name, parameter in self._meta.parameters.items()
             for key, value in self.optimiser.state.get(parameter, {}).items()
+        }
+        moved = self._numbers().items() - self._initial_numbers.items()
+        return state | {f"{GROUP}{i}.{key}": torch.tensor(value) for (i, key), value in moved}
+
+    def _numbers(self) -> dict[tuple[int, str], float]:
+        """Return the numbers of the groups but the rate, by the group's number and their names."""
+        return {
+            (i, key): value
+            for i, group in enumerate(self.optimiser.param_groups)
+            for key, value in group.items()
+            if key != "lr" and isinstance(value, int | float)
         }
 
     def check(self, saved: Tensors) -> None:
@@ -99,11 +116,15 @@ class OuterLoop:
             twin.step()
         except Exception:  # of an optimiser of somebody's own, which may want more than gradients
             return None
-        return {i: set(twin.state.get(p, {})) for i, p in enumerate(twins)}
+        updated = chain.from_iterable(group["params"] for group in twin.param_groups)
+        return {i: set(twin.state.get(p, {})) for i, p in enumerate(updated)}
 
     def load(self, saved: Tensors) -> None:
         """Take over what `tensors` gave."""
         groups = self.optimiser.state_dict()["param_groups"]
+        for (i, key), initial in self._initial_numbers.items():
+            t = saved.get(f"{GROUP}{i}.{key}")
+            groups[i][key] = initial if t is None else t.item()
         self.optimiser.load_state_dict({"state": self._by_place(saved), "param_groups": groups})
 
     def _by_place(self, saved: Tensors) -> dict[int, Tensors]:
@@ -111,7 +132,10 @@ class OuterLoop:
         updated = chain.from_iterable(group["params"] for group in self.optimiser.param_groups)
         places = {id(parameter): i for i, parameter in enumerate(updated)}
         state: dict[int, Tensors] = {}
+        numbers = {f"{GROUP}{i}.{key}" for i, key in self._initial_numbers}
         for full_name, t in saved.items():
+            if full_name in numbers:
+                continue
             name, _, key = full_name.rpartition(".")  # one parameter's name may begin another's
             place = places.get(id(self._meta.parameters.get(name)))
             if place is None:
