@@ -415,3 +415,42 @@ def test_a_buffer_that_grows_is_refused_before_anything_changes():
     with pytest.raises(InputError, match="seen"):
         learner(module=module).step(CASE.batch())
     assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
+
+
+def test_a_sparse_buffer_is_told_as_such():
+    module = nn.Linear(2, 2)
+    module.register_buffer("adjacency", torch.eye(2).to_sparse())
+    with pytest.raises(InputError, match=r"buffer `adjacency` of Linear is sparse, .*register it"):
+        MetaLearner(module, maml(1), nn.functional.mse_loss)
+
+
+def test_what_is_no_module_or_no_loss_is_refused():
+    with pytest.raises(InputError, match=r"the module is a function; pass an instance of torch.nn"):
+        MetaLearner(lambda x: x, maml(1), nn.functional.mse_loss)
+    with pytest.raises(InputError, match="loss=None must be a function of outputs and targets"):
+        MetaLearner(nn.Linear(2, 2), maml(1), None)
+
+
+def test_scores_of_complex_outputs_are_real():
+    class Phases(nn.Linear):
+        def forward(self, x):
+            return torch.polar(torch.ones_like(y := super().forward(x)), y)
+
+    def loss(outputs, targets):
+        return (outputs - targets).abs().square().mean()
+
+    batch = TaskBatch(*(torch.randn(2, 3, 2, dtype=torch.float64) for _ in range(4)))
+    found = MetaLearner(Phases(2, 2).double(), maml(1), loss).evaluate(batch, 2)
+    assert found.loss.dtype == torch.float64
+    assert found.as_dict()["mean"] == pytest.approx(found.mean)
+
+
+def test_an_error_that_vectorisation_may_have_made_says_how_to_find_out():
+    class ToNumpy(nn.Linear):
+        def forward(self, x):
+            return super().forward(torch.from_numpy(x.numpy()))
+
+    batch = TaskBatch(*(torch.randn(2, 3, 2) for _ in range(4)))
+    with pytest.raises(RuntimeError) as error:
+        MetaLearner(ToNumpy(2, 2), maml(1), nn.functional.mse_loss).meta_gradient(batch)
+    assert any("pass vectorize=False" in note for note in error.value.__notes__)

@@ -1,4 +1,4 @@
-"""StandIns of any convolutional module, all tasks at once, against PyTorch's own in a loop."""
+"""Layers of any convolutional module, all tasks at once, against PyTorch's own in a loop."""
 
 from dataclasses import replace
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fewstep
+from fewstep import MetaLearner, maml
 from fewstep.core.stand_ins.registry import StandIns
 from fewstep.models import ConvBlock, kernels, layer_functions, layers
 from fewstep.models.kernels import batch_norm as compiled
@@ -328,3 +329,24 @@ def test_other_numbers_of_channels_are_pytorchs_to_refuse(build, takes, says, gi
         else:
             with pytest.raises(RuntimeError, match=says):
                 call()
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_a_feature_map_may_be_the_filter(tasks):
+    """One task, whose filters lie channels last, meets another path of PyTorch than several."""
+
+    class Correlation(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(2, 4, 3, padding=1), nn.Linear(1, WAYS)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.head(F.conv2d(x, x[:1]).flatten(1))
+
+    case = Case(Correlation, (2, 6, 6))
+    module, batch = case.build(), case.batch(tasks)
+    found, _ = MetaLearner(module, maml(2, 0.01), F.cross_entropy).meta_gradient(batch)
+    slow = MetaLearner(module, maml(2, 0.01), F.cross_entropy, vectorize=False)
+    for name, wanted in slow.meta_gradient(batch)[0].items():
+        torch.testing.assert_close(found[name], wanted, rtol=1e-9, atol=1e-12)

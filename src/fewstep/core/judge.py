@@ -44,7 +44,8 @@ class Judge:
         self.support_loss = loss if support_loss is None else support_loss
         for what in ("loss", "metric", "support_loss"):
             function = getattr(self, what)
-            if isinstance(function, type) or not (function is None or callable(function)):
+            is_left_out = function is None and what != "loss"
+            if isinstance(function, type) or not (is_left_out or callable(function)):
                 name = getattr(function, "__name__", function)
                 raise InputError(
                     f"{what}={name} must be a function of outputs and targets, such as "
@@ -148,7 +149,7 @@ class Judge:
         return self.metric or (self.loss if targets.is_floating_point() else accuracy)
 
     def _measure(self, outputs: Tensor, y: Tensor) -> Tensor:
-        return _scalar("metric", self._metric_for(y)(outputs, y)).to(outputs.dtype)
+        return _scalar("metric", self._metric_for(y)(outputs, y)).to(outputs.dtype.to_real())
 
 
 def _is_trained(module: nn.Module) -> bool:

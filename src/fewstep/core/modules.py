@@ -39,6 +39,12 @@ def last_layer(names: Iterable[str]) -> str:
 
 def check_module(module: nn.Module) -> None:
     """Refuse what cannot be called with parameters of others."""
+    given: object = module
+    if not isinstance(given, nn.Module):
+        raise InputError(
+            f"the module is a {type(given).__name__}; pass an instance of torch.nn.Module, whose "
+            "forward calls what you have"
+        )
     kind = type(module).__name__
     if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
         raise InputError(

@@ -328,7 +328,13 @@ class TaskNetwork:
                     f"derivative ({reason}); write it in others, or take the first order, "
                     "derivative_order=FixedOrder(1)"
                 ) from error
-            if not self.vectorize or not any(word in reason for word in _OF_VMAP):
+            if not self.vectorize:
+                raise
+            if not any(word in reason for word in _OF_VMAP):
+                error.add_note(
+                    "If the module works by itself, this may come of torch.vmap over the tasks: "
+                    "pass vectorize=False to loop over them."
+                )
                 raise
             raise InputError(
                 f"{type(self.module).__name__}, or its loss or metric, cannot be vectorised over "

@@ -45,7 +45,8 @@ class TaskBatch:
         for name, given in vars(self).items():
             if not isinstance(given, Tensor):
                 raise InputError(
-                    f"{name} is a {type(given).__name__}; pass torch.as_tensor of it, a tensor"
+                    f"{name} is a {type(given).__name__}; pass one tensor for all tasks, "
+                    "torch.as_tensor of an array; for several inputs see docs/own-model.md"
                 )
         for name, x, y in (
             ("support", self.x_support, self.y_support),

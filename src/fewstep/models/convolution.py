@@ -43,6 +43,8 @@ def gradients(
     if _has_kernel(x, w, space, groups):
         gx = own.winograd_convolve(g, w, None, None, groups, True) if by_x else None
         return gx, own.winograd_correlate(x, g, groups) if by_w else None
+    if w.dtype == torch.float64:  # which oneDNN does not take, and PyTorch's own wants so
+        w = w.contiguous()
     where = (*space, False, (0, 0))
     gx, gw, _ = aten.convolution_backward(g, x, w, None, *where, groups, (by_x, by_w, False))
     return gx, gw
