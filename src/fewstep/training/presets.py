@@ -46,39 +46,38 @@ def preset(dataset: str = "glyphs", network: str | None = None, recipe: str = "m
     base |= _problem_defaults(dataset, network)
     if recipe == "supervised":
         return RunConfig(**(base | _supervised(dataset)))
-    config = RunConfig(**base)
-    match recipe:
+    return _with_recipe(RunConfig(**base))
+
+
+def _with_recipe(config: RunConfig) -> RunConfig:
+    """Return the settings with the parts of their recipe in place of MAML's."""
+    of = config.algorithm
+    match config.recipe:
         case "fomaml":
-            return replace(config, algorithm=replace(config.algorithm, first_order_epochs=math.inf))
-        case "anil" if network not in HEADS:
+            of = replace(of, first_order_epochs=math.inf)
+        case "anil" if config.network not in HEADS:
             raise InputError(
-                f"recipe='anil' adapts the last layer, whose name in network={network!r} only you "
-                "know; give --recipe maml --adapted 'NAME.*'"
+                f"recipe='anil' adapts the last layer, whose name in network={config.network!r} "
+                "only you know; give --recipe maml --adapted 'NAME.*'"
             )
         case "anil":
-            return replace(config, algorithm=replace(config.algorithm, adapted=HEADS[network]))
-        case "meta-sgd":
-            num_steps = config.algorithm.num_steps  # rates of one step may diverge in the next
-            return replace(
-                config,
-                algorithm=replace(config.algorithm, learned_rates="element", eval_steps=num_steps),
-            )
+            of = replace(of, adapted=HEADS[config.network])
+        case "meta-sgd":  # rates of one step may diverge in the next
+            of = replace(of, learned_rates="element", eval_steps=of.num_steps)
         case "prototypes":
-            algorithm = replace(config.algorithm, num_steps=0, eval_steps=0, start="prototypes")
-            return replace(config, algorithm=algorithm)
+            of = replace(of, num_steps=0, eval_steps=0, start="prototypes")
         case "proto-maml":
             # A head of class means is large, and larger steps than the recipe's destroy it.
-            algorithm = replace(config.algorithm, start="prototypes", inner_lr=0.01)
-            return replace(config, algorithm=algorithm)
+            of = replace(of, start="prototypes", inner_lr=0.01)
         case "alpha-maml":
-            return replace(config, algorithm=_alpha_maml(config))
+            of = _alpha_maml(config)
         case "maml++":
             return _maml_plus_plus(config, is_paper=True)
         case "maml++-reference-code":
             return _maml_plus_plus(config, is_paper=False)
         case "auto":
             return _auto(_maml_plus_plus(config, is_paper=False))
-    return config
+    return replace(config, algorithm=of)
 
 
 def _supervised(dataset: str) -> dict[str, Any]:
