@@ -62,8 +62,8 @@ class Compare:
             })  # fmt: skip
             say(console, f"wrote {self.out}")
         if not all(found.is_significant for found in differences):
-            say(console, f"next: fewstep evaluate RUN --tasks {4 * tasks} for each, and compare "
-                "the files: intervals half as wide may leave out 0")  # fmt: skip
+            say(console, f"next: fewstep evaluate RUN --tasks {4 * tasks}   # for each, then "
+                "compare the files: half as wide, intervals may leave out 0")  # fmt: skip
 
 
 def _in_words(metric: str, mean: float, ci95: float, sign: str = "") -> str:

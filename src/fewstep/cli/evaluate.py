@@ -99,7 +99,7 @@ class Evaluate:
             tested.save()
             say(console, f"wrote {tested.file}")
             file = quote(str(tested.file))
-            say(console, f"next: fewstep compare {file} OTHER   (with another, task by task)")
+            say(console, f"next: fewstep compare {file} OTHER   # with another, task by task")
 
     def _episodes(self, episodes: EpisodeOptions) -> EpisodeOptions:
         """Return the run's episodes with what was asked for."""

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -74,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0, 1 where training had to stop or nobody reads on, 2 after bad input, 130 if interrupted.
+        0, 1 where training had to stop, memory ran out or nobody reads on, 2 after bad input, 130
+        if interrupted.
     """
     keep_freed_memory()
     warnings.formatwarning = _format_warning
@@ -106,10 +108,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("fewstep: interrupted")
         return 130
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        _complain(
+            f"fewstep: out of memory ({str(error).splitlines()[0]}); give a smaller --chunk-size, "
+            "--checkpoint-every 1, or --memory-budget in MiB"
+        )
+        return 1
     except BrokenPipeError:  # as under `| head`; nothing more can be printed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether a device is out of memory; that of the CPU has no type of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _format_warning(

@@ -149,14 +149,14 @@ def _train(experiment: Experiment, run: RunFolder, console: Console) -> None:
     if config.dataset == "sinusoid":
         plot_sinusoid_fits(learner, run.path / "fits.png")
         say(console, f"fits: {run.path / 'fits.png'}")
-    say(console, f"next: fewstep evaluate {name} --split val   (score again, other settings)")
+    say(console, f"next: fewstep evaluate {name} --split val   # score again, other settings")
     say(console, f"      fewstep resume {name} --iterations {2 * config.iterations}")
     if config.recipe == "supervised":
-        say(console, f"      fewstep train --initial {name} --recipe maml++   (few-shot tasks)")
+        say(console, f"      fewstep train --initial {name} --recipe maml++   # few-shot tasks")
         return
-    say(console, f"      fewstep compare {name} RUN   (with another, task by task)")
+    say(console, f"      fewstep compare {name} RUN   # with another, task by task")
     if config.dataset != "sinusoid":
-        say(console, f"      fewstep predict {name} --support FOLDER --query FOLDER   (yours)")
+        say(console, f"      fewstep predict {name} --support FOLDER --query FOLDER   # yours")
 
 
 def _train_and_test(experiment: Experiment, run: RunFolder | None, console: Console) -> bool:

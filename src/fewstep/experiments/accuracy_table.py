@@ -121,7 +121,7 @@ def _write(
     table = _markdown(title, numbers)
     write_up(out, device, console, written, table=table, pictures=["curves.png"])
     run = quote(str(folders[best_of(numbers)][0]))
-    say(console, f"next: fewstep predict {run} --support FOLDER --query FOLDER   (yours)")
+    say(console, f"next: fewstep predict {run} --support FOLDER --query FOLDER   # yours")
 
 
 def _row(runs: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:

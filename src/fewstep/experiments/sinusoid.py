@@ -131,7 +131,7 @@ class MamlSinusoid:
             table=self._markdown(rows), pictures=["errors.png", "fits.png"],
         )  # fmt: skip
         run = quote(str(self._path(self.methods[0], 0)))
-        say(console, f"next: fewstep evaluate {run} --shots 3   (from other numbers of points)")
+        say(console, f"next: fewstep evaluate {run} --shots 3   # from other numbers of points")
 
     def config(self, method: str, seed: int) -> RunConfig:
         """Return the settings of a run."""

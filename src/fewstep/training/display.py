@@ -22,8 +22,19 @@ from fewstep.core.tasks import Episodes, TaskBatch
 
 
 def say(console: Console, text: str) -> None:
-    """Print as it is: no markup, nothing coloured, and no line broken where a path may be."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    """Print as it is: no markup, nothing coloured, and no line broken where a path may be.
+
+    Where nothing can be printed any more, as on a terminal that was closed, falls silent.
+
+    Raises:
+        BrokenPipeError: who was to read it has left.
+    """
+    try:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        console.quiet = True
 
 
 def bars(console: Console) -> Progress:

@@ -23,6 +23,8 @@ from fewstep.training.display import Display
 from fewstep.training.metrics_file import Log, NoLog
 from fewstep.training.run_folder import RunFolder, State
 
+# A closed terminal hangs up; not every system has that signal.
+_STOPS = [getattr(signal, s) for s in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, s)]
 _STOPPING = "stopping after this iteration or validation; another Ctrl-C stops at once"
 
 
@@ -154,8 +156,9 @@ class Trainer:
             },
         )
         log.sync()
+        state = self._checkpoint(iteration, state, scores)  # first: nobody may read any more
         display.print(f"iteration {iteration}: validation {scores}")
-        return self._checkpoint(iteration, state, scores)
+        return state
 
     def _checkpoint(self, iteration: int, state: State | None, scores: Scores | None) -> State:
         if self.run is None:
@@ -206,7 +209,8 @@ def _stop_signals(display: Display) -> Iterator[list[int]]:
     """Turn an interrupt or termination into a wish to stop after this iteration, and say so.
 
     A second Ctrl-C interrupts at once. A second SIGTERM does not: where the whole group is told,
-    a worker hears it again from its parent. SIGINT stays ignored where it was, as in workers.
+    a worker hears it again from its parent. What was ignored stays so: SIGINT in workers, SIGHUP
+    under nohup.
     """
     received: list[int] = []
     answer = Thread(target=display.print, args=(_STOPPING,), daemon=True)
@@ -218,9 +222,7 @@ def _stop_signals(display: Display) -> Iterator[list[int]]:
         if len(received) == 1:  # the next one may come while this one is answered
             answer.start()  # this thread may be printing, and hold the locks that the answer needs
 
-    heard = [
-        s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN
-    ]
+    heard = [s for s in _STOPS if signal.getsignal(s) is not signal.SIG_IGN]
     before = {s: signal.signal(s, note) for s in heard}
     try:
         yield received
