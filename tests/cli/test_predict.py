@@ -48,7 +48,7 @@ def test_predict_without_the_data(run, empty_folder, capsys):
     options = _own_classes(empty_folder)
     assert main(f"predict {run} {options}".split()) == 0
     out = capsys.readouterr().out
-    assert "normalisation statistics: batch (transductive)" in " ".join(out.split())
+    assert "normalisation statistics: support set" in " ".join(out.split())
     found = _named(out)
 
     learner = load_learner(run, device="cpu")
@@ -60,7 +60,10 @@ def test_predict_without_the_data(run, empty_folder, capsys):
         return torch.tensor(np.stack(read)) / 255
 
     module = learner.adapt(
-        images("support/[light]", "support/dark"), torch.tensor([0, 1, 1]), num_steps=10
+        images("support/[light]", "support/dark"),
+        torch.tensor([0, 1, 1]),
+        num_steps=10,
+        statistics="support",
     )
     shares = module(images("query/what")).softmax(-1)
     names = [("[light]", "dark")[int(row.argmax())] for row in shares]
@@ -68,10 +71,14 @@ def test_predict_without_the_data(run, empty_folder, capsys):
     assert found == dict(zip(("000.png", "001.png", "002.png"), expected, strict=True))
 
     one = options.replace("query/what", "query/what/001.png")
-    assert main(f"predict {run} {one} --statistics support".split()) == 0
+    assert main(f"predict {run} {one}".split()) == 0
     out = capsys.readouterr().out
     assert out.count(".png") == 1
-    assert "normalisation statistics: support set" in " ".join(out.split())
+    assert _named(out)["001.png"] == found["001.png"]  # whatever there is beside it
+
+    assert main(f"predict {run} {one} --statistics batch".split()) == 0
+    out = capsys.readouterr().out
+    assert "normalisation statistics: batch (transductive)" in " ".join(out.split())
 
 
 def test_predict_cuts_no_name(run, empty_folder, capsys, monkeypatch):
@@ -103,7 +110,7 @@ def test_predict_takes_the_mean_over_views(run, empty_folder, capsys):
     )  # fmt: skip
     y_support = torch.tensor([0, 1, 1])  # [light], dark, dark
     outputs = sum(
-        learner.adapt(view(x_support), y_support, num_steps=10)(view(x_query))
+        learner.adapt(view(x_support), y_support, num_steps=10, statistics="support")(view(x_query))
         for view in (torch.clone, lambda x: x.flip(-1))
     )
     shares = (outputs / 2).softmax(-1)

@@ -44,11 +44,11 @@ def test_it_names_drawn_characters(fitted, drawings):
     assert fitted.score(drawings[1] / 255, NAMES[1:] + NAMES[:1]) < 0.1
     assert list(fitted.classes_) == sorted(NAMES)
     assert fitted.ways == WAYS
-    assert fitted.normalisation == "batch (transductive)"
+    assert fitted.normalisation == "support set"
 
 
 @pytest.mark.parametrize("views", [None, "turned"])
-@pytest.mark.parametrize("statistics", [None, "support"])
+@pytest.mark.parametrize("statistics", [None, "batch", "running"])
 def test_its_probabilities_are_those_of_the_learner(views, statistics, drawings):
     x_support, x_query = (strokes / 255 for strokes in drawings)
     classifier = FewShotClassifier(
@@ -57,14 +57,28 @@ def test_its_probabilities_are_those_of_the_learner(views, statistics, drawings)
     found = classifier.fit(x_support, NAMES).predict_proba(x_query)
     y = torch.tensor([sorted(NAMES).index(name) for name in NAMES])
     task = TaskBatch(x_support[None], y[None], x_query[None], y[None])
-    learner = load_learner(RUN, device="cpu")
+    learner, use = load_learner(RUN, device="cpu"), statistics or "support"
     outputs = [
-        learner.predict(task.seen(view), 1, num_steps=3, statistics=statistics)[0, -1]
+        learner.predict(task.seen(view), 1, num_steps=3, statistics=use)[0, -1]
         for view in views_of(views)
     ]
     expected = torch.stack(outputs).mean(0).softmax(-1)
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(found.sum(1), 1, rtol=1e-5)
+
+
+def test_an_image_is_named_alike_alone_and_among_others(fitted, drawings):
+    """By the statistics of its own batch, a single image is normalised by itself."""
+    x = drawings[1] / 255
+    together = fitted.predict_proba(x)
+    one_by_one = np.concatenate([fitted.predict_proba(each[None]) for each in x])
+    np.testing.assert_allclose(one_by_one, together, rtol=1e-3, atol=1e-5)
+    by_batch = FewShotClassifier(RUN, statistics="batch", device="cpu").fit(
+        drawings[0] / 255, NAMES
+    )
+    assert by_batch.score(x, NAMES) > 0.9
+    alone = [by_batch.score(each[None], [name]) for each, name in zip(x, NAMES, strict=True)]
+    assert np.mean(alone) < 0.5
 
 
 def test_images_may_be_files_or_pil_or_tensors(fitted, drawings, tmp_path):

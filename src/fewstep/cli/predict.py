@@ -28,7 +28,7 @@ class Predict:
     """Folder of the run."""
     support: Path
     """Folder with a folder of images for each class: as many classes as the run's ways, or fewer;
-    any number where tasks start from prototypes."""
+    any number where tasks start from prototypes. Characters are dark ink on light paper."""
     query: Path
     """The images to name: a folder of them, or one."""
     checkpoint: OneCheckpoint = "best"
@@ -39,8 +39,9 @@ class Predict:
     """More steps than trained: refuse, or repeat the last, where parts differ by step; the run's if
     not given."""
     statistics: Use | None = None
-    """What batch normalisation normalises by; the run's if not given. By "batch", the images of
-    --query are normalised together, so that each answer depends on the others."""
+    """What batch normalisation normalises by. If not given the run's, or the support set in place
+    of the batch, by which the images of --query are normalised together, so that each answer
+    depends on the others."""
     views: Views | None = None
     """Take the mean of the outputs for your images as they are and all of them mirrored, or turned
     by 1 to 3 quarters, each adapted to on its own."""

@@ -43,8 +43,9 @@ class FewShotClassifier:
         num_steps: Inner steps; None takes the run's eval_steps.
         extra_steps: Refuse more steps than trained, or repeat the last, where parts differ by step;
             None takes the run's.
-        statistics: What batch normalisation normalises by; None takes the run's. By "batch", the
-            images of a call are normalised together, so that each answer depends on the others.
+        statistics: What batch normalisation normalises by; None takes the run's, or "support" in
+            place of "batch", by which the images of a call are normalised together: each answer
+            would depend on the others, and that for a single image mean little.
         views: Take the mean of the outputs over your images as they are and "mirrored", or "turned"
             by 1 to 3 quarters, each adapted to on its own.
         device: "cpu", "cuda", ...; "auto" takes a GPU where there is one.
@@ -74,14 +75,15 @@ class FewShotClassifier:
         assert isinstance(config.episodes, ClassificationOptions)
         self._data = config.data
         self._views = views_of(views)
-        self._statistics = statistics
         self._modules: list[nn.Module] = []
         self._number_of: dict[Any, int] = {}
         self.ways = config.episodes.ways
         self.num_steps = config.algorithm.eval_steps if num_steps is None else num_steps
         self.classes_: NDArray[Any] = np.array([])
         norm = learner.algorithm.norm_statistics
-        norm = norm if statistics is None else replace(norm, use=statistics)
+        own: Use = "support" if norm.use == "batch" else norm.use
+        norm = replace(norm, use=own if statistics is None else statistics)
+        self._statistics = norm.use
         self.normalisation = norm.describe(learner.module)
 
     def fit(self, images: Sequence[Picture] | Tensor, labels: Iterable[Any]) -> Self:
