@@ -707,6 +707,43 @@ def test_what_has_no_second_derivative_is_told():
     MetaLearner(module, fewstep.fomaml(2), F.mse_loss).meta_gradient(batch_of())
 
 
+class Once(torch.autograd.Function):
+    """exp, whose derivative is not to be differentiated."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.exp()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0]
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_what_is_differentiable_once_is_told(vectorize):
+    """PyTorch would leave the term out in silence."""
+
+    class Exp(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(IN, OUT)
+
+        def forward(self, x):
+            return Once.apply(self.linear(x))
+
+    of = {"vectorize": vectorize}
+    with pytest.raises(InputError, match=r"no second derivative \(\w*Once\w* is once_diff"):
+        MetaLearner(Exp(), fewstep.maml(2), F.mse_loss, **of).meta_gradient(batch_of())
+    MetaLearner(Exp(), fewstep.fomaml(2), F.mse_loss, **of).meta_gradient(batch_of())
+
+
 def test_a_sparse_embedding_is_refused():
     with pytest.raises(InputError, match=r"has nn.Embedding\(sparse=True\), .* sparse=False"):
         learner_of(nn.Sequential(nn.Embedding(4, 3, sparse=True)))

@@ -190,7 +190,10 @@ class InnerLoop:
                 self.meta.rows.pick_buffers(buffers, step),
                 batch,
             )
-            self.network.check_reads("support loss", support.loss.sum(), order, theta.values())
+            total = support.loss.sum()
+            self.network.check_reads("support loss", total, order, theta.values())
+            if order == 2:
+                self.network.check_differentiable_twice(total)
             here = {n: at[n] for n in self.meta.adapted}
             return support, _differentiated(support.loss, here, order)
 

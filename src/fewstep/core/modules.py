@@ -67,6 +67,11 @@ def check_module(module: nn.Module) -> None:
                 f"{kind} has nn.Embedding(sparse=True), whose gradients have no second derivative; "
                 "pass sparse=False"
             )
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.max_norm is not None:
+            raise InputError(
+                f"{kind} has nn.{type(part).__name__}(max_norm={part.max_norm:g}), which changes "
+                "its weight when it is called; leave it out, or divide what it gives by its norm"
+            )
     for name, parameter in module.named_parameters():
         if nn.parameter.is_lazy(parameter):
             raise InputError(f"`{name}` of {kind} has no shape yet; call {kind} on inputs before")

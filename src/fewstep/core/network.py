@@ -30,13 +30,14 @@ from fewstep.core.norm import Use
 from fewstep.core.normalise import NormaliseBy, Statistics, follow
 from fewstep.core.once import once
 from fewstep.core.precision import Precision, forward_pass, fp32_products
-from fewstep.core.reads import check_reads
+from fewstep.core.reads import check_reads, once_differentiable_behind
 from fewstep.core.stand_ins.registry import StandIns
 from fewstep.core.tasks import TaskBatch
 from fewstep.core.tensors import Tensors
 from fewstep.core.watch import watching
 
-_OF_VMAP = ("vmap", "atching rule", "functorch")  # in messages of PyTorch
+# In messages of PyTorch; the last where all tasks share what is written to.
+_OF_VMAP = ("vmap", "atching rule", "functorch", "written-to tensor")
 _LOCK = threading.Lock()
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 Found = TypeVar("Found")
@@ -100,6 +101,7 @@ class TaskNetwork:
         self._use: Use = "batch"
         self.is_training = True
         self._checked: set[Hashable] = set()
+        self._is_twice_differentiable = False
 
     def parts(self) -> list[nn.Module]:
         """Return all parts of the module, and of a loss that is learned."""
@@ -156,6 +158,25 @@ class TaskNetwork:
         if (what, kind) not in self._checked:
             check_reads(what, loss, self.module, self.judge.modules(), of_tasks)
             self._checked.add((what, kind))
+
+    def check_differentiable_twice(self, loss: Tensor) -> None:
+        """Check the first support loss of the second order.
+
+        Raises:
+            InputError: an operation would be left out of the second derivative in silence.
+        """
+        if self._is_twice_differentiable:
+            return
+        if (name := once_differentiable_behind(loss)) is not None:
+            raise self._without_second_derivative(f"{name} is once_differentiable")
+        self._is_twice_differentiable = True
+
+    def _without_second_derivative(self, reason: str) -> InputError:
+        return InputError(
+            f"an operation of {type(self.module).__name__}, or of a loss, has no second "
+            f"derivative ({reason}); write it in others, or take the first order, "
+            "derivative_order=FixedOrder(1)"
+        )
 
     def _call(
         self,
@@ -323,11 +344,7 @@ class TaskNetwork:
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             if "derivative for" in reason:
-                raise InputError(
-                    f"an operation of {type(self.module).__name__}, or of a loss, has no second "
-                    f"derivative ({reason}); write it in others, or take the first order, "
-                    "derivative_order=FixedOrder(1)"
-                ) from error
+                raise self._without_second_derivative(reason) from error
             if not self.vectorize:
                 raise
             if not any(word in reason for word in _OF_VMAP):

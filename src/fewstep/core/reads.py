@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fewstep.core.errors import InputError
 
@@ -50,15 +52,45 @@ def check_reads(
     )
 
 
+def once_differentiable_behind(loss: Tensor) -> str | None:
+    """Return the name of an operation in a graph that PyTorch leaves out of second derivatives.
+
+    `torch.autograd.grad` passes by what `once_differentiable` marks, where `backward` complains.
+    """
+    for node in _behind(loss, ()):
+        function = getattr(node, "_forward_cls", None)
+        if function is not None and _is_once_differentiable(function):
+            return str(node.name())
+    return None
+
+
+def _is_once_differentiable(function: type) -> bool:
+    """Whether a Function is marked, or one that `torch.vmap` made of it."""
+    backward = getattr(function, "backward", None)
+    code = getattr(backward, "__code__", None)
+    if code is None:
+        return False
+    if code.co_filename == once_differentiable.__code__.co_filename and code.co_name == "wrapper":
+        return True
+    around = [cell.cell_contents for cell in getattr(backward, "__closure__", None) or ()]
+    return any(_is_once_differentiable(f) for f in around if isinstance(f, type) and f != function)
+
+
 def _parameters_behind(loss: Tensor, before: Iterable[Tensor]) -> Iterator[nn.Parameter]:
     """Yield the parameters, no other leaves, that a tensor's graph leads to before some tensors."""
+    for node in _behind(loss, before):
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, nn.Parameter):
+            yield leaf
+
+
+def _behind(loss: Tensor, before: Iterable[Tensor]) -> Iterator[Any]:
+    """Yield the operations that a tensor's graph leads to before some tensors."""
     met, ahead = {None, *(t.grad_fn for t in before)}, [loss.grad_fn]
     while ahead:
         node = ahead.pop()
         if node is None or node in met:
             continue
         met.add(node)
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, nn.Parameter):
-            yield leaf
+        yield node
         ahead += [before for before, _ in node.next_functions]
