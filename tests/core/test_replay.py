@@ -1,5 +1,6 @@
 """Recorded operations, replayed, give the same numbers to the bit."""
 
+import copy
 import math
 import shutil
 from contextlib import contextmanager, nullcontext
@@ -478,7 +479,25 @@ def by_list(outputs: Tensor, y: Tensor) -> Tensor:
     return (outputs.mean() - sum(map(sum, y.tolist()))).square()
 
 
-@pytest.mark.parametrize("loss", [masked, selected, by_numpy, by_list])
+def by_copy(outputs: Tensor, y: Tensor) -> Tensor:
+    return (outputs.mean() - copy.deepcopy(y).mean()).square()
+
+
+def by_counts(make):
+    """Weights from counts, as of classes, in a tensor made of a list of others."""
+
+    def loss(outputs: Tensor, y: Tensor) -> Tensor:
+        counts = make([(y > 0).sum(), (y <= 0).sum()])
+        return (outputs.mean() * (1 / (1 + counts))).sum().square()
+
+    return loss
+
+
+COUNTS = [by_counts(make) for make in (torch.tensor, torch.as_tensor, torch.asarray)]
+COUNTS.append(by_counts(torch.ones(()).new_tensor))
+
+
+@pytest.mark.parametrize("loss", [masked, selected, by_numpy, by_list, by_copy, *COUNTS])
 def test_what_depends_on_values_is_refused(loss):
     module, x, y = nn.Linear(3, 2), torch.randn(2, 3, 4, 3), torch.randn(2, 3, 4, 2)
     batch = fewstep.TaskBatch(x[0], y[0], x[1], y[1])

@@ -37,7 +37,7 @@ from fewstep.core.tensors import Tensors
 from fewstep.core.watch import watching
 
 # In messages of PyTorch; the last where all tasks share what is written to.
-_OF_VMAP = ("vmap", "atching rule", "functorch", "written-to tensor")
+_OF_VMAP = ("vmap", "atching rule", "functorch", "BatchedTensor", "written-to tensor")
 _LOCK = threading.Lock()
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 Found = TypeVar("Found")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fewstep.core.errors import InputError
@@ -19,10 +19,18 @@ _SAME = (
     torch.ops.aten.detach.default,
     torch.ops.aten.alias.default,
 )  # another name, below autograd
-_READS = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
+_READS = (
+    Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__deepcopy__, Tensor.__reduce_ex__,
+    Tensor.__dlpack__, Tensor.untyped_storage,
+)  # fmt: skip
+_MAKES = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)  # also of lists
 _DECIDES = (
     "the module, its loss or its metric decides by a tensor's value, which a recording cannot; "
     "pass replay=False"
+)
+_READS_LISTS = (
+    "the module, its loss or its metric makes a tensor of a list of others, whose values a "
+    "recording would keep; take torch.stack(list), or pass replay=False"
 )
 _LINES = 500  # lines of a compiled function; compiling takes memory with its length
 
@@ -182,7 +190,15 @@ class NothingRead(TorchFunctionMode):
         """Call the function unless it does."""
         if func in _READS and self._recorder.has_made(args[0]):
             raise InputError(_DECIDES)
+        if func in _MAKES and any(self._recorder.has_made(t) for t in _in_lists(args, kwargs)):
+            raise InputError(_READS_LISTS)
         return func(*args, **(kwargs or {}))
+
+
+def _in_lists(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> list[Tensor]:
+    """Return the tensors in lists that a function is given."""
+    lists = [given for given in (*args, *(kwargs or {}).values()) if not isinstance(given, Tensor)]
+    return [t for t in tree_leaves(lists) if isinstance(t, Tensor)]
 
 
 def define(parameters: str, lines: Iterable[str]) -> Callable[..., Any]:
