@@ -14,6 +14,8 @@ SOURCE = """
 from torch import nn
 from beside import activation
 
+SIZE = 4
+
 
 class Block(nn.Module):
     def __init__(self, channels):
@@ -67,6 +69,19 @@ def test_a_run_has_the_network_from_any_folder(tmp_path, file, monkeypatch):
     assert main(["resume", str(run), "--iterations", "3"]) == 0
 
 
+def test_a_file_that_has_changed_since_is_refused(tmp_path, file, capsys):
+    run = tmp_path / "run"
+    options = ["--network", "own", "--factory", "mine.py:small"]
+    assert main(["train", *options, *TINY, "--out", str(run)]) == 0
+    before = file.read_text()
+    file.write_text(before.replace("activation(x + ", "(x + "))
+    for again in (["evaluate", str(run)], ["resume", str(run), "--iterations", "3"]):
+        assert main(again) == 2
+        assert "mine.py:small has changed since the run began" in capsys.readouterr().err
+    file.write_text(before)
+    assert main(["evaluate", str(run), "--tasks", "4", "--device", "cpu"]) == 0
+
+
 def test_regression_has_a_network_of_ones_own_too(tmp_path, file):
     options = ["--dataset", "sinusoid", "--network", "own", "--factory", "mine.py:line"]
     assert main(["train", *options, *TINY, "--out", str(tmp_path / "run")]) == 0
@@ -84,6 +99,7 @@ def test_an_installed_module_is_taken_by_its_name():
         ("mine.py", "factory='mine.py' must be FILE.py:FUNCTION or MODULE:FUNCTION"),
         ("other.py:small", "there is no file other.py to take a network from; check the path"),
         ("mine.py:smal", "unknown function of mine.py 'smal'; did you mean 'small'?"),
+        ("mine.py:SIZE", "factory='mine.py:SIZE' is a int; it must be a function"),
         ("no_such.module:small", "no module 'no_such.module' to take a network from; install it"),
         ("mine.py:list_of_layers", r"returned a list for inputs of \(1, 28, 28\) and 5 outputs"),
     ],

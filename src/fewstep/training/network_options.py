@@ -9,7 +9,7 @@ from torch import nn
 from fewstep.core.errors import InputError
 from fewstep.models.conv import Activation, Conv4, Downsample, Head, Initialisation, Norm
 from fewstep.models.mlp import fully_connected, sinusoid_mlp
-from fewstep.training.own_network import own_network, placed
+from fewstep.training.own_network import check_digest, digest_of, own_network, placed
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,17 @@ class OwnNetworkOptions:
     """The function that makes your network, as FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION; it is
     called with the shape of an input, (channels, height, width) for images, and the number of
     outputs, and returns an nn.Module."""
+    factory_digest: str | None = None
+    """What the file of a run is known by: noted as it begins, and compared as it goes on."""
 
     def build(self, input_shape: tuple[int, ...], outputs: int) -> nn.Module:
         """Return what the function makes."""
+        check_digest(self.factory, self.factory_digest)
         return own_network(self.factory, input_shape, outputs)
 
     def placed(self) -> OwnNetworkOptions:
-        """Return the same, with a path that leads to the file from any folder."""
-        return OwnNetworkOptions(placed(self.factory))
+        """Return the same, with a path that leads to the file from any folder, and its digest."""
+        return OwnNetworkOptions(placed(self.factory), digest_of(self.factory))
 
 
 NETWORKS: dict[str, type] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -36,6 +37,8 @@ def own_network(factory: str | None, input_shape: tuple[int, ...], outputs: int)
     module = _of_file(Path(source)) if source.endswith(".py") else _of_name(source)
     check_name(f"function of {source}", name, [n for n in vars(module) if not n.startswith("_")])
     make: Callable[[tuple[int, ...], int], object] = getattr(module, name)
+    if not callable(make):
+        raise InputError(f"factory={factory!r} is a {type(make).__name__}; it must be a function")
     network = make(input_shape, outputs)
     if not isinstance(network, nn.Module):
         raise InputError(
@@ -49,6 +52,27 @@ def placed(factory: str | None) -> str | None:
     """Return the same with a path that leads to the file from any folder."""
     source, colon, name = (factory or "").rpartition(":")
     return f"{Path(source).absolute()}{colon}{name}" if source.endswith(".py") else factory
+
+
+def digest_of(factory: str | None) -> str | None:
+    """Return what the file is known by; None where it is a module, or cannot be read."""
+    path = Path((factory or "").rpartition(":")[0])
+    if path.suffix != ".py" or not path.is_file():
+        return None
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def check_digest(factory: str | None, digest: str | None) -> None:
+    """Check that the file is the one that a run began with.
+
+    Raises:
+        InputError: it has changed.
+    """
+    if digest is not None and digest_of(factory) not in (digest, None):
+        raise InputError(
+            f"{factory} has changed since the run began; put it back as it was, or begin another "
+            "run"
+        )
 
 
 def _of_file(path: Path) -> ModuleType:
