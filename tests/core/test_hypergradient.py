@@ -35,6 +35,7 @@ from fewstep import (
     maml_plus_plus,
     meta_sgd,
 )
+from fewstep.core.hypergradient import SAFE
 from tests.core.reference import MODELS, Case
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -491,3 +492,18 @@ def test_an_optimiser_s_step_takes_no_closure():
 def test_bad_input(message, make):
     with pytest.raises(InputError, match=message):
         make()
+
+
+def test_safe_guards_both_rates():
+    safe, plain = alpha_maml(safe=True), alpha_maml()
+    assert safe.rate_update.guards == safe.outer.guards == SAFE
+    assert plain.rate_update.guards == plain.outer.guards == Guards()
+    assert (SAFE.lower, SAFE.upper, SAFE.clip, SAFE.step) == (1e-5, 10.0, 1.0, "multiplicative")
+
+
+def test_the_metric_of_an_iteration_is_that_after_the_last_step_that_counts():
+    algorithm = Algorithm(3, ConstantRate(0.3), query_weights=MultiStepLoss(num_epochs=10))
+    learner, batch = learner_of(algorithm), CASE.batch()
+    metrics = learner.step(batch)
+    evaluated = learner_of(algorithm).evaluate(batch, len(batch.x_support))
+    assert float(metrics.metric) == pytest.approx(evaluated.mean)

@@ -257,3 +257,34 @@ def test_a_loss_that_is_not_finite_stops_with_what_to_do(tmp_path, capsys):
 def test_mistakes_are_told_in_one_line(words, told, tmp_path, capsys):
     assert main(["reproduce", "maml-navigation", "--out", str(tmp_path / "out"), *words]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_iterations_have_tasks_of_their_own_and_validations_have_others(run, tmp_path, monkeypatch):
+    starts, splits = [], []
+    step, tasks = PolicyLearner.step, PolicyRun.tasks
+
+    def noting_start(learner, environments, start, count):
+        starts.append((start, count))
+        return step(learner, environments, start, count)
+
+    def noting_split(self, split):
+        splits.append(split)
+        return tasks(self, split)
+
+    monkeypatch.setattr(PolicyLearner, "step", noting_start)
+    monkeypatch.setattr(PolicyRun, "tasks", noting_split)
+    found = train_policy(tmp_path / "run", run)
+    assert starts == [(0, 3), (3, 3), (6, 3)]
+    assert splits.count("val") == len(found["validation"]) == 2
+    assert splits.count("test") == 1
+
+
+def test_a_seed_draws_a_policy_and_training_goals(run):
+    other = replace(run, seed=1)
+    weights = [
+        next(p for p in each.learner().policy.parameters() if p.ndim == 2) for each in (run, other)
+    ]
+    assert not torch.equal(*weights)
+    for split in ("train", "val", "test"):
+        goals = [each.tasks(split).goals(0, 4) for each in (run, other)]
+        assert torch.equal(*goals) == (split != "train"), split

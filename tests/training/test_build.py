@@ -146,3 +146,16 @@ def test_too_many_ways_of_training_are_called_so():
     assert classification_episodes(options, stores, "test", 0).ways == 2
     turned = ClassificationOptions(ways=2, train_ways=16, rotations="classes")
     assert classification_episodes(turned, stores, "train", 0).ways == 16
+
+
+def test_a_seed_draws_parameters_and_training_tasks_and_no_others():
+    """Validations and tests of all seeds are on the same tasks, so that they compare."""
+    config = preset("glyphs")
+    runs = [Experiment.build(replace(config, seed=seed, device="cpu")) for seed in (0, 1)]
+    weights = [next(run.learner.module.parameters()) for run in runs]
+    assert not torch.equal(*weights)
+    for split in ("train", "val", "test"):
+        tasks = [run.problem.episodes[split].batch(0, 2).x_support for run in runs]
+        assert torch.equal(*tasks) == (split != "train"), split
+    again = Experiment.build(replace(config, seed=1, device="cpu"))
+    assert torch.equal(next(again.learner.module.parameters()), weights[1])
