@@ -221,6 +221,11 @@ def test_the_length_is_the_authors(
     assert (config.tasks, config.model.filters) == (tasks, filters)
     assert config.iterations == 50_000
     assert (config.episodes.queries, config.episodes.eval_queries) == (queries, queries)
+    turned = "episode" if dataset == "omniglot" else "none"
+    assert (config.episodes.rotations, config.episodes.eval_rotations) == (turned, "none")
+    assert (config.model.activation, config.model.downsample) == ("leaky-relu", "max-pool")
+    if dataset == "omniglot":
+        assert config.data.class_split == "maml++"
     assert config.algorithm.multi_step_epochs == multi_step_epochs
     assert config.algorithm.clip_value == clip_value
     assert config.algorithm.inner_lr == inner_lr

@@ -128,3 +128,8 @@ def test_a_loss_that_is_not_finite_changes_nothing():
 def test_arguments_out_of_range_are_refused(wrong):
     with pytest.raises(InputError, match="TrustRegion"):
         TrustRegion(**wrong)
+
+
+def test_the_defaults_are_trpos_as_mamls_code_has_them():
+    of = TrustRegion()
+    assert (of.iterations, of.damping, of.lengths, of.shrink) == (10, 1e-5, 15, 0.8)

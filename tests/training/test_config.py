@@ -407,3 +407,40 @@ def test_no_ways_are_not_those_of_the_run():
     assert config.for_tests() == config
     with pytest.raises(InputError, match="ways=0 must be at least 2"):
         config.for_tests(0)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "recipe", "inner_lr", "multi_step", "final_outer_lr", "clip_value", "keep_best"),
+    [
+        ("omniglot", "maml++", 0.1, 10, 1e-5, None, 3),
+        ("omniglot", "maml++-reference-code", 0.1, 10, 1e-5, None, 5),
+        ("mini-imagenet", "maml++", 0.01, 15, 1e-5, None, 3),
+        ("mini-imagenet", "maml++-reference-code", 0.1, 15, 1e-3, 10.0, 5),
+    ],
+)
+def test_maml_plus_plus_has_the_values_of_paper_and_code(
+    dataset, recipe, inner_lr, multi_step, final_outer_lr, clip_value, keep_best
+):
+    """As the table of docs/maml++/index.md has them."""
+    config = preset(dataset, recipe=recipe)
+    of = config.algorithm
+    assert (of.num_steps, of.eval_steps, of.inner_lr) == (5, 5, inner_lr)
+    assert of.multi_step_epochs == multi_step
+    assert (of.outer_schedule, of.final_outer_lr) == ("cosine", final_outer_lr)
+    assert (of.clip_value, of.inner_clip_norm) == (clip_value, None)
+    assert config.keep_best == keep_best
+
+
+def test_sinusoids_have_the_values_of_mamls_paper():
+    config = preset("sinusoid")
+    assert (config.algorithm.num_steps, config.algorithm.inner_lr, config.tasks) == (1, 0.01, 25)
+    assert (config.algorithm.outer, config.algorithm.outer_lr) == ("adam", 1e-3)
+    assert preset("sinusoid", recipe="maml++").algorithm.inner_clip_norm == 10
+
+
+def test_photographs_have_the_steps_and_tasks_of_mamls_paper():
+    config = preset("mini-imagenet")
+    assert (config.algorithm.num_steps, config.algorithm.eval_steps) == (5, 10)
+    assert config.algorithm.inner_lr == pytest.approx(5 * 0.01)  # a mean where the code sums
+    assert (config.iterations, config.tasks, config.model.filters) == (60_000, 4, 32)
+    assert (config.episodes.queries, config.episodes.eval_queries) == (15, 15)
