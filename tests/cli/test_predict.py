@@ -193,3 +193,23 @@ def test_predict_counts_images_as_a_data_set_does(run, empty_folder, capsys):
         assert main(f"predict {run} {options}".split()) == 0
     more = len(list((support / "dark" / "deeper").iterdir()))
     assert f"{count + more} images to learn from" in " ".join(capsys.readouterr().out.split())
+
+
+def test_images_at_any_depth_are_named(run, empty_folder, capsys):
+    options = _own_classes(empty_folder)
+    deeper = empty_folder / "query" / "what" / "more"
+    deeper.mkdir()
+    shutil.copy(empty_folder / "query" / "what" / "000.png", deeper / "003.png")
+    assert main(f"predict {run} {options}".split()) == 0
+    found = _named(capsys.readouterr().out)
+    assert list(found) == ["000.png", "001.png", "002.png", "more/003.png"]
+    assert found["more/003.png"] == found["000.png"]
+
+
+def test_a_support_folder_without_classes_says_what_it_should_hold(run, empty_folder, capsys):
+    options = _own_classes(empty_folder)
+    flat = options.replace(f"--support {empty_folder / 'support'}", "--support query/what")
+    message = refused(capsys, f"predict {run} {flat}")
+    assert (
+        "query/what has no folder of images for each class; put the images into CLASS/I" in message
+    )

@@ -30,7 +30,7 @@ class Predict:
     """Folder with a folder of images for each class: as many classes as the run's ways, or fewer;
     any number where tasks start from prototypes. Characters are dark ink on light paper."""
     query: Path
-    """The images to name: a folder of them, or one."""
+    """The images to name: a folder of them, at any depth, or one."""
     checkpoint: OneCheckpoint = "best"
     """The best in validation, or the last."""
     steps: int | None = None
@@ -76,7 +76,8 @@ class Predict:
         table.add_column("probability", justify="right")
         for file, shares in zip(queries, probabilities, strict=True):
             name = str(classifier.classes_[shares.argmax()])
-            table.add_row(escape(file.name), escape(name), f"{shares.max():.1%}")
+            shown = file.name if file == self.query else str(file.relative_to(self.query))
+            table.add_row(escape(shown), escape(name), f"{shares.max():.1%}")
         console.print(table)
 
 
@@ -86,6 +87,10 @@ def _labelled(folder: Path) -> tuple[list[Path], list[str]]:
         raise InputError(f"there is no folder {folder}; give one with a folder for each class")
     # As in a folder to train on, deeper ones count.
     files = [f for f in files_below(folder) if is_image(f.name) and f.parent != folder]
+    if not files:
+        raise InputError(
+            f"{folder} has no folder of images for each class; put the images into CLASS/IMAGE"
+        )
     names = [f.relative_to(folder).parts[0] for f in files]
     warn_of_empty(c for c in folders_in(folder) if c.name not in names)
     return files, names
@@ -94,9 +99,9 @@ def _labelled(folder: Path) -> tuple[list[Path], list[str]]:
 def _images(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise InputError(f"there is no image or folder {folder}; check the path")
-    found = sorted(p for p in folder.iterdir() if p.is_file() and is_image(p.name))
+    found = sorted(f for f in files_below(folder) if is_image(f.name))
     if not found:
         raise InputError(
-            f"{folder} holds no image itself; put some there, or give the folder that has them"
+            f"{folder} holds no image; put some there, or give the folder that has them"
         )
     return found
