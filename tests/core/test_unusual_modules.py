@@ -707,6 +707,30 @@ def test_what_has_no_second_derivative_is_told():
     MetaLearner(module, fewstep.fomaml(2), F.mse_loss).meta_gradient(batch_of())
 
 
+class Projected(nn.Module):
+    """Projects by random numbers, the same in each call or others."""
+
+    def __init__(self, keeps: bool):
+        super().__init__()
+        self.linear = nn.Linear(IN, OUT)
+        self.generator = torch.Generator().manual_seed(0) if keeps else None
+
+    def forward(self, x):
+        generator = self.generator or torch.Generator().manual_seed(0)
+        return self.linear(x @ torch.randn(IN, IN, generator=generator, dtype=x.dtype))
+
+
+def test_numbers_of_a_seed_in_forward_are_not_drawn_by_the_task():
+    """Scores would not be those of the adapted module."""
+    batch, plain = batch_of(), fewstep.maml(1, 0.1)
+    with pytest.raises(InputError, match="draws from a generator that it does not keep"):
+        MetaLearner(Projected(False), plain, F.mse_loss).meta_gradient(batch)
+    learner = MetaLearner(Projected(False), plain, F.mse_loss, vectorize=False)
+    adapted = learner.adapt(batch.x_support[0], batch.y_support[0])
+    torch.testing.assert_close(learner.predict(batch, 1)[0, -1], adapted(batch.x_query[0]))
+    MetaLearner(Projected(True), plain, F.mse_loss).meta_gradient(batch)
+
+
 class Once(torch.autograd.Function):
     """exp, whose derivative is not to be differentiated."""
 

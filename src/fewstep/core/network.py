@@ -96,12 +96,18 @@ class TaskNetwork:
         has_filters = any(p.ndim == 4 for called in self._called for p in called.parameters())
         is_recurrent = any(isinstance(m, nn.RNNBase | nn.RNNCellBase) for m in self.parts())
         gains = has_filters or is_recurrent or precision == "bfloat16"
-        self._stand_ins = partial(StandIns, needed_only=not gains)
+        keeps = self._keeps if vectorize else None
+        self._stand_ins = partial(StandIns, needed_only=not gains, keeps=keeps)
         self._under_two_names = under_two_names(module)
         self._use: Use = "batch"
         self.is_training = True
         self._checked: set[Hashable] = set()
         self._is_twice_differentiable = False
+
+    def _keeps(self, generator: torch.Generator) -> bool:
+        """Whether a part of the module, or of a loss or the metric, has this generator."""
+        parts = [part for each in (self.module, *self.judge.modules()) for part in each.modules()]
+        return any(value is generator for part in parts for value in vars(part).values())
 
     def parts(self) -> list[nn.Module]:
         """Return all parts of the module, and of a loss that is learned."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch.overrides import TorchFunctionMode
+
+from fewstep.core.errors import InputError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _Functions = dict[Any, Callable[..., Any]]
@@ -38,17 +41,37 @@ class StandIns(TorchFunctionMode):
 
     Args:
         needed_only: Only those that every module needs.
+        keeps: Whether the module keeps a generator that is drawn from; None takes any. Under
+            `torch.vmap` one that is made and seeded in each call would not draw the same for each
+            task.
     """
 
-    def __init__(self, *, needed_only: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        needed_only: bool = False,
+        keeps: Callable[[torch.Generator], bool] | None = None,
+    ) -> None:
         super().__init__()
         self._functions = _always if needed_only else _all
+        self._keeps = keeps
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call the stand-in if there is one and it takes these arguments, else the function."""
+        """Call the stand-in if there is one and it takes these arguments, else the function.
+
+        Raises:
+            InputError: it draws from a generator that the module does not keep.
+        """
         kwargs = kwargs or {}
+        generator = kwargs.get("generator")
+        if generator is not None and self._keeps is not None and not self._keeps(generator):
+            raise InputError(
+                "the module draws from a generator that it does not keep, whose numbers torch.vmap "
+                "makes others for each task; draw once and register a buffer, keep the generator "
+                "as an attribute, or pass vectorize=False"
+            )
         if func in self._functions:
             found = self._functions[func](*args, **kwargs)
             if found is not NotImplemented:
