@@ -216,6 +216,22 @@ def test_a_wrong_pair(sensitivity, text):
         replace(sensitivity, hyper_lrs=(text,)).run(QUIET)
 
 
+@pytest.mark.parametrize(
+    ("of", "options", "message"),
+    [
+        (AlphaSensitivity, {"hyper_lrs": ("0.01,0.01", "1,nan")}, "nan"),
+        (AlphaSensitivity, {"inner_lrs": (0.1, -5.0)}, "-5"),
+        (AlphaConvergence, {"hyper_lrs": (0.1, float("nan"))}, "nan"),
+        (AlphaConvergence, {"untuned": (float("nan"), 1.0)}, "nan"),
+    ],
+)
+def test_every_run_is_checked_before_the_first_trains(of, options, message, setting, tmp_path):
+    figure = of(setting=setting, iterations=2, out=tmp_path / "out", **options)
+    with pytest.raises(InputError, match=message):
+        figure.run(QUIET)
+    assert not figure.out.exists()
+
+
 def _double(x: int) -> int:
     return 2 * x
 

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from fewstep.core.errors import check_some
-from fewstep.experiments.alpha_runs import Setting, numeral, train
+from fewstep.experiments.alpha_runs import Setting, check_all, numeral, train
 from fewstep.experiments.pool import each
 from fewstep.experiments.write_up import write_up
 from fewstep.report.figure import new_figure, save_figure
@@ -77,6 +77,7 @@ class AlphaConvergence:
                 file = f"{numeral(alpha)}-{numeral(beta)}-{eta_alpha}-{eta_beta}.json"
                 files[column, label] = file  # some curves are in several columns
                 jobs[file] = (self.out / "curves" / file, config)
+        check_all(config for _, config in jobs.values())
         validated = partial(train, val_every=self.val_every)
         found = dict(each(validated, jobs, workers=self.workers, ray=self.ray, console=console))
         outcomes = {key: found[file] for key, file in files.items()}

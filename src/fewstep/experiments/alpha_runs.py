@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -73,6 +74,16 @@ class Setting:
 def numeral(rate: float) -> str:
     """Return all digits of a rate, so that no other has its name: 0.1, 10, 0.12345678."""
     return repr(rate).removesuffix(".0")
+
+
+def check_all(configs: Iterable[RunConfig]) -> None:
+    """Check the algorithm of each, before the first trains for hours.
+
+    Raises:
+        InputError: a part refuses its settings.
+    """
+    for config in configs:
+        config.algorithm.build(config.iterations, config.epoch_length)
 
 
 @lru_cache(maxsize=1)

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from fewstep.core.errors import InputError, check_some
-from fewstep.experiments.alpha_runs import Setting, numeral, train
+from fewstep.experiments.alpha_runs import Setting, check_all, numeral, train
 from fewstep.experiments.pool import each
 from fewstep.experiments.write_up import write_up
 from fewstep.report.figure import new_figure, save_figure
@@ -62,6 +62,7 @@ class AlphaSensitivity:
         device = resolve_device(self.setting.device)
         methods = self._methods()
         jobs = self._cells(methods, device)
+        check_all(config for _, config in jobs.values())
         until = partial(train, threshold=self.threshold, window=10)
         results = each(until, jobs, workers=self.workers, ray=self.ray, console=console)
         reached = {key: outcome["reached"] for key, outcome in results}
