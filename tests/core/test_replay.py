@@ -1,12 +1,15 @@
 """Recorded operations, replayed, give the same numbers to the bit."""
 
 import copy
+import io
 import math
+import pickle
 import shutil
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -479,25 +482,48 @@ def by_list(outputs: Tensor, y: Tensor) -> Tensor:
     return (outputs.mean() - sum(map(sum, y.tolist()))).square()
 
 
-def by_copy(outputs: Tensor, y: Tensor) -> Tensor:
-    return (outputs.mean() - copy.deepcopy(y).mean()).square()
+def by_list_of(make):
+    """Return a loss whose weights are made of a list of tensors, as those of classes are."""
+    return lambda outputs, y: (outputs - y).square().mean(0) @ make([t.square().sum() for t in y.T])
 
 
-def by_counts(make):
-    """Weights from counts, as of classes, in a tensor made of a list of others."""
-
-    def loss(outputs: Tensor, y: Tensor) -> Tensor:
-        counts = make([(y > 0).sum(), (y <= 0).sum()])
-        return (outputs.mean() * (1 / (1 + counts))).sum().square()
-
-    return loss
+def by_copy(copied):
+    """Return a loss by a copy of the targets."""
+    return lambda outputs, y: (outputs - copied(y)).square().mean()
 
 
-COUNTS = [by_counts(make) for make in (torch.tensor, torch.as_tensor, torch.asarray)]
-COUNTS.append(by_counts(torch.ones(()).new_tensor))
+def saved(y: Tensor) -> Tensor:
+    file = io.BytesIO()
+    torch.save(y, file)
+    file.seek(0)
+    return torch.load(file)
 
 
-@pytest.mark.parametrize("loss", [masked, selected, by_numpy, by_list, by_copy, *COUNTS])
+PAST_THE_DISPATCHER = {
+    "masked": masked,
+    "selected": selected,
+    "numpy": by_numpy,
+    "tolist": by_list,
+    "tensor": by_list_of(torch.tensor),
+    "tensor of data": by_list_of(lambda each: torch.tensor(data=each)),
+    "tensor of pairs": by_list_of(lambda each: torch.tensor([(t, 1) for t in each])[:, 0]),
+    "as_tensor": by_list_of(torch.as_tensor),
+    "asarray": by_list_of(torch.asarray),
+    "new_tensor": by_list_of(lambda each: each[0].new_tensor(each)),
+    "DoubleTensor": by_list_of(torch.DoubleTensor),
+    "Tensor": by_list_of(lambda each: torch.Tensor(each).double()),
+    "deepcopy": by_copy(copy.deepcopy),
+    "copy": by_copy(copy.copy),
+    "pickle": by_copy(lambda y: pickle.loads(pickle.dumps(y))),
+    "save": by_copy(saved),
+    "from_dlpack": by_copy(lambda y: torch.from_numpy(np.from_dlpack(y).copy())),
+    "storage": by_copy(lambda y: torch.tensor(y.untyped_storage().tolist()).sum()),
+    "text": by_copy(lambda y: float(str(y.mean())[7:-1])),
+    "formatted": by_copy(lambda y: float(f"{y[:1, 0]}"[8:-2])),
+}
+
+
+@pytest.mark.parametrize("loss", PAST_THE_DISPATCHER.values(), ids=PAST_THE_DISPATCHER)
 def test_what_depends_on_values_is_refused(loss):
     module, x, y = nn.Linear(3, 2), torch.randn(2, 3, 4, 3), torch.randn(2, 3, 4, 2)
     batch = fewstep.TaskBatch(x[0], y[0], x[1], y[1])
@@ -506,6 +532,25 @@ def test_what_depends_on_values_is_refused(loss):
     learner = MetaLearner(module, fewstep.maml(1, 0.1), loss, vectorize=False, replay=True)
     with pytest.raises(InputError, match="pass replay=False"):
         learner.step(batch)
+
+
+by_data = by_copy(lambda y: y.data)
+by_itself = by_copy(torch.as_tensor)
+by_numbers = by_list_of(lambda each: torch.tensor([1.0, 2.0]) * torch.stack(each))
+
+
+@pytest.mark.parametrize("loss", [by_data, by_itself, by_numbers])
+def test_what_reads_no_values_is_recorded(loss):
+    module = nn.Linear(3, 2)
+    learners = [
+        MetaLearner(module, fewstep.maml(2, 0.1), loss, vectorize=False, replay=replay)
+        for replay in (False, True)
+    ]
+    for _ in range(3):
+        x, y = torch.randn(2, 3, 4, 3), torch.randn(2, 3, 4, 2)
+        batch = fewstep.TaskBatch(x[0], y[0], x[1], y[1])
+        expected, found = (each.meta_gradient(batch)[0] for each in learners)
+        assert all(torch.equal(found[n], g) for n, g in expected.items())
 
 
 def test_indexing_by_numbers_is_recorded():

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_full_backward_hook
 from torch.nn.utils import parametrizations
@@ -80,10 +81,18 @@ def assign(module: nn.Module, x: Tensor) -> None:
     module.buffer = module.buffer + x.mean(0).detach()
 
 
+def add_to_data(module: nn.Module, x: Tensor) -> None:
+    module.buffer.data += x.mean(0).data
+
+
+def assign_data(module: nn.Module, x: Tensor) -> None:
+    module.buffer.data = module.buffer + x.mean(0).detach()
+
+
 @every_way
 def test_assigned_buffers_are_kept_like_those_changed_in_place(options):
     batch, found = batch_of(), []
-    for change in (add, assign):
+    for change in (add, assign, add_to_data, assign_data):
         module = With(change, torch.zeros(IN))
         learner_of(module, **options).step(batch)
         found.append(module.buffer)
@@ -344,6 +353,85 @@ def test_checkpoints_draw_again_what_a_generator_of_the_module_drew():
         )
         found.append(learner.meta_gradient(batch)[0])
     assert relative_error(found[1], found[0]) < 1e-12
+
+
+class OfFixedSeed(nn.Module):
+    """Projects its inputs by numbers that are drawn in each call, the same each time."""
+
+    def __init__(self, draw) -> None:
+        super().__init__()
+        self.layer = nn.Linear(HIDDEN, OUT)
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x @ self.draw())
+
+
+def of_a_generator() -> Tensor:
+    return torch.randn(IN, HIDDEN, generator=torch.Generator().manual_seed(0))
+
+
+def in_place() -> Tensor:
+    return torch.empty(IN, HIDDEN).normal_(generator=torch.Generator().manual_seed(0))
+
+
+def as_initialised() -> Tensor:
+    return nn.init.orthogonal_(torch.empty(IN, HIDDEN), 1, torch.Generator().manual_seed(0))
+
+
+def permuted() -> Tensor:
+    order = torch.randperm(HIDDEN, generator=torch.Generator().manual_seed(0))
+    return torch.eye(IN, HIDDEN)[:, order]
+
+
+def seeded() -> Tensor:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return torch.randn(IN, HIDDEN)
+
+
+def dropped() -> Tensor:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return F.dropout(torch.ones(IN, HIDDEN))
+
+
+@pytest.mark.parametrize("options", [*HOW, {"vectorize": False, "replay": True}], ids=str)
+@pytest.mark.parametrize(
+    "draw", [of_a_generator, in_place, as_initialised, permuted, seeded, dropped]
+)
+def test_numbers_of_a_fixed_seed_are_the_same_for_each_task_or_refused(draw, options):
+    """Under vmap each task would draw its own, in a recording each call."""
+    torch.manual_seed(1)
+    module, batch = OfFixedSeed(draw), batch_of()
+    learner = learner_of(module, **options)
+    if options != {"vectorize": False}:
+        with pytest.raises(
+            InputError, match=r"draws from a seed .* register a buffer, .* replay=False"
+        ):
+            learner.meta_gradient(batch)
+        return
+    expected, *_ = plain_meta_gradient(module, maml(2, 0.1), F.mse_loss, batch)
+    gradient, _ = learner.meta_gradient(batch)
+    assert relative_error(gradient, expected) < 1e-12
+    adapted = learner.adapt(batch.x_support[0], batch.y_support[0])
+    torch.testing.assert_close(adapted(batch.x_query[0]), learner.predict(batch, 1)[0, -1])
+
+
+class NoisyLoss(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(3)
+
+    def forward(self, outputs: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(outputs + torch.randn(y.shape, generator=self.generator), y)
+
+
+@every_way
+def test_a_generator_that_is_kept_is_drawn_from(options):
+    learner = MetaLearner(OwnNoise(), maml(2, 0.1), NoisyLoss(), **options)
+    found = [learner.step(batch_of()).loss for _ in range(2)]
+    assert found[0] != found[1]
 
 
 class OverTime(nn.Module):
@@ -665,10 +753,87 @@ def test_a_module_that_writes_into_its_input_is_refused(recipe, options):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.div_(2))
 
-    learner = MetaLearner(Halving(IN, OUT), recipe(2, 0.1), F.mse_loss, **options)
-    for call in (learner.meta_gradient, lambda batch: learner.predict(batch, 2)):
+    learner, batch = (
+        MetaLearner(Halving(IN, OUT), recipe(2, 0.1), F.mse_loss, **options),
+        batch_of(),
+    )
+    before = [t.clone() for t in batch.tensors()]
+    for use in USES.values():
         with pytest.raises(InputError, match=r"changes what it is given, .* in place of x.sub_"):
-            call(batch_of())
+            use(learner, batch)
+        assert all(torch.equal(t, old) for t, old in zip(batch.tensors(), before, strict=True))
+
+
+class Projected(nn.Linear):
+    """Projects its weight before it uses it."""
+
+    def __init__(self, project) -> None:
+        super().__init__(IN, OUT)
+        self.project = project
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.project(self)
+        return super().forward(x)
+
+
+@torch.no_grad()
+def divided(layer: nn.Linear) -> None:
+    layer.weight.div_(layer.weight.norm())
+
+
+@torch.no_grad()
+def renormed(layer: nn.Linear) -> None:
+    layer.weight.copy_(torch.renorm(layer.weight, 2, 0, 0.1))
+
+
+def copied_into_data(layer: nn.Linear) -> None:
+    layer.weight.data.copy_(torch.renorm(layer.weight.data, 2, 0, 0.1))
+
+
+def assigned_to_data(layer: nn.Linear) -> None:
+    layer.weight.data = torch.renorm(layer.weight.data, 2, 0, 0.1)
+
+
+def divided_in_data(layer: nn.Linear) -> None:
+    layer.weight.data /= layer.weight.data.norm()
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # of torch.renorm
+@every_way
+@every_use
+@pytest.mark.parametrize(
+    "project", [divided, renormed, copied_into_data, assigned_to_data, divided_in_data]
+)
+def test_a_module_that_writes_into_its_parameters_is_refused(project, use, options):
+    module = Projected(project)
+    before, learner = module.weight.detach().clone(), learner_of(module, **options)
+    with pytest.raises(
+        InputError, match=r"^Projected changes (its parameter `weight`|a parameter)"
+    ):
+        use(learner, batch_of())
+    assert torch.equal(module.weight, before)
+
+
+@every_way
+@pytest.mark.parametrize(("function", "is_kept"), [(F.hardtanh, False), (torch.tanh, True)])
+def test_data_assigned_straight_through(function, is_kept, options):
+    """PyTorch itself takes the new values for those that the derivative of tanh needs."""
+
+    class Signs(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            y = function(super().forward(x))
+            y.data = y.data.sign()
+            return y
+
+    module, batch = Signs(IN, OUT), batch_of()
+    learner = learner_of(module, **options)
+    if is_kept:
+        with pytest.raises(InputError, match=r"changes in place, .* make a new tensor"):
+            learner.meta_gradient(batch)
+        return
+    expected, *_ = plain_meta_gradient(copy.deepcopy(module), maml(2, 0.1), F.mse_loss, batch)
+    gradient, _ = learner.meta_gradient(batch)
+    assert relative_error(gradient, expected) < 1e-12
 
 
 def test_a_batch_norm_called_twice_has_no_one_support_statistics():
@@ -700,77 +865,52 @@ def test_a_tied_weight_is_adapted_by_any_of_its_names(options):
     assert learner._meta.adapted == ("body.bias", "head.bias")
 
 
-def test_what_has_no_second_derivative_is_told():
-    module = nn.Sequential(nn.Linear(IN, HIDDEN), nn.Hardsigmoid(), nn.Linear(HIDDEN, OUT))
-    with pytest.raises(InputError, match=r"has no second derivative .*FixedOrder\(1\)"):
-        learner_of(module).meta_gradient(batch_of())
-    MetaLearner(module, fewstep.fomaml(2), F.mse_loss).meta_gradient(batch_of())
-
-
-class Projected(nn.Module):
-    """Projects by random numbers, the same in each call or others."""
-
-    def __init__(self, keeps: bool):
-        super().__init__()
-        self.linear = nn.Linear(IN, OUT)
-        self.generator = torch.Generator().manual_seed(0) if keeps else None
-
-    def forward(self, x):
-        generator = self.generator or torch.Generator().manual_seed(0)
-        return self.linear(x @ torch.randn(IN, IN, generator=generator, dtype=x.dtype))
-
-
-def test_numbers_of_a_seed_in_forward_are_not_drawn_by_the_task():
-    """Scores would not be those of the adapted module."""
-    batch, plain = batch_of(), fewstep.maml(1, 0.1)
-    with pytest.raises(InputError, match="draws from a generator that it does not keep"):
-        MetaLearner(Projected(False), plain, F.mse_loss).meta_gradient(batch)
-    learner = MetaLearner(Projected(False), plain, F.mse_loss, vectorize=False)
-    adapted = learner.adapt(batch.x_support[0], batch.y_support[0])
-    torch.testing.assert_close(learner.predict(batch, 1)[0, -1], adapted(batch.x_query[0]))
-    MetaLearner(Projected(True), plain, F.mse_loss).meta_gradient(batch)
-
-
-class Once(torch.autograd.Function):
-    """exp, whose derivative is not to be differentiated."""
+class Exponential(torch.autograd.Function):
+    """Has no second derivative, as its backward pass is no part of the graph."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x):
+    def forward(x: Tensor) -> Tensor:
         return x.exp()
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(output)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        return g * ctx.saved_tensors[0]
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient * ctx.saved_tensors[0]
 
 
-@pytest.mark.parametrize("vectorize", [True, False])
-def test_what_is_differentiable_once_is_told(vectorize):
-    """PyTorch would leave the term out in silence."""
-
-    class Exp(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(IN, OUT)
-
-        def forward(self, x):
-            return Once.apply(self.linear(x))
-
-    of = {"vectorize": vectorize}
-    with pytest.raises(InputError, match=r"no second derivative \(\w*Once\w* is once_diff"):
-        MetaLearner(Exp(), fewstep.maml(2), F.mse_loss, **of).meta_gradient(batch_of())
-    MetaLearner(Exp(), fewstep.fomaml(2), F.mse_loss, **of).meta_gradient(batch_of())
+class Once(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Exponential.apply(x)
 
 
-def test_a_sparse_embedding_is_refused():
-    with pytest.raises(InputError, match=r"has nn.Embedding\(sparse=True\), .* sparse=False"):
-        learner_of(nn.Sequential(nn.Embedding(4, 3, sparse=True)))
+@every_way
+@pytest.mark.parametrize("part", [nn.Hardsigmoid, Once])
+def test_what_has_no_second_derivative_is_told(part, options):
+    """The first by PyTorch; the second it would leave out of the meta-gradient in silence."""
+    module = nn.Sequential(nn.Linear(IN, HIDDEN), part(), nn.Linear(HIDDEN, OUT))
+    batch, first_order = batch_of(), fewstep.fomaml(2, 0.1)
+    with pytest.raises(InputError, match=r"has no second derivative .*FixedOrder\(1\)"):
+        learner_of(module, **options).meta_gradient(batch)
+    learner_of(module, **options).evaluate(batch, 3)
+    gradient, _ = MetaLearner(module, first_order, F.mse_loss, **options).meta_gradient(batch)
+    expected, *_ = plain_meta_gradient(module, first_order, F.mse_loss, batch)
+    assert relative_error(gradient, expected) < 1e-12
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_an_embedding_with_sparse_gradients_or_that_writes_into_its_table_is_refused(kind):
+    name = f"has {kind.__name__}"
+    with pytest.raises(InputError, match=rf"{name}\(sparse=True\), .* sparse=False"):
+        learner_of(nn.Sequential(kind(4, 3, sparse=True)))
+    with pytest.raises(InputError, match=rf"{name}\(max_norm=0.5\), .* leave max_norm out"):
+        learner_of(nn.Sequential(kind(4, 3, max_norm=0.5)))
+    learner_of(nn.Sequential(kind(4, 3)))
 
 
 def test_support_statistics_need_examples_of_one_shape():

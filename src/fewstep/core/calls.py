@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from torch._C import _functorch
 from torch.autograd.graph import disable_saved_tensors_hooks
+from torch.utils._mode_utils import no_dispatch
 
 from fewstep.core.errors import InputError
 
@@ -106,11 +108,26 @@ def nothing_written(
     for name, version in before[0].items():
         if parameters[name]._version != version:
             raise InputError(
-                f"{kind} changes its parameter `{name}` when it is called, as nn.Embedding does "
-                "with max_norm; leave that to the optimisers"
+                f"{kind} changes its parameter `{name}` when it is called, as F.embedding does "
+                "with max_norm; compute another from it in forward, or leave it to the optimisers"
             )
     if before[1] != [t._version for t in inputs]:
         raise InputError(
             f"{kind}, or a loss, changes what it is given, and steps see it again; make a new "
             "tensor, x - mean in place of x.sub_(mean)"
         )
+
+
+@contextmanager
+def put_back_if_refused(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Give tensors the values that they have now, if what is done meanwhile raises an error."""
+    with no_dispatch():  # a recording needs no copies
+        before = [(t, t._version, t.detach().clone()) for t in tensors if not t.is_inference()]
+    try:
+        yield
+    except Exception:
+        with no_dispatch(), torch.no_grad():
+            for t, version, values in before:
+                if t._version != version:
+                    t.copy_(values)
+        raise

@@ -190,10 +190,10 @@ class InnerLoop:
                 self.meta.rows.pick_buffers(buffers, step),
                 batch,
             )
-            total = support.loss.sum()
-            self.network.check_reads("support loss", total, order, theta.values())
+            loss = support.loss.sum()
+            self.network.check_reads("support loss", loss, order, theta.values())
             if order == 2:
-                self.network.check_differentiable_twice(total)
+                self.network.check_differentiable_twice(loss, theta.values())
             here = {n: at[n] for n in self.meta.adapted}
             return support, _differentiated(support.loss, here, order)
 

@@ -70,10 +70,13 @@ class Judge:
                 "or freeze them by .requires_grad_(False)"
             )
 
+    def functions(self) -> list[Loss]:
+        """Return its losses and its metric."""
+        return [f for f in (self.loss, self.metric, self.support_loss) if f is not None]
+
     def modules(self) -> list[nn.Module]:
         """Return those of its functions that are modules."""
-        functions = (self.loss, self.metric, self.support_loss)
-        return [f for f in functions if isinstance(f, nn.Module)]
+        return [f for f in self.functions() if isinstance(f, nn.Module)]
 
     def buffers(self) -> list[Tensor]:
         """Return what its functions read besides parameters."""

@@ -62,16 +62,18 @@ def check_module(module: nn.Module) -> None:
                 f"{kind} has nn.SyncBatchNorm, which would mix the tasks of several processes; "
                 "pass it with nn.BatchNorm in its place"
             )
-        if isinstance(part, nn.Embedding) and part.sparse:
-            raise InputError(
-                f"{kind} has nn.Embedding(sparse=True), whose gradients have no second derivative; "
-                "pass sparse=False"
-            )
-        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.max_norm is not None:
-            raise InputError(
-                f"{kind} has nn.{type(part).__name__}(max_norm={part.max_norm:g}), which changes "
-                "its weight when it is called; leave it out, or divide what it gives by its norm"
-            )
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag):
+            layer = f"{kind} has {type(part).__name__}"
+            if part.sparse:
+                raise InputError(
+                    f"{layer}(sparse=True), whose gradients have no second derivative; pass "
+                    "sparse=False"
+                )
+            if part.max_norm is not None:
+                raise InputError(
+                    f"{layer}(max_norm={part.max_norm}), which changes its table when it is "
+                    "called; leave max_norm out, and scale in forward what the table gives"
+                )
     for name, parameter in module.named_parameters():
         if nn.parameter.is_lazy(parameter):
             raise InputError(f"`{name}` of {kind} has no shape yet; call {kind} on inputs before")
@@ -101,6 +103,12 @@ def has_backward_hooks(parts: Iterable[nn.Module]) -> bool:
         nn.modules.module._global_backward_pre_hooks
     )
     return bool(of_all) or any(m._backward_hooks or m._backward_pre_hooks for m in parts)
+
+
+def generators_of(parts: Iterable[object]) -> list[torch.Generator]:
+    """Return the generators that parts keep as attributes."""
+    kept = (v for part in parts for v in getattr(part, "__dict__", {}).values())
+    return [v for v in kept if isinstance(v, torch.Generator)]
 
 
 def set_mode(module: nn.Module, *, is_training: bool) -> None:

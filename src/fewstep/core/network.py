@@ -16,12 +16,19 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
-from fewstep.core.calls import Attributes, no_recomputing, nothing_left_behind, nothing_written
+from fewstep.core.calls import (
+    Attributes,
+    no_recomputing,
+    nothing_left_behind,
+    nothing_written,
+    put_back_if_refused,
+)
 from fewstep.core.errors import InputError, check_name
 from fewstep.core.judge import SUPPORT_LOSS, Judge
 from fewstep.core.modules import (
     DIFFERENTIABLE_TWICE,
     check_module,
+    generators_of,
     has_backward_hooks,
     set_mode,
     under_two_names,
@@ -30,14 +37,14 @@ from fewstep.core.norm import Use
 from fewstep.core.normalise import NormaliseBy, Statistics, follow
 from fewstep.core.once import once
 from fewstep.core.precision import Precision, forward_pass, fp32_products
-from fewstep.core.reads import check_reads, once_differentiable_behind
+from fewstep.core.reads import check_differentiable_twice, check_reads, no_second_derivative
+from fewstep.core.recorder import is_recording
 from fewstep.core.stand_ins.registry import StandIns
 from fewstep.core.tasks import TaskBatch
 from fewstep.core.tensors import Tensors
 from fewstep.core.watch import watching
 
-# In messages of PyTorch; the last where all tasks share what is written to.
-_OF_VMAP = ("vmap", "atching rule", "functorch", "BatchedTensor", "written-to tensor")
+_OF_VMAP = ("vmap", "atching rule", "functorch", "BatchedTensor")  # in messages of PyTorch
 _LOCK = threading.Lock()
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 Found = TypeVar("Found")
@@ -96,22 +103,20 @@ class TaskNetwork:
         has_filters = any(p.ndim == 4 for called in self._called for p in called.parameters())
         is_recurrent = any(isinstance(m, nn.RNNBase | nn.RNNCellBase) for m in self.parts())
         gains = has_filters or is_recurrent or precision == "bfloat16"
-        keeps = self._keeps if vectorize else None
-        self._stand_ins = partial(StandIns, needed_only=not gains, keeps=keeps)
+        self._stand_ins = partial(StandIns, needed_only=not gains)
         self._under_two_names = under_two_names(module)
         self._use: Use = "batch"
         self.is_training = True
         self._checked: set[Hashable] = set()
-        self._is_twice_differentiable = False
-
-    def _keeps(self, generator: torch.Generator) -> bool:
-        """Whether a part of the module, or of a loss or the metric, has this generator."""
-        parts = [part for each in (self.module, *self.judge.modules()) for part in each.modules()]
-        return any(value is generator for part in parts for value in vars(part).values())
 
     def parts(self) -> list[nn.Module]:
         """Return all parts of the module, and of a loss that is learned."""
         return [part for called in self._called for part in called.modules()]
+
+    def generators(self) -> list[torch.Generator]:
+        """Return the generators that parts of the module, losses and metric keep."""
+        of_judge = (part for module in self.judge.modules() for part in module.modules())
+        return generators_of([*self.parts(), *of_judge, *self.judge.functions()])
 
     def support(self, parameters: Tensors, buffers: Tensors, batch: TaskBatch) -> Result:
         """Call on the support sets.
@@ -165,24 +170,11 @@ class TaskNetwork:
             check_reads(what, loss, self.module, self.judge.modules(), of_tasks)
             self._checked.add((what, kind))
 
-    def check_differentiable_twice(self, loss: Tensor) -> None:
-        """Check the first support loss of the second order.
-
-        Raises:
-            InputError: an operation would be left out of the second derivative in silence.
-        """
-        if self._is_twice_differentiable:
-            return
-        if (name := once_differentiable_behind(loss)) is not None:
-            raise self._without_second_derivative(f"{name} is once_differentiable")
-        self._is_twice_differentiable = True
-
-    def _without_second_derivative(self, reason: str) -> InputError:
-        return InputError(
-            f"an operation of {type(self.module).__name__}, or of a loss, has no second "
-            f"derivative ({reason}); write it in others, or take the first order, "
-            "derivative_order=FixedOrder(1)"
-        )
+    def check_differentiable_twice(self, loss: Tensor, of_tasks: Iterable[Tensor]) -> None:
+        """Check the first support loss, as `reads.check_differentiable_twice` does."""
+        if "twice" not in self._checked:
+            check_differentiable_twice(type(self.module).__name__, loss, of_tasks)
+            self._checked.add("twice")
 
     def _call(
         self,
@@ -248,7 +240,13 @@ class TaskNetwork:
         """
         device = next(iter(parameters.values())).device
         unwritten = nothing_written(type(self.module).__name__, parameters, list(others))
-        with unwritten, self._stand_ins(), forward_pass(self.precision, device):
+        generators = self.generators if self.vectorize or is_recording() else None
+        with (
+            self._undone_if_refused(others),
+            unwritten,
+            self._stand_ins(generators=generators),
+            forward_pass(self.precision, device),
+        ):
             if self.vectorize:
                 with nothing_left_behind(self.parts()):
                     found: Found = torch.vmap(one_task, randomness="different")(parameters, *others)
@@ -260,6 +258,19 @@ class TaskNetwork:
                 ]
                 found = tree_map(lambda *of_tasks: torch.stack(of_tasks), *each)
         return found
+
+    @contextmanager
+    def _undone_if_refused(self, given: tuple[Any, ...]) -> Iterator[None]:
+        """Put back what a refused call has written: the first of a kind, as copies take time."""
+        inputs = [t for t in given if isinstance(t, Tensor)]
+        kind = ("written", self.is_training, *(t.shape for t in inputs))
+        if kind in self._checked:
+            yield
+            return
+        own = (p for called in self._called for p in called.parameters())
+        with put_back_if_refused([*own, *inputs]):
+            yield
+        self._checked.add(kind)
 
     def _one_task(
         self,
@@ -350,7 +361,19 @@ class TaskNetwork:
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             if "derivative for" in reason:
-                raise self._without_second_derivative(reason) from error
+                raise no_second_derivative(type(self.module).__name__, reason) from error
+            if "written-to tensor refers to a single memory location" in reason:
+                raise InputError(
+                    f"{type(self.module).__name__} changes a parameter, or what else is expanded, "
+                    "when it is called, and each task sees it again; make a new tensor, w / "
+                    "w.norm() in place of w.div_(w.norm())"
+                ) from error
+            if "has been modified by an inplace operation" in reason:
+                raise InputError(
+                    f"{type(self.module).__name__}, or a loss, changes in place, perhaps by .data, "
+                    "what a derivative needs; make a new tensor, y = y.sign() in place of "
+                    "y.data = y.sign()"
+                ) from error
             if not self.vectorize:
                 raise
             if not any(word in reason for word in _OF_VMAP):

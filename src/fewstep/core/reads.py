@@ -1,4 +1,4 @@
-"""What a loss reads: each parameter in its graph should be one that is learned."""
+"""What is in a loss's graph: parameters that are learned, operations with derivatives enough."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import Node
 
 from fewstep.core.errors import InputError
+
+# What the decorator puts in place of every function is one code.
+_ONCE = once_differentiable(lambda ctx: None).__code__
+_OF_VMAP = "autograd_function"  # what a backward function that torch.vmap makes calls
 
 
 def check_reads(
@@ -52,40 +57,54 @@ def check_reads(
     )
 
 
-def once_differentiable_behind(loss: Tensor) -> str | None:
-    """Return the name of an operation in a graph that PyTorch leaves out of second derivatives.
+def check_differentiable_twice(kind: str, loss: Tensor, of_tasks: Iterable[Tensor]) -> None:
+    """Check that `torch.autograd.grad` would leave out no term of a loss's second derivative.
 
-    `torch.autograd.grad` passes by what `once_differentiable` marks, where `backward` complains.
+    It passes by the error that `once_differentiable` puts into the graph, which leads to no input.
+
+    Args:
+        kind: Of the module.
+        loss: What is differentiated twice.
+        of_tasks: What it is differentiated by; what is behind these is not looked at.
+
+    Raises:
+        InputError: a function on the way is differentiable once.
     """
-    for node in _behind(loss, ()):
+    for node in _nodes_behind(loss, of_tasks):
         function = getattr(node, "_forward_cls", None)
-        if function is not None and _is_once_differentiable(function):
-            return str(node.name())
-    return None
+        if function is not None and _is_once_differentiable(function.backward):
+            raise no_second_derivative(kind, f"{function.__name__} is marked once_differentiable")
 
 
-def _is_once_differentiable(function: type) -> bool:
-    """Whether a Function is marked, or one that `torch.vmap` made of it."""
-    backward = getattr(function, "backward", None)
+def no_second_derivative(kind: str, reason: str) -> InputError:
+    """Return the error for an operation without one."""
+    return InputError(
+        f"an operation of {kind}, or of a loss, has no second derivative ({reason}); write it in "
+        "others, or take the first order, derivative_order=FixedOrder(1)"
+    )
+
+
+def _is_once_differentiable(backward: Any) -> bool:
+    """Whether a backward function is marked so, or calls one under `torch.vmap` that is."""
     code = getattr(backward, "__code__", None)
-    if code is None:
+    if code is None or code is _ONCE:
+        return code is _ONCE
+    if _OF_VMAP not in code.co_freevars:
         return False
-    if code.co_filename == once_differentiable.__code__.co_filename and code.co_name == "wrapper":
-        return True
-    around = [cell.cell_contents for cell in getattr(backward, "__closure__", None) or ()]
-    return any(_is_once_differentiable(f) for f in around if isinstance(f, type) and f != function)
+    inner = backward.__closure__[code.co_freevars.index(_OF_VMAP)].cell_contents
+    return _is_once_differentiable(inner.backward)
 
 
 def _parameters_behind(loss: Tensor, before: Iterable[Tensor]) -> Iterator[nn.Parameter]:
     """Yield the parameters, no other leaves, that a tensor's graph leads to before some tensors."""
-    for node in _behind(loss, before):
+    for node in _nodes_behind(loss, before):
         leaf = getattr(node, "variable", None)
         if isinstance(leaf, nn.Parameter):
             yield leaf
 
 
-def _behind(loss: Tensor, before: Iterable[Tensor]) -> Iterator[Any]:
-    """Yield the operations that a tensor's graph leads to before some tensors."""
+def _nodes_behind(loss: Tensor, before: Iterable[Tensor]) -> Iterator[Node]:
+    """Yield the nodes of a tensor's graph before those of some tensors."""
     met, ahead = {None, *(t.grad_fn for t in before)}, [loss.grad_fn]
     while ahead:
         node = ahead.pop()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -19,11 +19,15 @@ _SAME = (
     torch.ops.aten.detach.default,
     torch.ops.aten.alias.default,
 )  # another name, below autograd
-_READS = (
-    Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__deepcopy__, Tensor.__reduce_ex__,
-    Tensor.__dlpack__, Tensor.untyped_storage,
-)  # fmt: skip
-_MAKES = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)  # also of lists
+# What takes values out of a tensor past the dispatcher: numbers, as the old constructors do
+# (torch.Tensor([t])), copies of its memory, text.
+_READS = {
+    Tensor.__index__, Tensor.__int__, Tensor.__float__, Tensor.__complex__, Tensor.__bool__,
+    Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.__deepcopy__,
+    Tensor.__reduce_ex__, Tensor.storage, Tensor.untyped_storage, Tensor.__repr__,
+    Tensor.__format__,
+}  # fmt: skip
+_MAKES = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}  # also of lists
 _DECIDES = (
     "the module, its loss or its metric decides by a tensor's value, which a recording cannot; "
     "pass replay=False"
@@ -170,6 +174,11 @@ class Recorder(TorchDispatchMode):
         return Recording(self._lines, parts, slots, self._constants, places, form)
 
 
+def is_recording() -> bool:
+    """Whether operations are written down now."""
+    return any(isinstance(mode, Recorder) for mode in _get_current_dispatch_mode_stack())
+
+
 def _takes_numbers(func: Any, args: tuple[Any, ...]) -> bool:
     """Whether this is indexing by numbers, which has one shape whatever they are."""
     if func is not torch.ops.aten.index.Tensor:
@@ -188,16 +197,17 @@ class NothingRead(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Call the function unless it does."""
+        kwargs = kwargs or {}
         if func in _READS and self._recorder.has_made(args[0]):
             raise InputError(_DECIDES)
         if func in _MAKES and any(self._recorder.has_made(t) for t in _in_lists(args, kwargs)):
             raise InputError(_READS_LISTS)
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
-def _in_lists(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> list[Tensor]:
+def _in_lists(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """Return the tensors in lists that a function is given."""
-    lists = [given for given in (*args, *(kwargs or {}).values()) if not isinstance(given, Tensor)]
+    lists = [given for given in (*args, *kwargs.values()) if not isinstance(given, Tensor)]
     return [t for t in tree_leaves(lists) if isinstance(t, Tensor)]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fewstep.core.allocator import return_freed_memory
 from fewstep.core.inner import InnerLoop, Point
+from fewstep.core.modules import generators_of
 from fewstep.core.tasks import TaskBatch
 
 
@@ -130,12 +131,11 @@ class _RandomState:
             return cls()
         device = tasks.x_support.device
         algorithm = loop.algorithm
-        parts = [*loop.network.parts(), algorithm.inner_start, algorithm.inner_step]
-        kept = [v for part in parts for v in getattr(part, "__dict__", {}).values()]
+        kept = generators_of([algorithm.inner_start, algorithm.inner_step])
         return cls(
             torch.get_rng_state(),
             (device, torch.cuda.get_rng_state(device)) if device.type == "cuda" else None,
-            tuple((g, g.get_state()) for g in kept if isinstance(g, torch.Generator)),
+            tuple((g, g.get_state()) for g in [*loop.network.generators(), *kept]),
             (random.getstate(), np.random.get_state()),  # noqa: NPY002 (modules draw so, not we)
         )
 

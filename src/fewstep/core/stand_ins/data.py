@@ -1,7 +1,8 @@
-"""`Tensor.data`, past which a write would not be seen."""
+"""Writing by `Tensor.data`, past the count of changes by which writing is noticed."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fewstep.core.errors import InputError
@@ -9,20 +10,22 @@ from fewstep.core.stand_ins.registry import stands_in_for
 
 
 @stands_in_for(Tensor.data.__get__, always=True)  # type: ignore[attr-defined]
-def data(t: Tensor) -> Tensor:
-    """Return t without its graph; unlike PyTorch's, it shares the count of what is written."""
+def get_data(t: Tensor) -> Tensor:
+    """Return t without its graph: the same values, whose changes count as those of t."""
     return t.detach()
 
 
 @stands_in_for(Tensor.data.__set__, always=True)  # type: ignore[attr-defined]
-def set_data(t: Tensor, value: Tensor) -> None:
-    """Refuse it.
+def set_data(t: Tensor, values: Tensor) -> None:
+    """Write values into t, so that it counts as a change.
 
     Raises:
-        InputError: always.
+        InputError: they are of another kind.
     """
-    raise InputError(
-        "the module assigns to .data when it is called, which no task and no derivative would see; "
-        "compute with a new tensor, torch.renorm(self.weight, ...), or use "
-        "torch.nn.utils.parametrize"
-    )
+    if (t.shape, t.dtype) != (values.shape, values.dtype):
+        raise InputError(
+            f"the module assigns {tuple(values.shape)} of {values.dtype} to the .data of "
+            f"{tuple(t.shape)} of {t.dtype}, which tasks cannot; make a new tensor"
+        )
+    with torch.no_grad():
+        t.detach().copy_(values)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -41,20 +41,20 @@ class StandIns(TorchFunctionMode):
 
     Args:
         needed_only: Only those that every module needs.
-        keeps: Whether the module keeps a generator that is drawn from; None takes any. Under
-            `torch.vmap` one that is made and seeded in each call would not draw the same for each
-            task.
+        generators: Those that may be drawn from, besides PyTorch's own as it is seeded now; None
+            for any. Of a seed that each call sets, each task and each call should have the same
+            numbers, but `torch.vmap` draws for all tasks at once, and a recording goes on.
     """
 
     def __init__(
         self,
         *,
         needed_only: bool = False,
-        keeps: Callable[[torch.Generator], bool] | None = None,
+        generators: Callable[[], Iterable[torch.Generator]] | None = None,
     ) -> None:
         super().__init__()
         self._functions = _always if needed_only else _all
-        self._keeps = keeps
+        self._generators, self._seed = generators, torch.initial_seed()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -62,18 +62,22 @@ class StandIns(TorchFunctionMode):
         """Call the stand-in if there is one and it takes these arguments, else the function.
 
         Raises:
-            InputError: it draws from a generator that the module does not keep.
+            InputError: it draws from a seed of the module's own.
         """
         kwargs = kwargs or {}
-        generator = kwargs.get("generator")
-        if generator is not None and self._keeps is not None and not self._keeps(generator):
+        if self._generators is not None and not self._may_draw_from(kwargs.get("generator")):
             raise InputError(
-                "the module draws from a generator that it does not keep, whose numbers torch.vmap "
-                "makes others for each task; draw once and register a buffer, keep the generator "
-                "as an attribute, or pass vectorize=False"
+                "the module, or a loss, draws from a seed or a generator of the call's own, whose "
+                "numbers would be others for each task; draw in __init__ and register a buffer, "
+                "keep the generator as an attribute, or pass vectorize=False, replay=False"
             )
         if func in self._functions:
             found = self._functions[func](*args, **kwargs)
             if found is not NotImplemented:
                 return found
         return func(*args, **kwargs)
+
+    def _may_draw_from(self, generator: torch.Generator | None) -> bool:
+        if generator is None or generator is torch.default_generator:
+            return torch.initial_seed() == self._seed
+        return self._generators is None or any(g is generator for g in self._generators())
