@@ -18,7 +18,7 @@ from fewstep import (
     MultiStepLoss,
     TaskBatch,
 )
-from fewstep.core import network
+from fewstep.core import first_calls
 from tests.core.reference import MODELS, ROUTES, relative_error
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -251,7 +251,7 @@ def test_a_refusal_stays_one():
 )
 def test_reads_are_looked_for_once(loss, monkeypatch):
     looked = []
-    monkeypatch.setattr(network, "check_reads", lambda *args: looked.append(args))
+    monkeypatch.setattr(first_calls, "check_reads", lambda *args: looked.append(args))
     learner = MetaLearner(CASE.build(), fewstep.maml(1), loss, chunk_size=1)
     for _ in range(3):
         learner.step(CASE.batch())

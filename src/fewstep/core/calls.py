@@ -95,14 +95,14 @@ def no_recomputing(kind: str) -> Iterator[None]:
 
 @contextmanager
 def nothing_written(
-    kind: str, parameters: Mapping[str, Tensor], given: list[Any]
+    kind: str, parameters: Mapping[str, Tensor], given: Iterable[Tensor]
 ) -> Iterator[None]:
     """Refuse a call that writes into parameters or into what it is given, which steps see again.
 
     Raises:
         InputError: the module of this kind, or a loss, does.
     """
-    inputs = [t for t in given if isinstance(t, Tensor) and not t.is_inference()]
+    inputs = [t for t in given if not t.is_inference()]
     before = {n: p._version for n, p in parameters.items()}, [t._version for t in inputs]
     yield
     for name, version in before[0].items():

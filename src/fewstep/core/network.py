@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,14 +16,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
-from fewstep.core.calls import (
-    Attributes,
-    no_recomputing,
-    nothing_left_behind,
-    nothing_written,
-    put_back_if_refused,
-)
+from fewstep.core.calls import Attributes, no_recomputing, nothing_left_behind, nothing_written
 from fewstep.core.errors import InputError, check_name
+from fewstep.core.explained import explained
+from fewstep.core.first_calls import FirstCalls
 from fewstep.core.judge import SUPPORT_LOSS, Judge
 from fewstep.core.modules import (
     DIFFERENTIABLE_TWICE,
@@ -37,14 +33,12 @@ from fewstep.core.norm import Use
 from fewstep.core.normalise import NormaliseBy, Statistics, follow
 from fewstep.core.once import once
 from fewstep.core.precision import Precision, forward_pass, fp32_products
-from fewstep.core.reads import check_differentiable_twice, check_reads, no_second_derivative
 from fewstep.core.recorder import is_recording
 from fewstep.core.stand_ins.registry import StandIns
 from fewstep.core.tasks import TaskBatch
 from fewstep.core.tensors import Tensors
 from fewstep.core.watch import watching
 
-_OF_VMAP = ("vmap", "atching rule", "functorch", "BatchedTensor")  # in messages of PyTorch
 _LOCK = threading.Lock()
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 Found = TypeVar("Found")
@@ -107,7 +101,7 @@ class TaskNetwork:
         self._under_two_names = under_two_names(module)
         self._use: Use = "batch"
         self.is_training = True
-        self._checked: set[Hashable] = set()
+        self.first_calls = FirstCalls(module, judge)
 
     def parts(self) -> list[nn.Module]:
         """Return all parts of the module, and of a loss that is learned."""
@@ -161,20 +155,6 @@ class TaskNetwork:
             update = follow if self.is_training else None
             return NormaliseBy(Statistics(running=True, update=update))
         return nullcontext()
-
-    def check_reads(
-        self, what: str, loss: Tensor, kind: Hashable, of_tasks: Iterable[Tensor] = ()
-    ) -> None:
-        """Check the first loss of a kind, as `reads.check_reads` does."""
-        if (what, kind) not in self._checked:
-            check_reads(what, loss, self.module, self.judge.modules(), of_tasks)
-            self._checked.add((what, kind))
-
-    def check_differentiable_twice(self, loss: Tensor, of_tasks: Iterable[Tensor]) -> None:
-        """Check the first support loss, as `reads.check_differentiable_twice` does."""
-        if "twice" not in self._checked:
-            check_differentiable_twice(type(self.module).__name__, loss, of_tasks)
-            self._checked.add("twice")
 
     def _call(
         self,
@@ -239,11 +219,12 @@ class TaskNetwork:
             others: What else it takes: tensors, (tasks, ...), or dicts of them.
         """
         device = next(iter(parameters.values())).device
-        unwritten = nothing_written(type(self.module).__name__, parameters, list(others))
+        own = (p for called in self._called for p in called.parameters())
+        inputs = [t for t in others if isinstance(t, Tensor)]
         generators = self.generators if self.vectorize or is_recording() else None
         with (
-            self._undone_if_refused(others),
-            unwritten,
+            self.first_calls.undone_if_refused(own, inputs, self.is_training),
+            nothing_written(type(self.module).__name__, parameters, inputs),
             self._stand_ins(generators=generators),
             forward_pass(self.precision, device),
         ):
@@ -258,19 +239,6 @@ class TaskNetwork:
                 ]
                 found = tree_map(lambda *of_tasks: torch.stack(of_tasks), *each)
         return found
-
-    @contextmanager
-    def _undone_if_refused(self, given: tuple[Any, ...]) -> Iterator[None]:
-        """Put back what a refused call has written: the first of a kind, as copies take time."""
-        inputs = [t for t in given if isinstance(t, Tensor)]
-        kind = ("written", self.is_training, *(t.shape for t in inputs))
-        if kind in self._checked:
-            yield
-            return
-        own = (p for called in self._called for p in called.parameters())
-        with put_back_if_refused([*own, *inputs]):
-            yield
-        self._checked.add(kind)
 
     def _one_task(
         self,
@@ -344,49 +312,18 @@ class TaskNetwork:
             set_mode(called, is_training=is_training)
         self.is_training, self._use = is_training, use
         device = next(self.module.parameters()).device
-        exact = torch.autocast(device.type, enabled=False)
         try:
-            with DIFFERENTIABLE_TWICE, fp32_products(self.precision), exact, self._explained():
+            with (
+                DIFFERENTIABLE_TWICE,
+                fp32_products(self.precision),
+                torch.autocast(device.type, enabled=False),
+                explained(type(self.module).__name__, vectorize=self.vectorize),
+            ):
                 yield
         finally:
             for module, mode in before:
                 if module.training != mode:
                     module.training = mode
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Say what cannot be vectorised, or differentiated twice, and what to do."""
-        try:
-            yield
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            if "derivative for" in reason:
-                raise no_second_derivative(type(self.module).__name__, reason) from error
-            if "written-to tensor refers to a single memory location" in reason:
-                raise InputError(
-                    f"{type(self.module).__name__} changes a parameter, or what else is expanded, "
-                    "when it is called, and each task sees it again; make a new tensor, w / "
-                    "w.norm() in place of w.div_(w.norm())"
-                ) from error
-            if "has been modified by an inplace operation" in reason:
-                raise InputError(
-                    f"{type(self.module).__name__}, or a loss, changes in place, perhaps by .data, "
-                    "what a derivative needs; make a new tensor, y = y.sign() in place of "
-                    "y.data = y.sign()"
-                ) from error
-            if not self.vectorize:
-                raise
-            if not any(word in reason for word in _OF_VMAP):
-                error.add_note(
-                    "If the module works by itself, this may come of torch.vmap over the tasks: "
-                    "pass vectorize=False to loop over them."
-                )
-                raise
-            raise InputError(
-                f"{type(self.module).__name__}, or its loss or metric, cannot be vectorised over "
-                f"tasks ({reason}); write it in other operations, a mask as a factor in place of "
-                "an index, or pass vectorize=False to loop over the tasks"
-            ) from error
 
 
 def _unrounded(t: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import Node
 
 from fewstep.core.errors import InputError
+from fewstep.core.explained import NO_SECOND_DERIVATIVE
 
 # What the decorator puts in place of every function is one code.
 _ONCE = once_differentiable(lambda ctx: None).__code__
@@ -73,15 +74,8 @@ def check_differentiable_twice(kind: str, loss: Tensor, of_tasks: Iterable[Tenso
     for node in _nodes_behind(loss, of_tasks):
         function = getattr(node, "_forward_cls", None)
         if function is not None and _is_once_differentiable(function.backward):
-            raise no_second_derivative(kind, f"{function.__name__} is marked once_differentiable")
-
-
-def no_second_derivative(kind: str, reason: str) -> InputError:
-    """Return the error for an operation without one."""
-    return InputError(
-        f"an operation of {kind}, or of a loss, has no second derivative ({reason}); write it in "
-        "others, or take the first order, derivative_order=FixedOrder(1)"
-    )
+            reason = f"{function.__name__} is marked once_differentiable"
+            raise InputError(NO_SECOND_DERIVATIVE.format(kind=kind, reason=reason))
 
 
 def _is_once_differentiable(backward: Any) -> bool:
