@@ -25,19 +25,28 @@ class FirstCalls:
         self._judge = judge
         self._met: set[Hashable] = set()
 
-    def check_reads(
-        self, what: str, loss: Tensor, kind: Hashable, of_tasks: Iterable[Tensor] = ()
-    ) -> None:
-        """Check a loss as `reads.check_reads` does."""
-        if (what, kind) not in self._met:
-            check_reads(what, loss, self._module, self._judge.modules(), of_tasks)
-            self._met.add((what, kind))
+    def check_support_loss(self, loss: Tensor, order: int, of_tasks: Iterable[Tensor]) -> None:
+        """Check what a support loss reads, and that it can be differentiated so many times.
 
-    def check_differentiable_twice(self, loss: Tensor, of_tasks: Iterable[Tensor]) -> None:
-        """Check a support loss as `reads.check_differentiable_twice` does."""
-        if "twice" not in self._met:
+        Args:
+            loss: Of all tasks.
+            order: Of the derivative.
+            of_tasks: The tasks' own parameters; what is behind these is not looked at.
+        """
+        kind = ("support loss", order)
+        if kind in self._met:
+            return
+        check_reads("support loss", loss, self._module, self._judge.modules(), of_tasks)
+        if order == 2:
             check_differentiable_twice(type(self._module).__name__, loss, of_tasks)
-            self._met.add("twice")
+        self._met.add(kind)
+
+    def check_meta_loss(self, loss: Tensor, kind: Hashable) -> None:
+        """Check what a meta-loss of a kind reads."""
+        kind = ("meta-loss", kind)
+        if kind not in self._met:
+            check_reads("meta-loss", loss, self._module, self._judge.modules())
+            self._met.add(kind)
 
     @contextmanager
     def undone_if_refused(

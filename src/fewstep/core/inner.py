@@ -191,9 +191,7 @@ class InnerLoop:
                 batch,
             )
             loss = support.loss.sum()
-            self.network.first_calls.check_reads("support loss", loss, order, theta.values())
-            if order == 2:
-                self.network.first_calls.check_differentiable_twice(loss, theta.values())
+            self.network.first_calls.check_support_loss(loss, order, theta.values())
             here = {n: at[n] for n in self.meta.adapted}
             return support, _differentiated(support.loss, here, order)
 

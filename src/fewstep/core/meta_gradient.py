@@ -130,7 +130,7 @@ def _differentiate(
         if terms:  # else nothing counts from here on
             ends = {n: point.theta[n] for n in meta.harvested if stop == num_steps}
             total = torch.stack(terms).sum()
-            loop.network.first_calls.check_reads("meta-loss", total, (order, counting, start.step))
+            loop.network.first_calls.check_meta_loss(total, (order, counting, start.step))
             is_learning = is_learning or total.requires_grad
             adjoint, by_parts, by_end = _grad(
                 total,
