@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class FirstCalls:
         self._judge = judge
         self._met: set[Hashable] = set()
 
-    def check_support_loss(self, loss: Tensor, order: int, of_tasks: Iterable[Tensor]) -> None:
+    def check_support_loss(self, loss: Tensor, order: int, of_tasks: Collection[Tensor]) -> None:
         """Check what a support loss reads, and that it can be differentiated so many times.
 
         Args:
