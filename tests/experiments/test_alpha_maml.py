@@ -320,7 +320,7 @@ def test_no_worker_outlives_the_command(tmp_path, number):
     while not all((tmp_path / str(i)).exists() for i in range(2)):
         time.sleep(0.1)
     command.send_signal(number)
-    assert command.wait(20) != 0
+    assert command.wait(120) != 0
     time.sleep(1)
     before = [(tmp_path / str(i)).read_text() for i in range(2)]
     time.sleep(0.5)
