@@ -149,7 +149,7 @@ def test_images_of_any_suffix_count(tmp_path, suffix, kind):
     assert counts == CLASSES | {"class00": CLASSES["class00"] + 5}
 
 
-@pytest.mark.parametrize("name", ["labels.csv", "images.zip", "cache.PKL"])
+@pytest.mark.parametrize("name", ["labels.json", "images.zip", "cache.PKL"])
 def test_what_is_not_read_is_named(tmp_path, name):
     """A folder of another form than ours: images beside a list of their classes, an archive."""
     root = tmp_path / "images"

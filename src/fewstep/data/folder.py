@@ -1,4 +1,4 @@
-"""Any folder of images: `class/image` or `split/class/image`."""
+"""Any folder of images: `class/image`, `split/class/image`, or lists of labels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -20,6 +21,7 @@ from fewstep.data.archives import (
     unread,
     warn_of_empty,
 )
+from fewstep.data.label_lists import images_by_label
 from fewstep.data.pixels import DECODING, decode
 from fewstep.data.prepared import Pixels, RawClass, fingerprint, load_or_prepare, stamp
 from fewstep.data.store import ClassStore, dealt
@@ -38,14 +40,19 @@ Colour = Literal["rgb", "grey"]
 class ImageFolder:
     """Images of your own.
 
-    Either `root/class/image`, whose classes are dealt out to train, val and test by a fixed draw,
-    or `root/split/class/image` with the splits named train, val and test and no class in two.
+    One of
+
+    - `root/class/image`, whose classes are dealt out to train, val and test by a fixed draw;
+    - `root/split/class/image` with the splits named train, val and test and no class in two;
+    - `root/labels.csv`, or `train.csv`, `val.csv` and `test.csv` there, with the columns filename
+      and label, and the images at any depth.
+
     Classes may differ in their number of images; deeper folders count towards the class they are
     in.
 
     Raises:
         InputError: the folder is missing or has no classes, or one in two splits, or an image
-            cannot be read, or a setting is none of those below.
+            cannot be read, a list is wrong, or a setting is none of those below.
     """
 
     root: Path | None = None
@@ -55,7 +62,7 @@ class ImageFolder:
     colour: Colour = "rgb"
     """Three channels or one."""
     fractions: tuple[float, float, float] = (0.64, 0.16, 0.2)
-    """Shares of the classes for train, val and test, where the folder does not split them."""
+    """Shares of the classes for train, val and test, where nothing splits them."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -77,8 +84,10 @@ class ImageFolder:
             if self.root is None or not self.root.is_dir():
                 given = self.root or "given"
                 raise InputError(f"there is no folder {given}; pass --root with class/image inside")
-            files = _files(self.root)
-            state = stamp((f for c in files.values() for f in c), self.root)
+            lists = _lists(self.root)
+            files = images_by_label(self.root, lists) if lists else _files(self.root)
+            _check_no_class_in_two(self.root, files)
+            state = stamp(chain(lists.values(), *files.values()), self.root)
         store = load_or_prepare(
             f"folder-{self.root.resolve().name}-{self.size}",
             fingerprint(DECODING, self.root.resolve(), self.size, self.colour, state),
@@ -86,6 +95,15 @@ class ImageFolder:
             partial(_read, files, self.pixels),
         )
         return {s: store.select(c) for s, c in _deal(store.names, self.fractions).items()}
+
+
+def _lists(root: Path) -> dict[str, Path]:
+    """Return the lists of labels of a folder, by what to put before a label."""
+    of_splits = {f"{split}/": root / f"{split}.csv" for split in SPLITS}
+    for lists in (of_splits, {"": root / "labels.csv"}):
+        if all(path.is_file() for path in lists.values()):
+            return lists
+    return {}
 
 
 def _files(root: Path) -> dict[str, list[Path]]:
@@ -113,15 +131,14 @@ def _files(root: Path) -> dict[str, list[Path]]:
     if not files:
         raise InputError(
             f"{root} has no image in class/image or split/class/image"
-            f"{unread(root, _HOLD_DATA)}; sort the images into a folder for each class"
+            f"{unread(root, _HOLD_DATA)}; sort the images into a folder for each class, or name "
+            "their classes in labels.csv, with the columns filename,label"
         )
     for split in SPLITS if is_split else ():
         if not any(name.startswith(f"{split}/") for name in files):
             raise InputError(
                 f"{root / split} holds no class/image; put a folder of images for each class there"
             )
-    if is_split:
-        _check_no_class_in_two(root, files)
     above = [root / split for split in SPLITS] if is_split else [root]
     classes = [folder for each in above for folder in folders_in(each)]
     warn_of_empty(c for c in classes if c.relative_to(root).as_posix() not in files)
@@ -137,7 +154,7 @@ def _files(root: Path) -> dict[str, list[Path]]:
 def _check_no_class_in_two(root: Path, names: Iterable[str]) -> None:
     """Raise InputError if a class is in several splits, as where these share out its images."""
     within: dict[str, list[str]] = defaultdict(list)
-    for split, _, name in sorted(n.partition("/") for n in names):
+    for split, _, name in sorted(n.partition("/") for n in names if "/" in n):
         within[name].append(split)
     twice = [name for name, splits in within.items() if len(splits) > 1]
     if twice:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from fewstep.data.archives import (
     unread,
     zip_images,
 )
+from fewstep.data.label_lists import read_labels
 from fewstep.data.pixels import DECODING, decode
 from fewstep.data.prepared import Pixels, RawClass, fingerprint, load_or_prepare, stamp
 from fewstep.data.store import ClassStore
@@ -153,22 +153,5 @@ def _entries(root: Path) -> Iterator[tuple[Path, str, bytes]]:
 
 def _labels(root: Path) -> dict[str, str]:
     """Return the label of every file that the CSV splits name; none if there are none."""
-    labels: dict[str, str] = {}
-    for split in CLASSES:
-        path = root / f"{split}.csv"
-        if path.exists():
-            try:
-                with reading(path), path.open(newline="", encoding="utf-8-sig") as file:
-                    rows = csv.DictReader(file)
-                    columns = rows.fieldnames or ()
-                    if not {"filename", "label"} <= set(columns):
-                        raise InputError(
-                            f"{path} must have the columns filename,label, not "
-                            f"{','.join(columns)}; rename them"
-                        )
-                    labels |= {row["filename"]: row["label"] for row in rows}
-            except (UnicodeDecodeError, csv.Error) as error:
-                raise InputError(
-                    f"{path} is no CSV file in UTF-8 ({error}); save it as one"
-                ) from error
-    return labels
+    lists = [path for split in CLASSES if (path := root / f"{split}.csv").exists()]
+    return {name: label for path in lists for name, label in read_labels(path)}
