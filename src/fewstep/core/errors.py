@@ -30,6 +30,16 @@ def check_names(option: str, values: Sequence[str], names: Iterable[str]) -> Non
         check_name(option, value, names)
 
 
+def check_at_least(least: int, unit: str = "", /, **values: float | None) -> None:
+    """Raise InputError if one of some values, by name, is below the least; None is left out.
+
+    >>> check_at_least(1, "task", chunk_size=8, num_tasks=None)
+    """
+    for name, value in values.items():
+        if value is not None and not value >= least:
+            raise InputError(f"{name}={value} must be at least {least}{unit and f' {unit}'}")
+
+
 def check_share(name: str, value: float) -> None:
     """Raise InputError unless a number is 0 or more, and below 1."""
     if not 0 <= value < 1:

@@ -12,7 +12,7 @@ from torch.nn.utils import get_total_norm
 
 from fewstep.core.adapted_copy import adapted_copy
 from fewstep.core.algorithm import Algorithm
-from fewstep.core.errors import InputError, check_fits, check_name
+from fewstep.core.errors import InputError, check_at_least, check_fits, check_name
 from fewstep.core.evaluation import Reduce, adapt_and_query, losses_and_metrics, outputs_of
 from fewstep.core.hypergradient import Hypergradient
 from fewstep.core.inner import InnerLoop
@@ -93,8 +93,7 @@ class MetaLearner:
         compile: bool = False,
         precision: Precision = "float32",
     ) -> None:
-        if chunk_size < 1:
-            raise InputError(f"chunk_size={chunk_size} must be at least 1 task")
+        check_at_least(1, "task", chunk_size=chunk_size)
         if not isinstance(algorithm, Algorithm):
             raise InputError(
                 f"algorithm={algorithm!r} is not an Algorithm; call a recipe, such as "
@@ -103,8 +102,7 @@ class MetaLearner:
         check_name("precision", precision, get_args(Precision))
         if compile and not replay:
             raise InputError("compile=True compiles what replay=True records; pass that too")
-        if checkpoint_every is not None and checkpoint_every < 1:
-            raise InputError(f"checkpoint_every={checkpoint_every} must be at least 1 step")
+        check_at_least(1, "step", checkpoint_every=checkpoint_every)
         self.chunk_size = chunk_size
         self.checkpoint_every = checkpoint_every
         self.ranks = ranks
@@ -262,8 +260,7 @@ class MetaLearner:
             InputError: `num_tasks` is below 2, which gives no interval, or `num_steps` is more
                 than the parts have rows for, or no query target of a task counts.
         """
-        if num_tasks < 2:
-            raise InputError(f"num_tasks={num_tasks} must be at least 2 to give an interval")
+        check_at_least(2, "to give an interval", num_tasks=num_tasks)
         norm = self._norm_statistics(statistics)
         own = self.ranks.span(num_tasks)
         steps = self._steps(num_steps)
@@ -288,8 +285,7 @@ class MetaLearner:
 
         Arguments and errors as in `evaluate`, but that one task will do.
         """
-        if num_tasks < 1:
-            raise InputError(f"num_tasks={num_tasks} must be at least 1")
+        check_at_least(1, num_tasks=num_tasks)
         use = self._norm_statistics(statistics).use
         after = range(self._steps(num_steps) + 1)
         found, _ = self._test(episodes, self.ranks.span(num_tasks), after, use, outputs_of)

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 import torch
 
-from fewstep.core.errors import InputError, check_name
+from fewstep.core.errors import InputError, check_at_least, check_name
 from fewstep.core.tasks import TaskBatch
 from fewstep.data.augmentation import UNCHANGED, Augmentation
 from fewstep.data.changes import orient, turn
@@ -80,9 +80,7 @@ class ClassificationEpisodes:
         augmentation: Augmentation = UNCHANGED,
         seed: int = 0,
     ) -> None:
-        for name, value in (("ways", ways), ("shots", shots), ("queries", queries)):
-            if value < 1:
-                raise InputError(f"{name}={value} must be at least 1")
+        check_at_least(1, ways=ways, shots=shots, queries=queries)
         check_name("rotations", rotations, get_args(Rotations))
         self._classes = len(store) * classes_of_each(rotations)
         if ways > self._classes:

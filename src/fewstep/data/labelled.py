@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import torch
 
-from fewstep.core.errors import InputError, check_name
+from fewstep.core.errors import InputError, check_at_least, check_name
 from fewstep.core.tasks import TaskBatch
 from fewstep.data.augmentation import UNCHANGED, Augmentation
 from fewstep.data.changes import orient
@@ -78,8 +78,7 @@ class LabelledImages:
         augmentation: Augmentation = UNCHANGED,
         seed: int = 0,
     ) -> None:
-        if examples < 1:
-            raise InputError(f"examples={examples} must be at least 1")
+        check_at_least(1, examples=examples)
         check_name("rotations", rotations, get_args(TurnedClasses))
         check_square(store, rotations)
         augmentation.check_fits(store.image_shape)

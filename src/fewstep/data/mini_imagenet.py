@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from fewstep.core.errors import InputError
+from fewstep.core.errors import InputError, check_at_least
 from fewstep.data.archives import (
     files_below,
     folder_images,
@@ -81,8 +81,7 @@ class MiniImageNet:
 
     def splits(self) -> dict[str, ClassStore]:
         """Return the stores of train, val and test: 64, 16 and 20 classes."""
-        if self.size < 1:
-            raise InputError(f"size={self.size} must be at least 1 pixel")
+        check_at_least(1, "pixel", size=self.size)
         with reading(self.root):
             root = _root(self.root)
             state = stamp(files_below(root), root)

@@ -14,7 +14,7 @@ import pooch
 from requests.exceptions import RequestException
 
 from fewstep.core.cache import cache_folder
-from fewstep.core.errors import InputError, check_name
+from fewstep.core.errors import InputError, check_at_least, check_name
 from fewstep.data.archives import files_below, folder_images, reading, zip_images
 from fewstep.data.pixels import DECODING, strokes
 from fewstep.data.prepared import Pixels, RawClass, fingerprint, load_or_prepare, stamp
@@ -76,8 +76,7 @@ class Omniglot:
 
     def splits(self) -> dict[str, ClassStore]:
         """Return the stores of train, val and test."""
-        if self.size < 1:
-            raise InputError(f"size={self.size} must be at least 1 pixel")
+        check_at_least(1, "pixel", size=self.size)
         check_name("class_split", self.class_split, get_args(ClassSplit))
         with reading(self.root):
             sources = _sources(self.root)

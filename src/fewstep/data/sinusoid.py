@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fewstep.core.errors import InputError
+from fewstep.core.errors import check_at_least
 from fewstep.core.tasks import TaskBatch
 from fewstep.data.counter_random import key_from_name, random_uniform
 
@@ -42,9 +42,7 @@ class SinusoidEpisodes:
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        for name, value in (("shots", shots), ("queries", queries)):
-            if value < 1:
-                raise InputError(f"{name}={value} must be at least 1 point")
+        check_at_least(1, "point", shots=shots, queries=queries)
         self.shots, self.queries = shots, queries
         self.device = device
         self._key_curve = key_from_name(seed, f"{split}/curve")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fewstep.core.errors import InputError, check_names
+from fewstep.core.errors import InputError, check_at_least, check_names
 from fewstep.core.scores import mean_and_ci95
 from fewstep.experiments.alpha_runs import Setting, train
 from fewstep.experiments.pool import each
@@ -78,8 +78,7 @@ class AlphaComparison:
                 f"trials={self.trials} must be at least 1 and at most half of "
                 f"iterations={self.iterations}, an iteration each"
             )
-        if self.seeds < 2:
-            raise InputError(f"seeds={self.seeds} must be at least 2 to give an interval")
+        check_at_least(2, "to give an interval", seeds=self.seeds)
         if not 0 < self.bounds[0] < self.bounds[1] < math.inf:
             raise InputError(f"bounds={self.bounds} must be positive and in order")
         device = resolve_device(self.setting.device)

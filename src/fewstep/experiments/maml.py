@@ -10,7 +10,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from fewstep.core.errors import InputError, check_names
+from fewstep.core.errors import InputError, check_at_least, check_names
 from fewstep.core.precision import Precision
 from fewstep.data.episodes import Rotations
 from fewstep.data.omniglot import Omniglot
@@ -127,8 +127,7 @@ class MamlClassification:
 
     def run(self, console: Console) -> None:
         """Train what is not trained yet; write the table and the figure."""
-        if self.seeds < 1:
-            raise InputError(f"seeds={self.seeds} must be at least 1")
+        check_at_least(1, seeds=self.seeds)
         rows = self.rows()
         if self.compile and all(method != NO_CONVOLUTIONS for method, _ in rows):
             raise InputError(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from fewstep.core.errors import InputError, check_names
+from fewstep.core.errors import InputError, check_at_least, check_names
 from fewstep.core.precision import Precision
 from fewstep.data.episodes import Rotations
 from fewstep.data.omniglot import Omniglot
@@ -174,8 +174,7 @@ class MamlPlusPlusAblation:
     def run(self, console: Console) -> None:
         """Train what is not trained yet; write the table and the figure."""
         check_names("variant", self.variants, VARIANTS | BESIDE)
-        if self.seeds < 1:
-            raise InputError(f"seeds={self.seeds} must be at least 1")
+        check_at_least(1, seeds=self.seeds)
         possible = [
             name
             for name, parts in (VARIANTS | BESIDE).items()

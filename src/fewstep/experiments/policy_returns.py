@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fewstep.core.errors import InputError, check_names
+from fewstep.core.errors import check_at_least, check_names
 from fewstep.core.rates import StepRates
 from fewstep.experiments.policy_runs import (
     has_policy,
@@ -83,8 +83,7 @@ class PolicyReturns(ABC):
     def run(self, console: Console) -> None:
         """Train what is not trained yet; write the table and the figures."""
         check_names("method", self.methods, METHODS)
-        if self.seeds < 1:
-            raise InputError(f"seeds={self.seeds} must be at least 1")
+        check_at_least(1, seeds=self.seeds)
         device = resolve_device(self.device)
         runs = {
             method: {

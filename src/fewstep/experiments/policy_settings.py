@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from fewstep.core.adapted import AdaptedParameters
-from fewstep.core.errors import InputError
+from fewstep.core.errors import InputError, check_at_least
 from fewstep.core.rates import ConstantRate
 from fewstep.rl.environments import TaskEnvironments
 from fewstep.rl.learner import PolicyLearner
@@ -108,10 +108,11 @@ class Setting:
     """Inner steps of the test."""
 
     def __post_init__(self) -> None:
-        least = {"iterations": 0, "test_steps": 0, "tasks": 1, "val_every": 1}
-        for name, lowest in {**least, "test_episodes": 1, "val_tasks": 2, "test_tasks": 2}.items():
-            if getattr(self, name) < lowest:
-                raise InputError(f"{name}={getattr(self, name)} must be at least {lowest}")
+        check_at_least(0, iterations=self.iterations, test_steps=self.test_steps)
+        check_at_least(
+            1, tasks=self.tasks, val_every=self.val_every, test_episodes=self.test_episodes
+        )
+        check_at_least(2, val_tasks=self.val_tasks, test_tasks=self.test_tasks)
         if not (self.test_lrs and all(0 <= rate < math.inf for rate in self.test_lrs)):
             raise InputError(
                 f"test_lrs={self.test_lrs} must be finite rates, one or more, none negative"

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fewstep.core.allocator import keep_freed_memory
-from fewstep.core.errors import InputError
+from fewstep.core.errors import InputError, check_at_least
 from fewstep.training.display import say
 from fewstep.training.environment import commit
 
@@ -52,8 +52,7 @@ def each(
         InputError: `workers` is below 1, Ray is not installed, or torchrun started several
             processes, which would all do all jobs.
     """
-    if workers < 1:
-        raise InputError(f"workers={workers} must be at least 1 process")
+    check_at_least(1, "process", workers=workers)
     check_alone(len(jobs))
     commit()  # of the code at work, in this process too, which will write the scores
     if ray:

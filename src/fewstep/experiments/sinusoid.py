@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fewstep.core.errors import InputError, check_names, check_some
+from fewstep.core.errors import check_at_least, check_names, check_some
 from fewstep.core.learner import MetaLearner
 from fewstep.core.scores import Scores
 from fewstep.data.sinusoid import SinusoidEpisodes
@@ -97,10 +97,8 @@ class MamlSinusoid:
         """Train what is not trained yet; write the table and the figures."""
         check_names("method", self.methods, RECIPES)
         check_some("points", self.points)
-        asked = [("seeds", self.seeds, 1), ("test_tasks", self.test_tasks, 2)]
-        for name, value, least in [*asked, *(("points", points, 1) for points in self.points)]:
-            if value < least:
-                raise InputError(f"{name}={value} must be at least {least}")
+        check_at_least(1, seeds=self.seeds, points=min(self.points))
+        check_at_least(2, test_tasks=self.test_tasks)
         device = resolve_device(self.device)
         plan = {
             self._path(method, seed): replace(self.config(method, seed), device=device)

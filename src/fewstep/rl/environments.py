@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fewstep.core.errors import InputError
+from fewstep.core.errors import check_at_least
 from fewstep.data.counter_random import random_normal
 
 
@@ -94,8 +94,7 @@ class DrawnNoise:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        if horizon < 1:
-            raise InputError(f"horizon={horizon} must be at least 1 time step")
+        check_at_least(1, "time step", horizon=horizon)
         self.action_size, self.horizon = action_size, horizon
         self.dtype, self.device = dtype, device
         self._key_noise = key

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fewstep.core.adapted import AdaptedParameters
 from fewstep.core.algorithm import Algorithm
 from fewstep.core.derivative_order import FixedOrder
-from fewstep.core.errors import InputError, check_name
+from fewstep.core.errors import InputError, check_at_least, check_name
 from fewstep.core.inner import InnerLoop, Point
 from fewstep.core.inner_step import GradientStep, InnerStep
 from fewstep.core.judge import Judge
@@ -106,8 +106,7 @@ class PolicyLearner:
         vectorize: bool = True,
     ) -> None:
         check_name("support_loss", support_loss, SUPPORT_LOSSES)
-        if episodes < 1:
-            raise InputError(f"episodes={episodes} must be at least 1")
+        check_at_least(1, episodes=episodes)
         for name, value in (("discount", discount), ("trace", trace)):
             if not 0 <= value <= 1:
                 raise InputError(f"{name}={value} must be between 0 and 1")
@@ -193,10 +192,8 @@ class PolicyLearner:
                 is below 1, `inner_rate` is a learned one or a number, `num_steps` is more than the
                 rates have rows for, or the policy does not take the dtype of the observations.
         """
-        if num_tasks < 2:
-            raise InputError(f"num_tasks={num_tasks} must be at least 2 to give an interval")
-        if chunk_size < 1:
-            raise InputError(f"chunk_size={chunk_size} must be at least 1 task")
+        check_at_least(2, "to give an interval", num_tasks=num_tasks)
+        check_at_least(1, "task", chunk_size=chunk_size)
         returns = []
         for first in range(start, start + num_tasks, chunk_size):
             chunk = slice(first, min(first + chunk_size, start + num_tasks))
