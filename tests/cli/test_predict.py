@@ -189,7 +189,10 @@ def test_predict_counts_images_as_a_data_set_does(run, empty_folder, capsys):
     (support / "__MACOSX").mkdir()
     (support / "vectors").mkdir()
     (support / "vectors" / "1.svg").touch()
-    with pytest.warns(UserWarning, match=r"without an image .* 1 in all, such as .*vectors; save"):
+    with (
+        pytest.warns(UserWarning, match=r"of a class are left out, 1 in all, such as .*1.svg"),
+        pytest.warns(UserWarning, match=r"without an image .* 1 in all, such as .*vectors; save"),
+    ):
         assert main(f"predict {run} {options}".split()) == 0
     more = len(list((support / "dark" / "deeper").iterdir()))
     assert f"{count + more} images to learn from" in " ".join(capsys.readouterr().out.split())
@@ -213,3 +216,23 @@ def test_a_support_folder_without_classes_says_what_it_should_hold(run, empty_fo
     assert (
         "query/what has no folder of images for each class; put the images into CLASS/I" in message
     )
+
+
+def test_files_that_are_left_out_are_told(run, empty_folder, capsys):
+    options = _own_classes(empty_folder)
+    query, support = empty_folder / "query" / "what", empty_folder / "support"
+    (query / "notes.txt").touch()
+    (query / ".hidden").touch()
+    expected = r"no images are left out, 1 in all, such as .*what/notes.txt; save images of"
+    with pytest.warns(UserWarning, match=expected):
+        assert main(f"predict {run} {options}".split()) == 0
+    assert len(_named(capsys.readouterr().out)) == 3
+    (query / "notes.txt").unlink()
+    shutil.copy(query / "000.png", support / "beside.png")
+    (support / "dark" / "one.svg").touch()
+    expected = (
+        r"images of a class are left out, 2 in all, such as .*beside.png; put .* into CLASS/I"
+    )
+    with pytest.warns(UserWarning, match=expected):
+        assert main(f"predict {run} {options}".split()) == 0
+    assert "3 images to learn from" in " ".join(capsys.readouterr().out.split())

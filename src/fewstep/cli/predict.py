@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -86,22 +88,39 @@ def _labelled(folder: Path) -> tuple[list[Path], list[str]]:
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}; give one with a folder for each class")
     # As in a folder to train on, deeper ones count.
-    files = [f for f in files_below(folder) if is_image(f.name) and f.parent != folder]
-    if not files:
+    files = list(files_below(folder))
+    images = [f for f in files if is_image(f.name) and f.parent != folder]
+    if not images:
         raise InputError(
             f"{folder} has no folder of images for each class; put the images into CLASS/IMAGE"
         )
-    names = [f.relative_to(folder).parts[0] for f in files]
+    names = [f.relative_to(folder).parts[0] for f in images]
+    remedy = "put images to learn from into CLASS/IMAGE, as PNG or JPEG"
+    _warn_of_left_out(files, images, "images of a class", remedy)
     warn_of_empty(c for c in folders_in(folder) if c.name not in names)
-    return files, names
+    return images, names
 
 
 def _images(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise InputError(f"there is no image or folder {folder}; check the path")
-    found = sorted(f for f in files_below(folder) if is_image(f.name))
-    if not found:
+    files = list(files_below(folder))
+    images = sorted(f for f in files if is_image(f.name))
+    if not images:
         raise InputError(
             f"{folder} holds no image; put some there, or give the folder that has them"
         )
-    return found
+    _warn_of_left_out(files, images, "images", "save images of other kinds as PNG or JPEG")
+    return images
+
+
+def _warn_of_left_out(
+    files: Collection[Path], images: Collection[Path], what: str, remedy: str
+) -> None:
+    left = sorted(set(files) - set(images))
+    if left:
+        warnings.warn(
+            f"files that are no {what} are left out, {len(left)} in all, such as {left[0]}; "
+            f"{remedy}",
+            stacklevel=2,
+        )
