@@ -94,6 +94,10 @@ def test_predict_cuts_no_name(run, empty_folder, capsys, monkeypatch):
     assert image == f"{'i' * 99}.png"
     assert name in names
 
+    monkeypatch.delenv("COLUMNS")  # in a pipe it is not folded either
+    assert main(f"predict {run} {options}".split()) == 0
+    assert _named(capsys.readouterr().out)[image][0] == name
+
 
 def test_predict_takes_the_mean_over_views(run, empty_folder, capsys):
     options = _own_classes(empty_folder)

@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         length = 2 if words and words[0] in GROUPS else 1
         if len(words) < length or words[length - 1] in ("-h", "--help"):
-            _help(Console())
+            _help(_console())
             return 0
         name = " ".join(words[:length])
         check_name("command", name, COMMANDS)
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         make_default = getattr(options, "default", None)
         default = make_default(rest) if make_default else None
         command = parse(options, rest, prog=f"fewstep {name}", default=default)
-        command.run(Console())
+        command.run(_console())
     except InputError as error:
         _complain(f"fewstep: {error}")
         return 2
@@ -120,6 +120,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
+
+
+def _console() -> Console:
+    """Return what prints to stdout; in a pipe or a file, a row of a table is a line."""
+    console = Console()
+    if not (console.is_terminal or "COLUMNS" in os.environ):
+        console.width = 1_000_000  # rich's is 80
+    return console
 
 
 def _is_out_of_memory(error: Exception) -> bool:
