@@ -78,6 +78,15 @@ def test_runs_are_compared_on_the_tasks_of_their_tests(runs, capsys):
     assert f"{wanted.mean:+.4g} ± {wanted.ci95:.2g}" in out
 
 
+def test_a_file_that_cannot_be_written_is_refused_first(capsys):
+    _write("a.json")
+    assert "b.toml must end in .json; rename" in refused(
+        capsys, "compare a.json a.json --out b.toml"
+    )
+    missing = refused(capsys, "compare a.json a.json --out none/b.json")
+    assert "there is no folder none for b.json; make it first" in missing
+
+
 def test_what_changes_no_task_of_a_test_may_differ(capsys):
     _write("a.json")
     _write("b.json", seed=1, episodes={"rotations": "none", "flips": True, "queries": 9},

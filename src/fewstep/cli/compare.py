@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fewstep.core.errors import InputError
+from fewstep.core.files import check_name_of_file
 from fewstep.training.compare import Evaluation
 from fewstep.training.display import say
 from fewstep.training.environment import command_line, environment
@@ -33,6 +34,8 @@ class Compare:
         if len(self.evaluations) < 2:
             raise InputError("compare needs two runs or evaluation files at least, such as "
                              "runs/glyphs-maml-1 runs/glyphs-maml++-1")  # fmt: skip
+        if self.out is not None:
+            check_name_of_file(self.out, ".json")
         first, *others = [Evaluation.read(path) for path in self.evaluations]
         differences = [other.minus(first) for other in others]
         metric = first.values["metric"]

@@ -11,6 +11,18 @@ from pathlib import Path
 from fewstep.core.errors import InputError
 
 
+def check_name_of_file(path: Path, suffix: str) -> None:
+    """Check, before the work that fills it, that a file may have such a name.
+
+    Raises:
+        InputError: `path` does not end in `suffix`, or its folder does not exist.
+    """
+    if path.suffix != suffix:
+        raise InputError(f"{path} must end in {suffix}; rename it")
+    if not path.parent.is_dir():
+        raise InputError(f"there is no folder {path.parent} for {path.name}; make it first")
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace `path` by `content`, or leave it as it was.
 

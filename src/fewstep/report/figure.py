@@ -8,8 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
 
-from fewstep.core.errors import InputError
-from fewstep.core.files import write_atomically
+from fewstep.core.files import check_name_of_file, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,10 +68,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     Raises:
         InputError: `path` does not end in .png, or its folder does not exist.
     """
-    if path.suffix != ".png":
-        raise InputError(f"the picture {path} must end in .png; rename it")
-    if not path.parent.is_dir():
-        raise InputError(f"there is no folder {path.parent} for the picture; make it first")
+    check_name_of_file(path, ".png")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     buffer = io.BytesIO()
