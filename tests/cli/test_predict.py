@@ -1,6 +1,8 @@
 """Images of one's own, named by a run's model."""
 
+import csv
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from PIL import Image
 
 from fewstep.cli.main import main
 from fewstep.data.folder import ImageFolder
+from fewstep.training.classifier import FewShotClassifier
 from fewstep.training.load import load_learner
 from fewstep.training.parse import load_config
 from tests.cli.conftest import TINY, refused, scribble, train_on_images
@@ -97,6 +100,37 @@ def test_predict_cuts_no_name(run, empty_folder, capsys, monkeypatch):
     monkeypatch.delenv("COLUMNS")  # in a pipe it is not folded either
     assert main(f"predict {run} {options}".split()) == 0
     assert _named(capsys.readouterr().out)[image][0] == name
+
+
+def test_the_probability_of_every_class_is_written(run, empty_folder, capsys):
+    options = _own_classes(empty_folder)
+    query = empty_folder / "query" / "what"
+    (query / "000.png").rename(query / "a, b.png")
+    for _ in range(2):  # a file that is there is replaced, as others' are
+        assert main(f"predict {run} {options} --out found.csv".split()) == 0
+    out = capsys.readouterr().out
+    assert out.endswith("wrote found.csv\n")
+    with Path("found.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["image", "class", "[light]", "dark"]
+    shares = FewShotClassifier(run, device="cpu").fit(
+        sorted(Path("support").rglob("*.png")), ["[light]", "dark", "dark"]
+    ).predict_proba([query / row[0] for row in rows])  # fmt: skip
+    assert np.array_equal(np.array([row[2:] for row in rows], np.float32), shares)  # whole
+    assert [row[1] for row in rows] == [header[2 + c] for c in shares.argmax(1)]
+    assert {row[0]: row[1] for row in rows} == {k: v for k, (v, _) in _named(out).items()}
+
+    assert "f.txt must end in .csv" in refused(capsys, f"predict {run} {options} --out f.txt")
+    missing = refused(capsys, f"predict {run} {options} --out none/f.csv")
+    assert "there is no folder none for f.csv; make it first" in missing
+
+
+def test_a_name_that_is_not_unicode_is_written_as_it_is(run, empty_folder):
+    options = _own_classes(empty_folder)
+    query = empty_folder / "query" / "what"
+    (query / "000.png").rename(query / os.fsdecode(b"caf\xe9.png"))
+    assert main(f"predict {run} {options} --out found.csv".split()) == 0
+    assert b"\ncaf\xe9.png," in Path("found.csv").read_bytes()
 
 
 def test_predict_takes_the_mean_over_views(run, empty_folder, capsys):

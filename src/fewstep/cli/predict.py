@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -15,10 +17,12 @@ from rich.table import Table
 
 from fewstep.core.algorithm import ExtraSteps
 from fewstep.core.errors import InputError
+from fewstep.core.files import check_name_of_file, write_atomically
 from fewstep.core.norm import Use
 from fewstep.data.archives import files_below, folders_in, is_image, reading, warn_of_empty
 from fewstep.data.views import Views
 from fewstep.training.classifier import FewShotClassifier
+from fewstep.training.display import say
 from fewstep.training.load import OneCheckpoint
 
 
@@ -47,11 +51,15 @@ class Predict:
     views: Views | None = None
     """Take the mean of the outputs for your images as they are and all of them mirrored, or turned
     by 1 to 3 quarters, each adapted to on its own."""
+    out: Path | None = None
+    """CSV file for the probability of every class, a row for each image."""
     device: str = "auto"
     """"cpu", "cuda", ...; "auto" takes a GPU where there is one."""
 
     def run(self, console: Console) -> None:
         """Print a class for each image, and how sure the model is."""
+        if self.out is not None:
+            check_name_of_file(self.out, ".csv")
         classifier = FewShotClassifier(
             self.run_folder,
             checkpoint=self.checkpoint,
@@ -76,11 +84,22 @@ class Predict:
         for column in ("image", "class"):
             table.add_column(column, overflow="fold")  # a name is never cut
         table.add_column("probability", justify="right")
-        for file, shares in zip(queries, probabilities, strict=True):
-            name = str(classifier.classes_[shares.argmax()])
-            shown = file.name if file == self.query else str(file.relative_to(self.query))
-            table.add_row(escape(shown), escape(name), f"{shares.max():.1%}")
+        names = [f.name if f == self.query else str(f.relative_to(self.query)) for f in queries]
+        classes = [str(classifier.classes_[c]) for c in probabilities.argmax(1)]
+        for name, of_class, share in zip(names, classes, probabilities.max(1), strict=True):
+            table.add_row(escape(name), escape(of_class), f"{share:.1%}")
         console.print(table)
+        if self.out is not None:
+            rows = zip(names, classes, *probabilities.T, strict=True)
+            _write_csv(self.out, [("image", "class", *classifier.classes_), *rows])
+            say(console, f"wrote {self.out}")
+
+
+def _write_csv(path: Path, rows: Iterable[Iterable[object]]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    # A name that is not Unicode is written byte by byte as the file system has it.
+    write_atomically(path, text.getvalue().encode(errors="surrogateescape"))
 
 
 def _labelled(folder: Path) -> tuple[list[Path], list[str]]:
