@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fewstep.cli.main import main
 from fewstep.core.errors import InputError
@@ -89,6 +89,19 @@ def test_images_may_be_files_or_pil_or_tensors(fitted, drawings, tmp_path):
         image.save(file)
     for given in (images, files, [str(file) for file in files]):
         np.testing.assert_array_equal(fitted.predict_proba(given), expected)
+
+
+def test_characters_that_are_light_on_dark_are_told(drawings, tmp_path):
+    """In silence most would be misnamed."""
+    classifier = FewShotClassifier(RUN, device="cpu")
+    dark = [tmp_path / f"{number}.png" for number in range(WAYS)]
+    for number, (image, file) in enumerate(zip(_paper(drawings[0]), dark, strict=True)):
+        (ImageOps.invert(image) if number in (3, 5) else image).save(file)
+    with pytest.warns(UserWarning, match=r"more ink than paper, 2 in all, such as .*3.png; .* inv"):
+        classifier.fit(dark, NAMES)
+    with pytest.warns(UserWarning, match=rf"{WAYS} in all, such as number 0; .*tensor 1 on 0"):
+        classifier.predict(1 - drawings[1] / 255)
+    classifier.predict(_paper(drawings[1]))  # of these it does not warn
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16"])

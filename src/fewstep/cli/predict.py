@@ -36,7 +36,8 @@ class Predict:
     """Folder with a folder of images for each class: as many classes as the run's ways, or fewer;
     any number where tasks start from prototypes. Characters are dark ink on light paper."""
     query: Path
-    """The images to name: a folder of them, at any depth, or one."""
+    """The images to name, drawn or taken as those of --support: a folder of them, at any depth, or
+    one."""
     checkpoint: OneCheckpoint = "best"
     """The best in validation, or the last."""
     steps: int | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -20,6 +21,8 @@ from fewstep.core.errors import InputError
 from fewstep.core.norm import Use
 from fewstep.core.precision import fp32_products
 from fewstep.data.archives import contents
+from fewstep.data.glyphs import Glyphs
+from fewstep.data.omniglot import Omniglot
 from fewstep.data.views import Views, views_of
 from fewstep.training.config import SinusoidData
 from fewstep.training.episode_options import ClassificationOptions
@@ -91,8 +94,8 @@ class FewShotClassifier:
 
         Args:
             images: Image files or PIL images, brought to the run's size, with dark ink on light
-                paper where it is of characters; or a tensor as the run's own, on [0, 1],
-                (images, channels, height, width).
+                paper where it is of characters (others are warned of); or a tensor as the run's
+                own, on [0, 1], (images, channels, height, width).
             labels: The class of each, whatever it is called, by a string, a number or a tuple.
                 `classes_` has them sorted or, where some cannot be compared, as they come.
 
@@ -177,9 +180,28 @@ class FewShotClassifier:
                     f"pixels from {images.min().item()} to {images.max().item()} are not all on "
                     "[0, 1]; divide those of 8 bits by 255, or take .clamp(0, 1)"
                 )
-            return images.to(device, torch.float32)
-        pixels = np.stack([self._data.pixels(*_content(each)) for each in images])
-        return torch.from_numpy(pixels).to(device, torch.float32).div_(255)
+            names = [f"number {i}" for i in range(len(images))]
+            x = images.to(device, torch.float32)
+        else:
+            files = [_content(each) for each in images]
+            names = [name for _, name in files]
+            pixels = np.stack([self._data.pixels(*file) for file in files])
+            x = torch.from_numpy(pixels).to(device, torch.float32).div_(255)
+        if isinstance(self._data, Glyphs | Omniglot):
+            _warn_of_light_ink(x, names)
+        return x
+
+
+def _warn_of_light_ink(x: Tensor, names: Sequence[str]) -> None:
+    """Warn of characters that have more ink than paper, as those drawn light on dark have."""
+    found = (x.mean((1, 2, 3)) > 0.5).nonzero()[:, 0].tolist()
+    if found:
+        warnings.warn(
+            f"images with more ink than paper, {len(found)} in all, such as {names[found[0]]}; "
+            "characters are dark ink on light paper (in a tensor 1 on 0), so invert what is light "
+            "on dark",
+            stacklevel=2,
+        )
 
 
 def _labels(labels: Iterable[Any], images: int) -> list[Any]:
