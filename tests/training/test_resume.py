@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def test_killed_at_random_and_resumed_is_byte_for_byte_the_same(tmp_path, proble
     assert _content(killed) == _content(whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_run_writes_a_checkpoint_and_resumes_alike(tmp_path, number):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     reference, process = (start(main, _train(run, "sinusoid")) for run in (whole, stopped))
@@ -103,6 +104,31 @@ def test_interrupted_run_writes_a_checkpoint_and_resumes_alike(tmp_path, number)
     again.join()
     assert again.exitcode == 0
     assert _content(stopped) == _content(whole)
+
+
+def _main_into(pipe: str, arguments: list[str]) -> int:
+    sys.stdout = Path(pipe).open("w")  # noqa: SIM115 - of the process, to its end
+    return main(arguments)
+
+
+def test_a_validation_is_kept_though_nobody_reads_of_it(tmp_path):
+    """As under `| head -1`."""
+    run, pipe = tmp_path / "run", tmp_path / "pipe"
+    os.mkfifo(pipe)
+    process = start(_main_into, str(pipe), _train(run, "sinusoid"))
+    with pipe.open() as reader:
+        assert reader.readline().startswith("run folder")
+    process.join()
+    assert process.exitcode == 1
+    assert json.loads((run / "state.json").read_text())["iteration"] == 9
+
+
+def test_training_goes_on_where_its_lines_cannot_be_written(tmp_path):
+    run = tmp_path / "run"
+    process = start(main, _train(run, "sinusoid", 9), output="/dev/full")
+    process.join()
+    assert process.exitcode == 0
+    assert json.loads((run / "state.json").read_text())["iteration"] == 9
 
 
 def test_more_iterations_go_on_from_the_end(tmp_path):
