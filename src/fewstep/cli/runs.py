@@ -24,6 +24,7 @@ from fewstep.report.sinusoid_fits import plot_sinusoid_fits
 from fewstep.training.build import Experiment, resolve_device
 from fewstep.training.config import RunConfig, to_dict
 from fewstep.training.display import say
+from fewstep.training.effects import check_effects
 from fewstep.training.evaluate import Scoring, evaluate_run
 from fewstep.training.folders import locked, make_folder
 from fewstep.training.initial import fitting, initial_of
@@ -51,6 +52,7 @@ class Train:
     def run(self, console: Console) -> None:
         """Make the run folder, train, test."""
         check_can_be_kept(self.settings)
+        check_effects(self.settings)
         config = replace(self.settings.placed(), device=resolve_device(self.settings.device))
         ranks = Ranks.of_torchrun(config.device)
         initial = initial_of(config)

@@ -107,15 +107,6 @@ class AlgorithmOptions:
         for name in ("inner_clip_norm", "clip_value"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise InputError(f"{name}={value} must be positive, or left out")
-        is_plain_sgd = self.outer == "sgd" and self.outer_hyper_lr is None
-        for name in ("momentum", "weight_decay"):
-            if (value := getattr(self, name)) and not is_plain_sgd:
-                raise InputError(f"{name}={value} goes with outer='sgd' and no outer_hyper_lr")
-        if self.head_lr is not None and self.learned_rates not in ("tensor", "layer"):
-            raise InputError(
-                f"head_lr={self.head_lr} goes with learned_rates='tensor' or 'layer', not "
-                f"{self.learned_rates!r}"
-            )
         if not 0 <= self.final_outer_lr <= self.outer_lr:
             raise InputError(
                 f"final_outer_lr={self.final_outer_lr} must be between 0 and "

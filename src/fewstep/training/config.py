@@ -156,17 +156,11 @@ class RunConfig:
     def _check_inner_loop(self) -> None:
         """Check that the method's parts have something to do, in such episodes."""
         of = self.algorithm
-        has_steps = of.num_steps > 0 or of.eval_steps > 0
-        adapts = has_steps or of.start == "prototypes"
+        adapts = of.num_steps > 0 or of.eval_steps > 0 or of.start == "prototypes"
         if self.recipe == "supervised" and (adapts or of.statistics == "support"):
             raise InputError(
                 "recipe='supervised' has no support set to adapt to or to normalise by; leave out "
                 "num_steps, eval_steps, start and statistics='support'"
-            )
-        if of.adapted != ("*",) and not has_steps:
-            raise InputError(
-                f"adapted={of.adapted} is of the inner loop, which takes no step by recipe="
-                f"{self.recipe!r}; leave it out, or give num_steps and eval_steps"
             )
         train_ways = getattr(self.episodes, "train_ways", None)
         if train_ways is not None and not self.takes_any_ways:
