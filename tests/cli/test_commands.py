@@ -256,6 +256,26 @@ def test_statistics_of_a_model_without_any_are_refused(sinusoid_run, capsys):
     assert "has no batch normalisation; leave it out" in told
 
 
+def test_a_run_goes_on_with_data_that_have_moved(empty_folder, capsys):
+    assert main([*train_on_images(Path("mine")).split(), "--out", "run"]) == 0
+    config = Path("run/config.toml").read_text()
+    Path("mine").rename("moved")
+    for command in ("evaluate run --tasks 3", "resume run --iterations 6"):
+        told = refused(capsys, command)
+        assert f"there is no folder {empty_folder / 'mine'}; pass --root" in told
+    assert main(["evaluate", "run", "--tasks", "3", "--root", "moved"]) == 0
+    assert Path("run/config.toml").read_text() == config
+    assert main(["resume", "run", "--iterations", "6", "--root", "moved"]) == 0
+    assert load_config(Path("run/config.toml")).data.root == empty_folder / "moved"
+    assert main(["evaluate", "run", "--tasks", "3"]) == 0
+
+
+@pytest.mark.parametrize("command", ["evaluate", "resume"])
+def test_a_root_of_data_without_files_is_refused(sinusoid_run, capsys, command):
+    told = refused(capsys, f"{command} {sinusoid_run} --root mine")
+    assert "root=mine: dataset='sinusoid' has no files; leave it out" in told
+
+
 def test_a_run_that_came_without_its_metrics_goes_on(sinusoid_run, empty_folder, capsys):
     shutil.copytree(sinusoid_run, "run")
     Path("run/metrics.jsonl").unlink()

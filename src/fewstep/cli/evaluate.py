@@ -63,6 +63,8 @@ class Evaluate:
     views: Views | None = None
     """Take the mean of the outputs for each task as it is and with all its images mirrored, or
     turned by 1 to 3 quarters, each adapted to on its own; scored after the last step alone."""
+    root: Path | None = None
+    """Folder of the data, where they have moved; the run's if not given."""
     device: str = "auto"
     """"cpu", "cuda", ...; "auto" takes a GPU where there is one."""
 
@@ -73,6 +75,7 @@ class Evaluate:
         run, config = open_run(self.run_folder)
         episodes = self._episodes(config.for_tests().episodes)
         config = config.with_extra_steps(self.extra_steps).for_tests(self.ways)
+        config = config.with_root(self.root)
         scoring = self._scoring(config.test_tasks)
         config = replace(config, episodes=episodes, device=resolve_device(self.device))
         ranks = Ranks.of_torchrun(config.device)

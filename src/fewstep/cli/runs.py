@@ -79,10 +79,13 @@ class Resume:
     """New total of outer updates."""
     device: str | None = None
     """Another device than the run's; the result then agrees with its own up to rounding."""
+    root: Path | None = None
+    """Folder of the data, where they have moved; the run's if not given."""
 
     def run(self, console: Console) -> None:
         """Train from the last checkpoint, if there is anything left to train, and test."""
         run, config = open_run(self.run_folder)
+        config = config.with_root(self.root)
         if self.iterations is not None:
             config = replace(config, iterations=self.iterations)
         config = replace(config, device=resolve_device(self.device or config.device))

@@ -106,7 +106,7 @@ def _root(root: Path | None) -> Path:
         raise InputError(
             f"{missing}, and ImageNet's terms allow no download; put class folders, tar or zip "
             "files or CSV splits into a folder mini-imagenet and set FEWSTEP_DATA to the folder "
-            "around it, or pass --root to `fewstep train`"
+            "around it, or pass --root to `fewstep train`, `resume` or `evaluate`"
         )
     return root
 

@@ -124,7 +124,8 @@ def _download(part: str) -> Path:
         raise InputError(
             f"could not download {part}.zip ({reason}); get images_background.zip and "
             "images_evaluation.zip another way, put both into a folder omniglot and set "
-            "FEWSTEP_DATA to the folder around it, or pass --root to `fewstep train`"
+            "FEWSTEP_DATA to the folder around it, or pass --root to `fewstep train`, `resume` or "
+            "`evaluate`"
         ) from error
     return Path(file)
 

@@ -178,6 +178,18 @@ class RunConfig:
         model = self.model.placed() if isinstance(self.model, OwnNetworkOptions) else self.model
         return replace(self, initial=initial, data=data, model=model)
 
+    def with_root(self, root: Path | None) -> RunConfig:
+        """Return the settings with the data in another place; None leaves them.
+
+        Raises:
+            InputError: the data are read from no folder.
+        """
+        if root is None:
+            return self
+        if isinstance(self.data, Glyphs | SinusoidData):
+            raise InputError(f"root={root}: dataset={self.dataset!r} has no files; leave it out")
+        return replace(self, data=replace(self.data, root=root.absolute()))
+
     @property
     def takes_any_ways(self) -> bool:
         """Whether tasks may have any number of classes, as no part is of a certain class."""
