@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,21 @@ def test_what_was_prepared_of_another_source_is_kept_once(own_cache):
     assert not list(own_cache.glob(".new-*"))
     one.unlink()
     assert torch.equal(store.images, torch.arange(18).to(torch.uint8).reshape(3, *SHAPE))
+
+
+def test_what_a_killed_preparation_left_is_removed_after_a_day(own_cache, monkeypatch):
+    own_cache.mkdir()
+    left, others = own_cache / ".new-0123", own_cache / "of-another"
+    for path in (left, others):
+        path.write_bytes(b"half an array")
+    (own_cache / ".new-kernels").mkdir()
+    load_or_prepare("set", "v1", SHAPE, _classes)
+    assert left.exists()  # may be at work
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 25 * 60 * 60)
+    load_or_prepare("set", "v2", SHAPE, _classes)
+    assert not left.exists()
+    assert others.exists()
 
 
 @pytest.mark.parametrize("error", [PermissionError, FileNotFoundError])

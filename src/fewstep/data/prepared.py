@@ -10,6 +10,7 @@ import math
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from fewstep.data.store import ClassStore
 Pixels = NDArray[np.uint8]
 
 _DESCRIBED = {"names", "counts", "sha256"}
+_DAY = 24 * 60 * 60.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ def _prepare(stem: Path, shape: tuple[int, int, int], classes: Sequence[RawClass
     temporary = stem.with_name(f".new-{secrets.token_hex(8)}")
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(stem.parent)
         if shutil.disk_usage(stem.parent).free < needed:
             raise OSError(errno.ENOSPC, "no space left")
         with temporary.open("xb") as file:
@@ -156,6 +159,15 @@ def _prepare(stem: Path, shape: tuple[int, int, int], classes: Sequence[RawClass
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what preparations that were killed have left; one at work does not pause for a day."""
+    for path in folder.glob(".new-*"):
+        with contextlib.suppress(OSError):  # of another user, gone since, or a compiler's folder
+            # The time of the change: a link has the time of writing of what it links to.
+            if time.time() - path.stat().st_ctime > _DAY:
+                path.unlink()
 
 
 def _same_array(folder: Path, sha256: str) -> Path | None:
