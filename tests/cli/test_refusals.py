@@ -70,7 +70,8 @@ def test_bad_input_is_one_line_and_code_2(capsys, command, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--ways 14", "ways=14 asks for more classes than the 13 of the train split"),
+        ("--ways 14", "classes than the 3 of the val split; ask for at most 3\n"),
+        ("--ways 14 --eval-rotations classes", "classes than the 12 of the val split; ask for at"),
         ("--shots 5", "shots=5 and queries=2 need 7 images of every class, but class c"),
         ("--eval-queries 9", "queries=9 need 10 images of every class, but class c"),
         ("--size 8", "cannot be halved 4 times"),

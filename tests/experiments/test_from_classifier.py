@@ -182,7 +182,7 @@ def test_one_shot_alone_goes_on_with_the_classifiers_statistics():
         ({"iterations": 0}, "iterations=0 must be at least 1"),
         ({"tasks": 0}, "tasks=0 must be at least 1"),
         ({"ways": 99}, "ways=99 asks for more classes than"),
-        ({"shots": 4}, "shots=4 and queries=1 need 5 images of every class"),
+        ({"shots": 4}, "shots=4 and queries=2 need 6 images of every class"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_trained(experiment, changes, message):

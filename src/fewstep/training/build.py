@@ -151,12 +151,14 @@ def build_problem(config: RunConfig, device: str, splits: Sequence[Split] = SPLI
     classes = {split: store.names for split, store in stores.items()}
     if isinstance(config.episodes, SupervisedOptions):
         return replace(_supervised(config.episodes, stores["train"], seeds), classes=classes)
-    assert isinstance(config.episodes, ClassificationOptions)
+    of = config.episodes
+    assert isinstance(of, ClassificationOptions)
+    # The fewest classes first: what these refuse names the most that all splits can have.
+    by_classes = sorted(splits, key=lambda split: _num_classes(of, stores, split))
     episodes: dict[Split, Episodes] = {
-        split: classification_episodes(config.episodes, stores, split, seed)
-        for split, seed in seeds.items()
+        split: classification_episodes(of, stores, split, seeds[split]) for split in by_classes
     }
-    outputs = config.episodes.ways_of("train")
+    outputs = of.ways_of("train")
     return Problem(_drawn_ahead(episodes), stores["train"].image_shape, outputs, classes)
 
 
@@ -191,7 +193,7 @@ def classification_episodes(
 ) -> ClassificationEpisodes:
     """Set up the episodes of one split, with the training or the evaluation options."""
     is_train, ways = split == "train", options.ways_of(split)
-    largest = len(stores[split]) * classes_of_each(options.rotations)
+    largest = _num_classes(options, stores, split)
     if is_train and options.train_ways is not None and ways > largest:
         raise InputError(
             f"train_ways={ways} asks for more classes than the {largest} of the train split; ask "
@@ -203,10 +205,17 @@ def classification_episodes(
         ways=ways,
         shots=options.shots,
         queries=options.queries if is_train else options.eval_queries,
-        rotations=options.rotations if is_train else options.eval_rotations,
+        rotations=options.rotations_of(split),
         augmentation=options if is_train else UNCHANGED,
         seed=seed,
     )
+
+
+def _num_classes(
+    options: ClassificationOptions, stores: dict[str, ClassStore], split: Split
+) -> int:
+    """Return how many classes an episode of a split has to choose from."""
+    return len(stores[split]) * classes_of_each(options.rotations_of(split))
 
 
 def build_learner(

@@ -53,6 +53,10 @@ class ClassificationOptions(Augmentation, _Drawing):  # the last one's fields co
         """Return the classes of an episode of a split."""
         return self.ways if split != "train" or self.train_ways is None else self.train_ways
 
+    def rotations_of(self, split: Split) -> Rotations:
+        """Return the quarter turns of a split."""
+        return self.rotations if split == "train" else self.eval_rotations
+
 
 @dataclass(frozen=True)
 class RegressionOptions:
