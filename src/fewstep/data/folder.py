@@ -22,6 +22,7 @@ from fewstep.data.archives import (
     warn_of_empty,
 )
 from fewstep.data.label_lists import images_by_label
+from fewstep.data.on_disk import OnDisk
 from fewstep.data.pixels import DECODING, decode
 from fewstep.data.prepared import Pixels, RawClass, fingerprint, load_or_prepare, stamp
 from fewstep.data.store import ClassStore, dealt
@@ -37,7 +38,7 @@ Colour = Literal["rgb", "grey"]
 
 
 @dataclass(frozen=True)
-class ImageFolder:
+class ImageFolder(OnDisk):
     """Images of your own.
 
     One of

@@ -19,6 +19,7 @@ from fewstep.data.archives import (
     zip_images,
 )
 from fewstep.data.label_lists import read_labels
+from fewstep.data.on_disk import OnDisk
 from fewstep.data.pixels import DECODING, decode
 from fewstep.data.prepared import Pixels, RawClass, fingerprint, load_or_prepare, stamp
 from fewstep.data.store import ClassStore
@@ -50,7 +51,7 @@ CLASSES = {split: names.split() for split, names in _LISTS.items()}
 
 
 @dataclass(frozen=True)
-class MiniImageNet:
+class MiniImageNet(OnDisk):
     """mini-ImageNet from class folders, tar or zip parts, or a flat folder with CSV splits.
 
     ImageNet's terms do not allow a download; a folder of yours may hold any of

@@ -16,6 +16,7 @@ from requests.exceptions import RequestException
 from fewstep.core.cache import cache_folder
 from fewstep.core.errors import InputError, check_at_least, check_name
 from fewstep.data.archives import files_below, folder_images, reading, zip_images
+from fewstep.data.on_disk import OnDisk
 from fewstep.data.pixels import DECODING, strokes
 from fewstep.data.prepared import Pixels, RawClass, fingerprint, load_or_prepare, stamp
 from fewstep.data.store import ClassStore, dealt
@@ -42,7 +43,7 @@ RANDOM_SPLITS = {"finn": (1100, 100), "maml++": (1150, 50)}  # train and val cla
 
 
 @dataclass(frozen=True)
-class Omniglot:
+class Omniglot(OnDisk):
     """Omniglot from a folder, the two zips, or a checksummed download.
 
     Strokes are 255 and the background is 0, the papers' 1 - pixel.

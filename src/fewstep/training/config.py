@@ -15,6 +15,7 @@ from fewstep.data.folder import ImageFolder
 from fewstep.data.glyphs import Glyphs
 from fewstep.data.mini_imagenet import MiniImageNet
 from fewstep.data.omniglot import Omniglot
+from fewstep.data.on_disk import OnDisk
 from fewstep.training.algorithm_options import AlgorithmOptions
 from fewstep.training.episode_options import (
     ClassificationOptions,
@@ -186,7 +187,7 @@ class RunConfig:
         """
         if root is None:
             return self
-        if isinstance(self.data, Glyphs | SinusoidData):
+        if not isinstance(self.data, OnDisk):
             raise InputError(f"root={root}: dataset={self.dataset!r} has no files; leave it out")
         return replace(self, data=replace(self.data, root=root.absolute()))
 
