@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fewstep.core.cache import cache_folder
-from fewstep.core.errors import InputError
+from fewstep.core.errors import InputError, check_at_least
 from fewstep.data.glyphs import Glyphs
 from fewstep.data.prepared import verify_prepared
 from fewstep.report.episode_picture import picture_episodes
@@ -115,8 +115,7 @@ class DataShow:
 
     def run(self, console: Console) -> None:
         """Draw."""
-        if self.count < 1:
-            raise InputError(f"count={self.count} must be at least 1 episode")
+        check_at_least(1, "episode", count=self.count)
         stores = self.data.splits()
         episodes = classification_episodes(self.episodes, stores, self.split, 0)
         picture_episodes(episodes, self.count, self.out)

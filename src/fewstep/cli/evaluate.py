@@ -13,7 +13,7 @@ from rich.console import Console
 
 from fewstep.cli.score_table import score_table
 from fewstep.core.algorithm import ExtraSteps
-from fewstep.core.errors import InputError
+from fewstep.core.errors import InputError, check_at_least
 from fewstep.core.norm import Use, has_batch_norm
 from fewstep.core.ranks import Ranks
 from fewstep.data.episodes import Rotations
@@ -70,8 +70,7 @@ class Evaluate:
 
     def run(self, console: Console) -> None:
         """Print the scores, then write them into the run folder."""
-        if self.tasks < 2:
-            raise InputError(f"tasks={self.tasks} must be at least 2, to give an interval")
+        check_at_least(2, "to give an interval", tasks=self.tasks)
         run, config = open_run(self.run_folder)
         episodes = self._episodes(config.for_tests().episodes)
         config = config.with_extra_steps(self.extra_steps).for_tests(self.ways)

@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal, get_args
 
-from fewstep.core.errors import InputError, check_name
+from fewstep.core.errors import InputError, check_at_least, check_name
 from fewstep.data.archives import (
     contents,
     files_below,
@@ -76,8 +76,7 @@ class ImageFolder(OnDisk):
 
     def splits(self) -> dict[str, ClassStore]:
         """Return the stores of train, val and test."""
-        if self.size < 1:
-            raise InputError(f"size={self.size} must be at least 1 pixel")
+        check_at_least(1, "pixel", size=self.size)
         check_name("colour", self.colour, get_args(Colour))
         if not (min(self.fractions) > 0 and abs(sum(self.fractions) - 1) <= 1e-6):
             raise InputError(f"fractions={self.fractions} must be positive and sum to 1")

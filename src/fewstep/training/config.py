@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fewstep.core.algorithm import ExtraSteps
-from fewstep.core.errors import InputError, check_name
+from fewstep.core.errors import InputError, check_at_least, check_name
 from fewstep.core.precision import Precision
 from fewstep.data.folder import ImageFolder
 from fewstep.data.glyphs import Glyphs
@@ -105,16 +105,11 @@ class RunConfig:
     """"cpu", "cuda", "cuda:1", ...; "auto" takes a GPU where there is one."""
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("iterations", 1), ("tasks", 1), ("chunk_size", 1),
-            ("keep_best", 1), ("val_every", 1), ("val_tasks", 2), ("test_tasks", 2),
-        ):  # fmt: skip
-            if (value := getattr(self, name)) < least:
-                raise InputError(f"{name}={value} must be at least {least}")
-        if self.epoch_length is not None and self.epoch_length < 1:
-            raise InputError(f"epoch_length={self.epoch_length} must be at least 1 iteration")
-        if self.checkpoint_every is not None and self.checkpoint_every < 1:
-            raise InputError(f"checkpoint_every={self.checkpoint_every} must be at least 1 step")
+        check_at_least(1, iterations=self.iterations, tasks=self.tasks, val_every=self.val_every)
+        check_at_least(1, chunk_size=self.chunk_size, keep_best=self.keep_best)
+        check_at_least(1, "iteration", epoch_length=self.epoch_length)
+        check_at_least(1, "step", checkpoint_every=self.checkpoint_every)
+        check_at_least(2, val_tasks=self.val_tasks, test_tasks=self.test_tasks)
         if self.memory_budget is not None and not 0 < self.memory_budget < math.inf:
             raise InputError(
                 f"memory_budget={self.memory_budget} must be positive and finite, in MiB"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from fewstep.core.errors import InputError
+from fewstep.core.errors import check_at_least
 from fewstep.data.augmentation import Augmentation
 from fewstep.data.episodes import Rotations
 from fewstep.data.labelled import TurnedClasses
@@ -43,11 +43,8 @@ class ClassificationOptions(Augmentation, _Drawing):  # the last one's fields co
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (
-            ("ways", 2), ("train_ways", 2), ("shots", 1), ("queries", 1), ("eval_queries", 1),
-        ):  # fmt: skip
-            if (value := getattr(self, name)) is not None and value < least:
-                raise InputError(f"{name}={value} must be at least {least}")
+        check_at_least(2, ways=self.ways, train_ways=self.train_ways)
+        check_at_least(1, shots=self.shots, queries=self.queries, eval_queries=self.eval_queries)
 
     def ways_of(self, split: Split) -> int:
         """Return the classes of an episode of a split."""
