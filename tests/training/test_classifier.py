@@ -159,16 +159,37 @@ def test_a_class_may_be_called_whatever(drawings, labels, classes):
     assert classifier.score(x, [("no", "class")] * WAYS) == 0
 
 
-@pytest.mark.parametrize("classes", [2, 7])
-def test_it_tells_fewer_classes_than_it_learned(drawings, classes):
-    x_support, x_query = (strokes[:classes] / 255 for strokes in drawings)
-    names = NAMES[:classes]
-    classifier = FewShotClassifier(RUN, device="cpu").fit(x_support, names)
-    found = classifier.predict_proba(x_query)
-    assert found.shape == (classes, classes)
-    np.testing.assert_allclose(found.sum(1), 1, rtol=1e-5)
-    assert classifier.score(x_query, names) == 1
+@pytest.mark.parametrize("shots", [1, 3])
+@pytest.mark.parametrize("classes", [2, 5, 8])
+def test_it_tells_fewer_classes_than_it_learned(classes, shots):
+    """As surely as all: by the mean over fewer its steps would be too long."""
+    store = Glyphs().splits()["test"]
+    names = list(range(classes))
+    classifier = FewShotClassifier(RUN, device="cpu")
+    for first in range(0, 80, 20):
+        starts = store.starts[first : first + classes]
+        support = torch.cat([store.images[starts + i] for i in range(shots)]) / 255
+        x_query = torch.cat([store.images[starts + i] for i in (5, 6)]) / 255
+        found = classifier.fit(support, names * shots).predict_proba(x_query)
+        assert found.shape == (2 * classes, classes)
+        np.testing.assert_allclose(found.sum(1), 1, rtol=1e-5)
+        assert classifier.score(x_query, names * 2) > 0.9
     assert classifier.ways == WAYS
+
+
+@pytest.mark.parametrize("classes", [2, 7])
+def test_a_step_moves_each_of_fewer_classes_as_far(drawings, classes):
+    """A gradient step by a part of the loss is one by that part of the rates."""
+    x_support, x_query = (strokes[:classes] / 255 for strokes in drawings)
+    y = torch.arange(classes)
+    learner = load_learner(RUN, device="cpu")
+    state = learner.state_tensors()
+    rates = {n: t * classes / WAYS for n, t in state.items() if n.startswith("model.inner_lr.")}
+    learner.load_state_tensors(state | rates)
+    module = learner.adapt(x_support, y, statistics="support")
+    expected = module(x_query)[:, :classes].softmax(-1).detach()
+    found = FewShotClassifier(RUN, device="cpu").fit(x_support, y).predict_proba(x_query)
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-5)
 
 
 def test_it_stays_what_it_was_when_it_was_made(drawings, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from fewstep.core.errors import InputError
+from fewstep.core.judge import Loss
 from fewstep.core.learner import MetaLearner
 from fewstep.core.memory import plan_memory
 from fewstep.core.ranks import ALONE, Ranks
@@ -224,6 +225,7 @@ def build_learner(
     outputs: int,
     ranks: Ranks = ALONE,
     initial: Tensors | None = None,
+    support_loss: Loss | None = None,
 ) -> MetaLearner:
     """Build the model, its initial parameters given or drawn from the seed, and its learner."""
     if config.compile and config.network == "conv4":
@@ -239,6 +241,7 @@ def build_learner(
         module,
         config.algorithm.build(config.iterations, config.epoch_length),
         F.mse_loss if config.dataset == "sinusoid" else F.cross_entropy,
+        support_loss=support_loss,
         chunk_size=config.chunk_size,
         checkpoint_every=config.checkpoint_every,
         replay=config.replay,

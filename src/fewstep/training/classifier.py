@@ -15,9 +15,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fewstep.core.algorithm import ExtraSteps
 from fewstep.core.errors import InputError
+from fewstep.core.learner import MetaLearner
 from fewstep.core.norm import Use
 from fewstep.core.precision import fp32_products
 from fewstep.data.archives import contents
@@ -39,6 +41,11 @@ class FewShotClassifier:
     It has `fit`, `predict`, `predict_proba`, `score` and `classes_`, as scikit-learn's classifiers;
     `ways`, how many classes the run learned to tell apart, and `normalisation`, what batch
     normalisation does. It takes fewer classes, too, and more where tasks start from prototypes.
+    Where the last layer is learned, fewer classes have their part of the support loss,
+
+        L = (classes / ways) mean over the support set of cross entropy,
+
+    so that a step moves each as far as in training: by the mean alone it would be too far.
 
     Args:
         path: Folder of the run; the data that it was trained on are not needed.
@@ -108,9 +115,7 @@ class FewShotClassifier:
         of_images = _labels(labels, len(x))
         classes = _in_order(of_images)
         self.check_classes(len(classes))
-        learner = self._learner
-        if self._takes_any and len(classes) != self.ways:
-            learner = self._saved.learner(len(classes))
+        learner = self._learner_of(len(classes))
         number_of = {name: c for c, name in enumerate(classes)}
         y = torch.tensor([number_of[label] for label in of_images], device=x.device)
         self._modules = [
@@ -119,6 +124,19 @@ class FewShotClassifier:
         ]
         self.classes_, self._number_of = _as_array(classes), number_of
         return self
+
+    def _learner_of(self, classes: int) -> MetaLearner:
+        """Return the learner for so many classes."""
+        if classes == self.ways:
+            return self._learner
+        if self._takes_any:
+            return self._saved.learner(classes)
+        share = classes / self.ways
+
+        def as_much_of_a_class(outputs: Tensor, y: Tensor) -> Tensor:
+            return share * F.cross_entropy(outputs, y)
+
+        return self._saved.learner(support_loss=as_much_of_a_class)
 
     def check_classes(self, number: int) -> None:
         """Check that it can tell so many classes apart.

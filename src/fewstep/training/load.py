@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from fewstep.core.algorithm import ExtraSteps
 from fewstep.core.errors import InputError, check_name
+from fewstep.core.judge import Loss
 from fewstep.core.learner import MetaLearner
 from fewstep.core.tensors import Tensors
 from fewstep.training.build import build_learner, resolve_device
@@ -74,8 +75,8 @@ class Saved:
         device = resolve_device(device)
         return cls(replace(config, device=device), run.load_checkpoint(kept.name))
 
-    def learner(self, ways: int | None = None) -> MetaLearner:
-        """Return the learner, for so many classes.
+    def learner(self, ways: int | None = None, support_loss: Loss | None = None) -> MetaLearner:
+        """Return the learner, for so many classes, with a support loss of its own if given.
 
         Raises:
             InputError: it has not learned to tell so many apart.
@@ -86,6 +87,6 @@ class Saved:
         if not isinstance(config.data, SinusoidData):
             assert isinstance(config.episodes, ClassificationOptions)
             shape, outputs = config.data.image_shape, config.episodes.ways
-        learner = build_learner(config, shape, outputs)
+        learner = build_learner(config, shape, outputs, support_loss=support_loss)
         learner.load_state_tensors(fitting_head(learner, self.state))
         return learner
