@@ -77,11 +77,7 @@ class Predict:
             queries = [self.query] if self.query.is_file() else _images(self.query)
         classifier.fit(images, labels)
         probabilities = classifier.predict_proba(queries)
-        table = Table(
-            title=f"{len(classifier.classes_)} classes, {len(labels)} images to learn from, "
-            f"{classifier.num_steps} inner steps",
-            caption=f"normalisation statistics: {classifier.normalisation}",
-        )
+        table = Table()
         for column in ("image", "class"):
             table.add_column(column, overflow="fold")  # a name is never cut
         table.add_column("probability", justify="right")
@@ -90,6 +86,9 @@ class Predict:
         for name, of_class, share in zip(names, classes, probabilities.max(1), strict=True):
             table.add_row(escape(name), escape(of_class), f"{share:.1%}")
         console.print(table)
+        say(console, f"{len(classifier.classes_)} classes, {len(labels)} images to learn from; "
+            f"{classifier.num_steps} inner steps; "
+            f"normalisation statistics: {classifier.normalisation}")  # fmt: skip
         if self.out is not None:
             rows = zip(names, classes, *probabilities.T, strict=True)
             _write_csv(self.out, [("image", "class", *classifier.classes_), *rows])
