@@ -81,6 +81,19 @@ def test_an_image_is_named_alike_alone_and_among_others(fitted, drawings):
     assert np.mean(alone) < 0.5
 
 
+@pytest.mark.parametrize("statistics", [None, "batch"])
+def test_many_images_go_through_the_module_in_parts(drawings, statistics):
+    """Unless they are normalised together."""
+    classifier = FewShotClassifier(RUN, statistics=statistics, device="cpu")
+    classifier.fit(drawings[0] / 255, NAMES)
+    [module], sizes = classifier._modules, []
+    module.register_forward_pre_hook(lambda _, x: sizes.append(len(x[0])))
+    x = drawings[1].repeat(15, 1, 1, 1) / 255
+    found = classifier.predict_proba(x)
+    assert sizes == ([300] if statistics == "batch" else [256, 44])
+    np.testing.assert_allclose(found, np.tile(found[:WAYS], (15, 1)), rtol=1e-3, atol=1e-5)
+
+
 def test_images_may_be_files_or_pil_or_tensors(fitted, drawings, tmp_path):
     expected = fitted.predict_proba(drawings[1] / 255)
     images = _paper(drawings[1])

@@ -32,6 +32,7 @@ from fewstep.training.load import OneCheckpoint, Saved
 
 Picture = Path | str | Image.Image
 
+_AT_ONCE = 256  # images that go through the module
 _OF_PNG = frozenset({"1", "L", "LA", "I;16", "P", "RGB", "RGBA"})  # modes of PIL
 
 
@@ -161,13 +162,18 @@ class FewShotClassifier:
         if not self._modules:
             raise InputError("the classifier has no classes yet; call fit(images, labels) first")
         x = self._read(images)
+        # By the batch, images are normalised together; else memory need not grow with them.
+        at_once = len(x) if self._statistics == "batch" else _AT_ONCE
         with torch.no_grad(), fp32_products(self._saved.config.precision):
-            outputs = [
-                module(view(x)) for module, view in zip(self._modules, self._views, strict=True)
-            ]
-            scores = torch.stack(outputs).mean(0)[:, : len(self.classes_)]
-        found: NDArray[np.float32] = scores.softmax(-1).cpu().numpy()
+            scores = torch.cat([self._outputs(part) for part in x.split(at_once)])
+        shares = scores[:, : len(self.classes_)].softmax(-1)
+        found: NDArray[np.float32] = shares.cpu().numpy()
         return found
+
+    def _outputs(self, x: Tensor) -> Tensor:
+        """Return the mean of the outputs over the views."""
+        outputs = [module(view(x)) for module, view in zip(self._modules, self._views, strict=True)]
+        return torch.stack(outputs).mean(0)
 
     def predict(self, images: Sequence[Picture] | Tensor) -> NDArray[Any]:
         """Return the label of each image; errors as in `predict_proba`."""
