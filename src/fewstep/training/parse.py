@@ -60,6 +60,7 @@ def _one_line(box: str) -> str:
     lines = [line.strip("│ ") for line in box.splitlines()]
     rules = [i for i, line in enumerate(lines) if re.fullmatch(r"[╭╰].*|[─-]{3,}", line)]
     text = " ".join(lines[rules[0] + 1 : rules[1]]).rstrip(".")
+    text = re.sub(r"((?:--\S+ )?[A-Z]+) .*?\(required\)", r"\1", text)  # without the help of each
     for pattern, plain in _IN_PLAIN_WORDS.items():
         if found := re.fullmatch(pattern, text):
             return found.expand(plain)
@@ -72,6 +73,7 @@ _IN_PLAIN_WORDS = {  # what tyro says, with what Python said to it
     _OPTION + r".*invalid literal for int.*'(.*?)'": r"\1 '\2' must be a whole number",
     _OPTION + r".*could not convert string to float.*'(.*?)'": r"\1 '\2' must be a number",
     _OPTION + r"Could not find valid parse for arguments: \[(.*)\]": r"\1 cannot take \2",
+    r"Missing from .*?: (.*)": r"missing: \1",
     r"Unrecognized options: (.*)": r"\1: no option takes this; options begin with two hyphens",
 }
 
