@@ -34,7 +34,8 @@ class Predict:
     """Folder of the run."""
     support: Path
     """Folder with a folder of images for each class: as many classes as the run's ways, or fewer;
-    any number where tasks start from prototypes. Characters are dark ink on light paper."""
+    any number where tasks start from prototypes. Characters are dark ink on light paper and fill
+    the image."""
     query: Path
     """The images to name, drawn or taken as those of --support: a folder of them, at any depth, or
     one."""
@@ -46,9 +47,9 @@ class Predict:
     """More steps than trained: refuse, or repeat the last, where parts differ by step; the run's if
     not given."""
     statistics: Use | None = None
-    """What batch normalisation normalises by. If not given the run's, or the support set in place
-    of the batch, by which the images of --query are normalised together, so that each answer
-    depends on the others."""
+    """What batch normalisation normalises by. By the batch, the images of --query are normalised
+    together, and each answer depends on the others. If not given the run's, but the support set in
+    place of the batch."""
     views: Views | None = None
     """Take the mean of the outputs for your images as they are and all of them mirrored, or turned
     by 1 to 3 quarters, each adapted to on its own."""
