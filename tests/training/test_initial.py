@@ -10,15 +10,15 @@ from torch.nn import functional as F
 import fewstep
 from fewstep import MetaLearner, maml
 from fewstep.core.errors import InputError
+from fewstep.core.inner_step import GradientStep
 from fewstep.data.folder import ImageFolder
-from fewstep.models import fully_connected
+from fewstep.data.omniglot import Omniglot
 from fewstep.models.features import projection_of
 from fewstep.training.algorithm_options import AlgorithmOptions
 from fewstep.training.build import Experiment
 from fewstep.training.config import to_dict
 from fewstep.training.episode_options import ClassificationOptions
-from fewstep.training.head import fitting_head
-from fewstep.training.initial import check_unseen, read_initial, start_from
+from fewstep.training.initial import check_source, check_unseen, read_initial, start_from
 from fewstep.training.network_options import Conv4Options
 from fewstep.training.parse import run_config
 from fewstep.training.presets import preset
@@ -145,10 +145,23 @@ def test_what_parts_have_learned_is_of_their_run(tmp_path):
         def __call__(self, phi, support, table):
             return {"head.bias": phi["head.bias"] + table["by"]}
 
-    algorithm = replace(maml(inner_lr=0.1), inner_start=Shifted())
-    learner = MetaLearner(network(), algorithm, F.cross_entropy)
+    class Scaled(GradientStep):
+        def table(self, adapted, num_steps):
+            return {"by": torch.ones(())}
+
+    class Weighted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.by = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, outputs, y):
+            return self.by * F.cross_entropy(outputs, y)
+
+    algorithm = replace(maml(inner_lr=0.1), inner_start=Shifted(), inner_step=Scaled())
+    learner = MetaLearner(network(), algorithm, F.cross_entropy, support_loss=Weighted())
     state = learner.state_tensors()
-    assert "model.inner_start.by" in state
+    own = {"model.inner_start.by", "model.inner_step.by", "model.support_loss.by"}
+    assert own <= state.keys()
     save_file(state, tmp_path / "state.safetensors")
     start(network(), read_initial(tmp_path / "state.safetensors"))
 
@@ -231,16 +244,28 @@ def test_what_cannot_be_started_from_is_refused(tmp_path):
             start(network(), other.state_dict())
 
 
-def test_a_state_of_another_network_is_told_as_such():
-    """A head of class means may have other outputs; another network is another network."""
-    learners = [
-        MetaLearner(module, fewstep.proto_maml(), F.cross_entropy)
-        for module in (network(), fully_connected(256, 3))
-    ]
-    state = learners[0].state_tensors()
-    assert fitting_head(learners[1], state) is state
-    with pytest.raises(InputError):
-        learners[1].load_state_tensors(state)
+OMNIGLOT = replace(preset("omniglot"), data=Omniglot(class_split="maml++"))
+
+
+@pytest.mark.parametrize(("part", "name", "value", "so_that"), [
+    ("model", "activation", "leaky-relu", "it is of another network"),
+    ("model", "spatial_mean", True, "it is of another network"),
+    ("model", "unit_features", True, "it is of another network"),
+    ("data", "class_split", "finn", "it may have been trained on what this run tests on"),
+])  # fmt: skip
+def test_a_run_of_another_network_or_split_is_no_start(tmp_path, part, name, value, so_that):
+    """Of the same parameters, which it would take in silence."""
+    RunFolder.create(tmp_path, to_dict(OMNIGLOT))
+    other = replace(OMNIGLOT, **{part: replace(getattr(OMNIGLOT, part), **{name: value})})
+    with pytest.raises(InputError, match=f"{name}=.* where this run has .*, so that {so_that}"):
+        check_source(tmp_path, other)
+
+
+def test_a_run_may_start_from_one_of_another_head_size_and_place(tmp_path):
+    RunFolder.create(tmp_path, to_dict(OMNIGLOT))
+    model = replace(OMNIGLOT.model, initialisation="zero-head", head="cosine", projection=True)
+    data = replace(OMNIGLOT.data, root=tmp_path, size=32)
+    check_source(tmp_path, replace(OMNIGLOT, model=model, data=data))
 
 
 @pytest.mark.parametrize("train", ["train/", ""])
@@ -253,3 +278,5 @@ def test_a_class_that_moved_from_train_to_test_was_seen(tmp_path, train, test):
     check_unseen(tmp_path, now)
     with pytest.raises(InputError, match=r"was trained on 1 of the test classes, such as a; "):
         check_unseen(tmp_path, now | {"test": [f"{test}a", f"{test}d"]})
+    with pytest.raises(InputError, match=r"was trained on 1 of the val classes, such as a; "):
+        check_unseen(tmp_path, now | {"val": ["val/a", "val/c"]})
