@@ -301,6 +301,38 @@ def test_a_wrong_option_is_refused_in_one_line(arguments, message, encoding, mon
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("name", "least", "greatest"), [
+    ("iterations", 1, None), ("tasks", 1, None), ("chunk_size", 1, None), ("keep_best", 1, None),
+    ("val_every", 1, None), ("epoch_length", 1, None), ("checkpoint_every", 1, None),
+    ("val_tasks", 2, None), ("test_tasks", 2, None),  # an interval needs two
+    ("seed", -(2**63), 2**64 - 1),
+])  # fmt: skip
+def test_the_least_and_the_greatest_of_a_whole_number_are_taken(name, least, greatest):
+    config = preset()
+    for value, beyond in ((least, least - 1), (greatest, greatest and greatest + 1)):
+        if value is not None:
+            assert getattr(replace(config, **{name: value}), name) == value
+            with pytest.raises(InputError, match=f"{name}={beyond} must be "):
+                replace(config, **{name: beyond})
+
+
+def test_a_schedule_may_end_where_it_began():
+    same = AlgorithmOptions(outer_lr=0.1, outer_schedule="cosine", final_outer_lr=0.1)
+    assert same.build(10).outer_schedule.final == 1
+
+
+def test_no_epochs_of_multi_step_losses_are_the_final_loss():
+    assert AlgorithmOptions(multi_step_epochs=0).build(10).query_weights == fewstep.FinalStep()
+    with pytest.raises(InputError, match="multi_step_epochs=-1 must be 0 or more"):
+        AlgorithmOptions(multi_step_epochs=-1)
+
+
+def test_a_test_may_adapt_some_parameters_where_training_adapts_none():
+    config = preset(recipe="prototypes")
+    steps = replace(config.algorithm, eval_steps=3, adapted=("head.*",))
+    assert replace(config, algorithm=steps).algorithm == steps
+
+
 def test_parts_must_fit_their_names():
     with pytest.raises(InputError, match="dataset='omniglot' goes with data of type Omniglot"):
         RunConfig(dataset="omniglot")
