@@ -538,4 +538,6 @@ def test_the_table_of_an_ensemble_names_the_step_it_scored(capsys):
         score_table(Scores("accuracy", metric, metric, "batch (transductive)", after=(3,)))
     )
     (row,) = [line for line in capsys.readouterr().out.splitlines() if "50.00%" in line]
-    assert row.split("│")[1].strip() == "3"
+    step, value = (column.strip() for column in row.strip("│").split("│"))
+    assert step == "3"
+    assert value == "50.00% ± 317.66"  # 12.7062 * 50 / sqrt(2) / sqrt(2), of two tasks

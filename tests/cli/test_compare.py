@@ -94,6 +94,7 @@ def test_what_changes_no_task_of_a_test_may_differ(capsys):
            per_task=[0.5, 0.75, 1.0], mean=0.75)  # fmt: skip
     assert main(["compare", "a.json", "b.json"]) == 0
     out = capsys.readouterr().out
+    assert "50.00% ± 10.00" in out
     assert "+25.00% ± 0.00" in out
     assert "3, 0" in out
     assert "next:" not in out

@@ -18,6 +18,8 @@ from fewstep.experiments.maml import MamlClassification
 from fewstep.experiments.maml_plus_plus import PAPER, MamlPlusPlusAblation
 from fewstep.experiments.navigation import MamlNavigation
 from fewstep.experiments.running import MamlAnt, MamlHalfCheetah
+from fewstep.training.metrics_file import json_line
+from fewstep.training.run_folder import RunFolder
 from fewstep.training.trainer import Trainer
 
 VARIANTS = ("MAML", "MAML++")
@@ -89,6 +91,15 @@ def test_the_table_and_the_figure(ablation, monkeypatch, capsys):
 )
 def test_the_paper_s_settings_of_omniglot_have_its_number(ways, shots, accuracy):
     assert PAPER["omniglot", ways, shots]["MAML++"] == accuracy
+
+
+def test_validation_curves_are_in_percent(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(accuracy_table, "draw_band", lambda axes, series, *_: drawn.append(series))
+    lines = [{"iteration": 1, "loss": 2.0}, {"iteration": 2, "val_accuracy": 0.25}]
+    (tmp_path / "metrics.jsonl").write_text("".join(map(json_line, lines)))
+    accuracy_table.plot_validation({"MAML": [RunFolder(tmp_path)]}, tmp_path / "curves.png")
+    assert drawn == [[{2: 25.0}]]
 
 
 def test_the_best_row_is_the_one_with_the_highest_accuracy():

@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 
-from fewstep.experiments.seeds import mean_seconds, over_seeds, rounded
+from fewstep.experiments.seeds import cell, mean_seconds, over_seeds, percent, rounded
 
 
 def test_seeds_that_agree_on_every_task_are_no_more_tasks():
@@ -30,3 +30,11 @@ def test_the_time_of_a_row_is_unknown_where_one_run_s_is():
     runs.append([{"training_seconds": None}])
     assert mean_seconds(runs) is None
     assert rounded(None) == "-"
+
+
+def test_accuracies_are_in_percent_and_other_numbers_are_as_they_are():
+    one = {"mean": 0.9765, "ci95": 0.0123, "seeds": [0.9765]}
+    several = one | {"std_over_seeds": 0.0045}
+    assert percent(one) == "97.65 ± 1.23"
+    assert percent(several) == "97.65 ± 1.23 (0.45)"
+    assert cell(several, ".3f", ".4f") == "0.977 ± 0.0123 (0.0045)"

@@ -118,6 +118,20 @@ def test_one_validation_has_its_interval_too():
     assert bar[:, 1].tolist() == pytest.approx([40, 60])
 
 
+def test_training_is_a_mean_over_the_last_2_percent_and_validation_has_its_interval(
+    tmp_path, figures
+):
+    lines = [{"iteration": i, "loss": float(i % 2)} for i in range(1, 101)]
+    lines += [{"iteration": i, "val_accuracy": 0.5, "val_ci95": i / 1000} for i in (50, 100)]
+    (tmp_path / "metrics.jsonl").write_text("".join(map(json_line, lines)))
+    plot_runs([RunFolder(tmp_path)], tmp_path / "curves.png")
+    left, right = figures.pop().axes
+    assert left.lines[0].get_xydata().tolist() == [[i, 0.5] for i in range(2, 101)]
+    (path,) = right.collections[0].get_paths()
+    band = {tuple(map(round, vertex)) for vertex in path.vertices.tolist()}
+    assert band == {(50, 45), (50, 55), (100, 40), (100, 60)}
+
+
 def test_a_legend_lies_on_no_curve(tmp_path, figures):
     lines = [
         {"iteration": i, "loss": 1.0, "val_accuracy": i / 9, "val_ci95": 1.0} for i in range(9)

@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 
 from fewstep.core.tasks import TaskBatch
-from fewstep.training.display import bars, counting
+from fewstep.training.display import Display, bars, counting
 
 
 def test_tasks_are_counted_as_they_are_drawn():
@@ -33,3 +33,13 @@ def test_a_narrow_terminal_shows_what_is_done_and_left(width):
     for part in (text, "12345/100000", "-:--:--"):
         assert part in shown.get()
     assert ("1333 tasks/s" in shown.get()) == (width == 80)
+
+
+def test_a_bar_shows_accuracy_in_percent_and_tasks_by_the_second():
+    console = Console(width=80, force_terminal=True, file=io.StringIO())
+    display = Display(console, total=100, done=10, tasks=8)
+    display.advance("accuracy", 1.2344, 0.457, 0.006)
+    with display.shown():
+        pass
+    for part in ("loss 1.234  accuracy 45.7%", "11/100", "1333 tasks/s"):
+        assert part in console.file.getvalue()
