@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import signal
 import statistics
 import subprocess
@@ -208,6 +209,22 @@ def test_draws_and_intervals():
     assert interval([0.5, 0.7]) == "60.0 ± 127.1"
     assert interval([0.5] * 30) == "50.0 ± 0.0"
     assert interval([0.0, 1.0] * 15) == "50.0 ± 19.0"
+
+
+def test_the_table_of_the_comparison_is_in_percent():
+    table = AlphaComparison()._markdown({"MAML": [0.5, 0.7, 0.6], "LSLR": [0.3, 0.5, 0.4]})
+    assert "| MAML | 60.0 ± 24.8 | 60.0 | 50.0 | - |" in table  # 4.3027 * 10 / sqrt(3)
+    assert "| LSLR | 40.0 ± 24.8 | 40.0 | 30.0 | 20.0 ± 0.0 |" in table
+
+
+def test_draws_are_log_uniform_and_of_each_seed_and_trial():
+    drawn = [draw((0.001, 10.0), seed, number) for seed in range(50) for number in range(8)]
+    assert len(set(drawn)) == 400
+    for rates in zip(*drawn, strict=True):
+        assert 0.001 <= min(rates) <= max(rates) <= 10
+        decades = [math.floor(math.log10(rate)) for rate in rates]
+        for decade in (-3, -2, -1, 0):  # a quarter each, give or take three deviations
+            assert 74 <= decades.count(decade) <= 126
 
 
 @pytest.mark.parametrize("text", ["0.1", "a,b", "1,2,3"])
