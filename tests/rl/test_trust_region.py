@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from fewstep import InputError
 from fewstep.rl import TrustRegion
@@ -20,13 +21,14 @@ def positive_definite():
 
 
 class Quadratic:
-    """Loss g . d + c |d|^2, divergence 1/2 d^T H d, outputs B d; d = x - x0, x of two tensors.
+    """Loss g . d + c |d|^2, divergence q + e q^2, outputs B d; d = x - x0, x of two tensors.
 
-    It comes in two parts, of a third and two thirds.
+    q = 1/2 d^T H d. It comes in two parts, of a third and two thirds.
     """
 
-    def __init__(self, curvature=0.0):
+    def __init__(self, curvature=0.0, excess=0.0):
         self.h, self.g, self.curvature = positive_definite(), torch.randn(DIM), curvature
+        self.excess = excess
         self.outputs = torch.randn(DIM, DIM)
         self.parameters = [
             torch.randn(2, requires_grad=True),
@@ -40,7 +42,8 @@ class Quadratic:
     def __call__(self, *, differentiable):
         y = self.outputs @ (self.x() - self.start)
         d = torch.linalg.solve(self.outputs, y)
-        loss, divergence = self.g @ d + self.curvature * d @ d, 0.5 * d @ self.h @ d
+        q = 0.5 * d @ self.h @ d
+        loss, divergence = self.g @ d + self.curvature * d @ d, q + self.excess * q**2
         return [Seen(share * loss, share * divergence, y) for share in (1 / 3, 2 / 3)]
 
 
@@ -58,6 +61,14 @@ def test_conjugate_gradients_that_stop_early_know_what_they_solve():
     assert not torch.isclose(ax, b).all()
 
 
+@pytest.mark.parametrize("length", [0.0, 1e-4])
+def test_conjugate_gradients_solve_for_what_is_small(length):
+    a, b = positive_definite(), length * F.normalize(torch.randn(DIM), dim=0)
+    x, ax = conjugate_gradient(lambda v: a @ v, b, iterations=DIM)
+    assert (a @ x - b).norm() <= 1e-5  # where they stop
+    torch.testing.assert_close(ax, a @ x)
+
+
 def test_the_step_is_the_natural_gradient_at_the_bound():
     """x - x0 = -sqrt(2 delta / (g^T H^-1 g)) H^-1 g, shortened once, as it is at the bound."""
     problem = Quadratic()
@@ -68,6 +79,57 @@ def test_the_step_is_the_natural_gradient_at_the_bound():
     torch.testing.assert_close(problem.x() - problem.start, 0.99**update.shrinks * full)
     assert update.divergence == pytest.approx(0.01 * 0.99 ** (2 * update.shrinks))
     assert update.loss == pytest.approx((problem.g @ (problem.x() - problem.start)).item())
+
+
+def test_damping_turns_the_step_to_the_gradient():
+    """x - x0 = -sqrt(2 delta / (g^T A^-1 g)) A^-1 g with A = H + damping; within the bound."""
+    problem = Quadratic()
+    update = TrustRegion(0.01, damping=3.0).step(problem.parameters, problem)
+    natural = torch.linalg.solve(problem.h + 3 * torch.eye(DIM), problem.g)
+    full = -torch.sqrt(0.02 / (problem.g @ natural)) * natural
+    torch.testing.assert_close(problem.x() - problem.start, full)
+    assert update.shrinks == 0
+    assert update.divergence < 0.01
+
+
+@pytest.mark.parametrize(("lengths", "shrinks"), [(4, 3), (3, None)])
+def test_a_step_is_shortened_until_it_is_within_the_bound(lengths, shrinks):
+    """At s of the full length the divergence is s^2 (1 + s^2) of the bound: too far above 0.787."""
+    problem = Quadratic(excess=100.0)
+    update = TrustRegion(0.01, damping=0.0, shrink=0.9, lengths=lengths).step(
+        problem.parameters, problem
+    )
+    assert update.shrinks == shrinks
+    natural = torch.linalg.solve(problem.h, problem.g)
+    full = -torch.sqrt(0.02 / (problem.g @ natural)) * natural
+    s = 0.0 if shrinks is None else 0.9**shrinks
+    torch.testing.assert_close(problem.x() - problem.start, s * full)
+    assert update.divergence == pytest.approx(0.01 * s**2 * (1 + s**2))
+
+
+def test_a_loss_that_is_no_lower_moves_nothing():
+    problem = Quadratic()
+
+    def objective(*, differentiable):
+        for part in problem(differentiable=differentiable):
+            yield part._replace(loss=part.loss - part.loss.detach())  # a slope, and always 0
+
+    update = TrustRegion().step(problem.parameters, objective)
+    assert update.shrinks is None
+    assert torch.equal(problem.x(), problem.start)
+
+
+def test_no_step_is_tried_where_there_is_no_slope():
+    problem = Quadratic()
+    problem.g.zero_()
+
+    def objective(*, differentiable):
+        assert differentiable
+        return problem(differentiable=differentiable)
+
+    update = TrustRegion().step(problem.parameters, objective)
+    assert (update.shrinks, update.divergence) == (None, 0.0)
+    assert torch.equal(problem.x(), problem.start)
 
 
 def test_a_step_is_shortened_until_the_loss_is_lower():
