@@ -574,11 +574,20 @@ def test_more_steps_than_trained(name):
     )
 
 
-def test_repeating_the_last_rate():
-    learner, batch = learner_of(PLAIN), CASE.batch()
-    other = twin(learner, inner_rate=LayerStepRates(0.3), extra_steps="repeat")
+@pytest.mark.parametrize("name", PER_STEP)
+def test_what_is_repeated_is_the_last_row(name):
+    """The losses are those of a learner of more steps that has the last row again and again."""
+    algorithm, batch, module = replace(PLAIN, **PER_STEP[name]), CASE.batch(), net()
+    few = learner_of(replace(algorithm, extra_steps="repeat"), module)
+    many = learner_of(replace(algorithm, num_steps=7), module)
+    there = few.parameters | few.buffers
+    with torch.no_grad():
+        for key, rows in (many.parameters | many.buffers).items():
+            if rows.is_floating_point() and rows.shape != there[key].shape:
+                there[key].mul_(1 + torch.rand(len(there[key])).view(-1, *[1] * (rows.ndim - 1)))
+                rows.copy_(there[key][torch.arange(len(rows)).clamp(max=len(there[key]) - 1)])
     torch.testing.assert_close(
-        other.evaluate(batch, 3, num_steps=6).loss, learner.evaluate(batch, 3, num_steps=6).loss
+        few.evaluate(batch, 3, num_steps=7).loss, many.evaluate(batch, 3).loss
     )
 
 
