@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fewstep import InputError
 from fewstep.training.config import to_dict
@@ -92,6 +93,21 @@ def test_a_line_that_the_disk_has_no_room_for(tmp_path, full, stand_in):
     with pytest.raises(InputError, match="No space left on device; the last checkpoint is intact"):
         write()
     assert read_metrics(tmp_path / "metrics.jsonl")[0] == {"iteration": 1, "loss": 1.0}
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_logs_what_came_after_once(tmp_path):
+    path, events = tmp_path / "metrics.jsonl", tmp_path / "tensorboard"
+    for done, loss in ((0, 1.0), (3, 2.0)):
+        with Log(path, events, done) as log:
+            for iteration in range(done + 1, done + 4):
+                log.write(iteration, {"loss": loss})
+            if done == 0:  # killed after the checkpoint
+                log.write(4, {"loss": loss})
+                log.write(5, {"loss": loss})
+    wanted = [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0)]
+    assert [(line["iteration"], line["loss"]) for line in read_metrics(path)] == wanted
+    shown = EventAccumulator(str(events)).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in shown] == wanted
 
 
 def test_everyone_is_sent_to_the_checkpoint_that_came_along(tmp_path):
