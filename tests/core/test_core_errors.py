@@ -255,6 +255,7 @@ MISTAKES = [
     ("derivative order 3 at epoch 0.0", lambda: with_part(derivative_order=lambda epoch: 3)),
     ("derivative order '2' at", lambda: with_part(derivative_order=lambda epoch: "2")),
     ("derivative order None at", lambda: with_part(derivative_order=lambda epoch: None)),
+    ("iterations_per_epoch=0 must be positive", lambda: with_part(iterations_per_epoch=0)),
     ("the factor nan on the outer rate", lambda: with_part(outer_schedule=lambda e: math.nan)),
     ("the factor -1 on the outer rate", lambda: with_part(outer_schedule=lambda e: -1)),
     ("num_steps=2.0 must be a whole number", lambda: maml(num_steps=2.0)),

@@ -319,6 +319,19 @@ def test_the_rates_are_there_to_be_logged():
     assert learner_of(plain()).hypergradient_rates() == {}
 
 
+def test_of_rates_of_each_step_the_mean_is_logged_and_the_slope_of_all_together():
+    algorithm = Algorithm(2, LayerStepRates(0.3), rate_update=HypergradientRates(0.1))
+    learner, batch = learner_of(algorithm), CASE.batch()
+    gradient = learner.meta_gradient(batch)[0]["inner_lr.0.weight"]
+    learner.step(batch)
+    logged = learner.hypergradient_rates()
+    rates = learner.parameters["inner_lr.0.weight"]
+    assert rates[0] != rates[1]
+    torch.testing.assert_close(logged["inner_lr.0.weight"], (rates[0] + rates[1]) / 2)
+    slope = -(gradient[0] + gradient[1])
+    torch.testing.assert_close(logged["inner_lr.0.weight_hypergradient"], slope)
+
+
 def test_bad_initial_rates_are_mended():
     """From rates a hundred times too small, Alpha MAML gets further than MAML."""
     case = MODELS["mlp"]
@@ -352,6 +365,7 @@ def test_bad_initial_rates_are_mended():
         (Guards(step="sign"), 2.0, 0.5 * math.exp(0.1)),
         (Guards(step="sign"), -9.0, 0.5 * math.exp(-0.1)),
         (Guards(step="sign"), 0.0, 0.5),
+        (Guards(lower=0.6, upper=0.6), 2.0, 0.6),
     ],
 )
 def test_guards(guards, h, expected):

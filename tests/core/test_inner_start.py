@@ -395,8 +395,11 @@ def test_a_head_of_tokens_is_refused():
 def test_targets_of_a_prototype_are_classes():
     learner = MetaLearner(nn.Linear(1, 1), fewstep.prototypical_networks(), F.mse_loss)
     x = torch.randn(2, 3, 1)
-    with pytest.raises(InputError, match=r"targets are torch.float64, \(3, 1\) a task.*leave it"):
-        learner.meta_gradient(TaskBatch(x, x, x, x))
+    for y, shape in ((x, r"\(3, 1\)"), (x[..., 0], r"\(3,\)")):
+        with pytest.raises(
+            InputError, match=f"targets are torch.float64, {shape} a task.*leave it"
+        ):
+            learner.meta_gradient(TaskBatch(x, y, x, y))
 
 
 def of_mlp(start, *, order=2, steps=STEPS, module=None, **options):

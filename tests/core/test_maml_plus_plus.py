@@ -606,14 +606,16 @@ def test_the_state_holds_every_part():
     assert all(torch.equal(t, state[n]) for n, t in one.state_tensors().items())
 
 
-def test_the_adapted_module_has_the_last_row():
+@pytest.mark.parametrize(("num_steps", "row"), [(0, 0), (1, 0), (2, 1), (3, 2)])
+def test_the_adapted_module_has_the_row_of_its_last_step(num_steps, row):
     learner = learner_of(replace(PLAIN, norm_affine=PerStepAffine()))
     with torch.no_grad():
         learner.parameters["1.bias"].add_(torch.arange(STEPS)[:, None])
     task = CASE.batch(tasks=1)
-    module = learner.adapt(task.x_support[0], task.y_support[0])
-    assert torch.equal(module[1].bias, learner.parameters["1.bias"][-1])
-    torch.testing.assert_close(module(task.x_query[0]), learner.predict(task, 1)[0, -1])
+    module = learner.adapt(task.x_support[0], task.y_support[0], num_steps=num_steps)
+    assert torch.equal(module[1].bias, learner.parameters["1.bias"][row])
+    predicted = learner.predict(task, 1, num_steps=num_steps)[0, -1]
+    torch.testing.assert_close(module(task.x_query[0]), predicted)
 
 
 def test_the_recipe_learns():

@@ -80,6 +80,18 @@ def test_groups_keep_their_rates_under_a_schedule():
     assert rates == pytest.approx([0.01 / 3, 0.1 / 3])
 
 
+def test_a_schedule_may_go_down_to_nothing():
+    algorithm = replace(maml(1, 0.1), outer_schedule=lambda epoch: max(0.0, 1 - epoch))
+    learner = MetaLearner(linear(2), replace(algorithm, iterations_per_epoch=1), F.cross_entropy)
+    states = [learner.state_tensors()]
+    for _ in range(2):
+        learner.step(CASE.batch())
+        states.append(learner.state_tensors())
+    start, first, second = (state["model.0.weight"] for state in states)
+    assert not torch.equal(first, start)
+    assert torch.equal(second, first)
+
+
 def test_a_rate_set_from_outside_is_refused():
     learner = MetaLearner(CASE.build(), maml(1, 0.1), CASE.loss)
     scheduler = torch.optim.lr_scheduler.StepLR(learner.optimiser, 1, 0.1)

@@ -120,6 +120,7 @@ def test_scores_of_other_tasks_do_not_compare(shapes):
 
 def test_rank_is_high_for_the_better():
     assert scores("accuracy").rank == scores("accuracy").mean
+    assert scores("top-5 accuracy").rank == scores("accuracy").mean
     assert scores("loss").rank == -scores("loss").mean
 
 
