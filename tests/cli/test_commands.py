@@ -24,6 +24,7 @@ from torch.nn import functional as F
 import fewstep
 from fewstep import InputError, MetaLearner, Scores
 from fewstep.cli.data import DataShow, _command
+from fewstep.cli.evaluate import Evaluate
 from fewstep.cli.main import COMMANDS, main
 from fewstep.cli.runs import Train
 from fewstep.cli.score_table import score_table
@@ -191,6 +192,14 @@ def test_images_of_your_own(empty_folder, capsys):
     assert (run / "evaluation-test-best-10-steps.json").read_bytes() == before
     saved = json.loads((run / "evaluation-test-best-10-steps-tasks-4.json").read_text())
     assert saved["num_tasks"] == 4
+
+
+@pytest.mark.parametrize(("split", "prefix"), [("train", ""), ("val", "eval_"), ("test", "eval_")])
+def test_what_is_asked_of_tasks_is_for_those_of_the_split(split, prefix):
+    run = ClassificationOptions()
+    evaluate = Evaluate(Path("run"), split, shots=3, queries=7, rotations="classes")
+    wanted = {"shots": 3, f"{prefix}queries": 7, f"{prefix}rotations": "classes"}
+    assert evaluate._episodes(run) == replace(run, **wanted) != run
 
 
 def test_views_of_images(empty_folder, sinusoid_run, capsys):

@@ -57,11 +57,12 @@ def here(empty_folder, sinusoid_run):
         ("train --dataset mini-imagenet", "ImageNet's terms allow no download"),
         ("train --dataset folder", "pass --root"),
         ("train --config absent.toml", "cannot read absent.toml"),
-        ("evaluate nowhere --tasks 0", "tasks=0 must be at least 2 to give an interval"),
+        ("evaluate nowhere --tasks 1", "tasks=1 must be at least 2 to give an interval"),
         ("evaluate nowhere", "nowhere holds no run"),
         ("resume nowhere", "nowhere holds no run"),
         ("plot nowhere", "nowhere holds no run"),
         ("plot", "plot needs at least one run folder"),
+        ("data show --count 0", "count=0 must be at least 1 episode"),
         ("data show --dataset sinusoid", "dataset 'sinusoid' has no images"),
     ],
 )

@@ -213,6 +213,8 @@ def test_what_may_not_be_read_is_named(tmp_path, monkeypatch, locked):
         ({"root": "empty"}, "has no image in class/image"),
         ({"root": "two"}, "2 classes are too few"),
         ({"root": "two", "fractions": (0.5, 0.5, 0.5)}, "must be positive and sum to 1"),
+        ({"root": "two", "fractions": (0.5, 0.25, 0.26)}, "must be positive and sum to 1"),
+        ({"root": "three", "fractions": (0.5, 0.4, 0.1)}, "3 classes are too few"),  # for a test
         ({"root": "two", "fractions": (math.nan, 0.5, 0.5)}, "must be positive and sum to 1"),
         ({"root": "two", "colour": "gray"}, "unknown colour 'gray'; did you mean 'grey'"),
         ({"root": "two", "size": 0}, "size=0 must be at least 1"),
@@ -221,6 +223,7 @@ def test_what_may_not_be_read_is_named(tmp_path, monkeypatch, locked):
 def test_what_cannot_be_used_is_refused(tmp_path, options, message):
     (tmp_path / "empty").mkdir()
     write_images(tmp_path / "two", {"a": 1, "b": 1})
+    write_images(tmp_path / "three", {"a": 1, "b": 1, "c": 1})
     if "root" in options:
         options = options | {"root": tmp_path / options["root"]}
     with pytest.raises(InputError, match=message):
