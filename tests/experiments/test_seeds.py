@@ -3,8 +3,16 @@
 import statistics
 
 import pytest
+from rich.console import Console
 
-from fewstep.experiments.seeds import cell, mean_seconds, over_seeds, percent, rounded
+from fewstep.experiments.seeds import (
+    cell,
+    earlier_rows,
+    mean_seconds,
+    over_seeds,
+    percent,
+    rounded,
+)
 
 
 def test_seeds_that_agree_on_every_task_are_no_more_tasks():
@@ -38,3 +46,18 @@ def test_accuracies_are_in_percent_and_other_numbers_are_as_they_are():
     assert percent(one) == "97.65 ± 1.23"
     assert percent(several) == "97.65 ± 1.23 (0.45)"
     assert cell(several, ".3f", ".4f") == "0.977 ± 0.0123 (0.0045)"
+
+
+def test_a_row_is_of_all_its_seeds_or_left_out(tmp_path, capsys):
+    runs = {
+        row: {tmp_path / f"{row}{seed}": seed for seed in range(2)}
+        for row in ("whole", "half", "new")
+    }
+    for name in ("whole0", "whole1", "half0"):
+        (tmp_path / name).touch()
+    found = earlier_rows(
+        runs, lambda path, seed: 10 + seed if path.exists() else None, Console(soft_wrap=True)
+    )
+    assert found == {"whole": [10, 11]}
+    told = capsys.readouterr().out
+    assert told == "left out of the table: half, not finished or of other settings\n"

@@ -7,12 +7,16 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from torch.nn import functional as F
 
+from fewstep import MetaLearner, maml
 from fewstep.data.episodes import ClassificationEpisodes
 from fewstep.data.store import ClassStore
+from fewstep.models import sinusoid_mlp
 from fewstep.report.curves import _draw_validation, plot_runs
 from fewstep.report.episode_picture import picture_episodes
 from fewstep.report.figure import draw_band, label_plainly, new_figure, save_figure
+from fewstep.report.sinusoid_fits import plot_sinusoid_fits
 from fewstep.training.metrics_file import json_line
 from fewstep.training.run_folder import RunFolder
 
@@ -85,7 +89,7 @@ def test_losses_are_labelled_so(tmp_path, monkeypatch, metric, logarithmic):
 def figures(monkeypatch):
     """Figures in place of their files."""
     figures = []
-    for module in ("curves", "episode_picture"):
+    for module in ("curves", "episode_picture", "sinusoid_fits"):
         monkeypatch.setattr(
             f"fewstep.report.{module}.save_figure", lambda figure, _: figures.append(figure)
         )
@@ -188,3 +192,34 @@ def test_of_results_that_come_along_the_validation_is_drawn(tmp_path, figures):
     assert [len(axes.lines) for axes in (left, right)] == [1, 2]
     (paths[1] / "validation.jsonl").write_text(json_line({"iteration": 9}))  # of no account beside
     assert len(RunFolder(paths[1]).metrics()) == 3
+
+
+def test_a_line_of_an_episode_s_picture_is_a_class(figures, tmp_path):
+    """Support left of query, a column for each image."""
+    images = torch.arange(6 * 9, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 4, 4)
+    store = ClassStore.from_counts(images, [9] * 6, list("abcdef"))
+    episodes = ClassificationEpisodes(store, "train", ways=3, shots=2, queries=4)
+    picture_episodes(episodes, 2, tmp_path / "episodes.png")
+    drawn = [np.rint(axes.images[0].get_array() * 255) for axes in figures.pop().axes]
+    for support, query in zip(drawn[::2], drawn[1::2], strict=True):
+        assert (support.shape, query.shape) == ((12, 8), (12, 16))
+        lines = np.concatenate([support, query], 1).reshape(3, 4, 6, 4)
+        assert (lines == lines[:, :1, :, :1]).all()
+        of_classes = lines[:, 0, :, 0]
+        assert all(len(set(line)) == 6 and len(set(line // 9)) == 1 for line in of_classes)
+        assert len(set(of_classes[:, 0] // 9)) == 3
+
+
+def test_fits_are_those_after_their_steps_and_points_lie_on_the_truth(figures, tmp_path):
+    learner = MetaLearner(sinusoid_mlp(), maml(1, 0.01), F.mse_loss)
+    plot_sinusoid_fits(learner, tmp_path / "fits.png")
+    for axes in figures.pop().axes:
+        lines = {line.get_label(): torch.tensor(line.get_xydata()).float() for line in axes.lines}
+        x, y = lines["support"].T
+        truth = np.interp(x, *lines["truth"].T)
+        assert y.numpy() == pytest.approx(truth, abs=0.01)  # of 200 points of the curve
+        for name, steps in (("before", 0), ("1 step", 1), ("5 steps", 5), ("10 steps", 10)):
+            at, fit = lines[name].T
+            with torch.no_grad():
+                wanted = learner.adapt(x[:, None], y[:, None], num_steps=steps)(at[:, None])
+            torch.testing.assert_close(fit, wanted[:, 0])
