@@ -489,6 +489,16 @@ def test_training_uses_the_running_statistics_of_before(per_step):
     torch.testing.assert_close(losses, torch.stack(expected).detach())
 
 
+def test_an_example_alone_has_a_mean_and_no_variance():
+    module, batch = net(), queries_of(CASE.batch(), slice(1))
+    before, z = module[1].running_var.clone(), module[0](batch.x_query[:, 0]).detach()
+    mean = 0.9 * module[1].running_mean + 0.1 * z.mean(0)
+    algorithm = Algorithm(0, ConstantRate(0.3), norm_statistics=NormStatistics("running"))
+    learner_of(algorithm, module).step(batch)
+    torch.testing.assert_close(module[1].running_mean, mean)
+    torch.testing.assert_close(module[1].running_var, 0.9 * before)
+
+
 @pytest.mark.parametrize("use", ["batch", "support"])
 def test_running_statistics_are_collected_for_each_point(use):
     """Row 0 sees the support set under theta[0], the last row the query set under theta[K].
