@@ -1,6 +1,7 @@
 """Every test starts from the same seed, on one thread: the tensors here are tiny."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,16 @@ def _pictures(request, monkeypatch):
     """Draw none but for tests that look at them: they take longer than the tiny runs they end."""
     if request.node.get_closest_marker("pictures") is None:
         monkeypatch.setattr(FigureCanvasAgg, "print_png", draw_nothing)
+
+
+@pytest.fixture
+def signals_heard():
+    """Hear what the shell lets jobs in its background ignore, and nohup all."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

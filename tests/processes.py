@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -62,6 +63,8 @@ def _run(
 ) -> None:
     os.environ.clear()
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which may have been ignored
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     FigureCanvasAgg.print_png = draw_nothing
     for descriptor, name in ((1, output), (2, errors)):
         if name is not None:

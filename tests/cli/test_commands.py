@@ -419,6 +419,7 @@ def test_other_recipes_on_sinusoids(empty_folder, capsys, recipe):
 STOPPING = "stopping after this iteration or validation; another Ctrl-C stops at once\n"
 
 
+@pytest.mark.usefixtures("signals_heard")
 def test_an_interrupt_in_the_last_validation_is_heard(empty_folder, capsys, monkeypatch):
     usual, answered = MetaLearner.evaluate, []
 
@@ -442,6 +443,7 @@ def test_an_interrupt_in_the_last_validation_is_heard(empty_folder, capsys, monk
     assert "test: loss" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("signals_heard")
 def test_a_second_interrupt_says_how_to_go_on(empty_folder, capsys, monkeypatch):
     def interrupted_twice(*arguments, **options):
         os.kill(os.getpid(), signal.SIGINT)

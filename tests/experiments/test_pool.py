@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("signals_heard")
+
 SWEEP = """
 import signal, sys
 from dataclasses import replace

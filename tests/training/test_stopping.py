@@ -36,6 +36,7 @@ def test_a_signal_that_comes_twice_at_once_is_answered_once(monkeypatch, capsys)
     assert capsys.readouterr().out.count("stopping after this iteration") == 1
 
 
+@pytest.mark.usefixtures("signals_heard")
 @pytest.mark.parametrize("number", trainer._STOPS)
 def test_every_stop_signal_is_a_wish_to_stop(number, capsys):
     with trainer._stop_signals(Display(Console(), total=4, done=0, tasks=2)) as received:
