@@ -42,7 +42,7 @@ class FewShotClassifier:
     It has `fit`, `predict`, `predict_proba`, `score` and `classes_`, as scikit-learn's classifiers;
     `ways`, how many classes the run learned to tell apart, and `normalisation`, what batch
     normalisation does. It takes fewer classes, too, and more where tasks start from prototypes.
-    Where the last layer is learned, fewer classes have their part of the support loss,
+    Where the last layer is learned, the support loss of fewer classes is multiplied by their share,
 
         L = (classes / ways) mean over the support set of cross entropy,
 
