@@ -1,7 +1,11 @@
 import math
 import re
+import shutil
+import tarfile
+import zipfile
 
 import pytest
+import torch
 from PIL import Image, features
 
 from fewstep.core.errors import InputError
@@ -228,3 +232,69 @@ def test_what_cannot_be_used_is_refused(tmp_path, options, message):
         options = options | {"root": tmp_path / options["root"]}
     with pytest.raises(InputError, match=message):
         ImageFolder(**options).splits()
+
+
+def _zip(path, files):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, file in files.items():
+            archive.write(file, name)
+
+
+def _tar(path, files):
+    with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w") as archive:
+        for name, file in files.items():
+            archive.add(file, name)
+
+
+@pytest.mark.parametrize("classes", [CLASSES | {"class00-b": 2, "class00 c": 2}, SPLIT])
+@pytest.mark.parametrize("within", ["", "./", "pets/", "./pets/"])
+@pytest.mark.parametrize(
+    ("name", "pack"), [("a.zip", _zip), ("a.tar", _tar), ("a.tar.gz", _tar), ("a.TGZ", _tar)]
+)
+def test_an_archive_is_as_good_as_the_folder(tmp_path, name, pack, within, classes):
+    write_images(tmp_path / "images", classes | {".thumbs/x": 1, "__MACOSX/y": 1})
+    files = [f for f in (tmp_path / "images").rglob("*") if f.is_file()]
+    pack(
+        tmp_path / name,
+        {within + f.relative_to(tmp_path / "images").as_posix(): f for f in reversed(files)},
+    )
+    shutil.rmtree(tmp_path / "images" / "__MACOSX")
+    expected = ImageFolder(tmp_path / "images", size=8).splits()
+    found = ImageFolder(tmp_path / name, size=8).splits()
+    for split, store in expected.items():
+        assert found[split].names == store.names
+        assert torch.equal(found[split].counts, store.counts)
+        assert torch.equal(found[split].images[found[split].starts], store.images[store.starts])
+
+
+def test_another_archive_of_the_same_name_is_noticed(tmp_path):
+    for folder, count in (("old", 10), ("new", 11)):
+        write_images(tmp_path / folder, {f"class{i}": 2 for i in range(count)})
+        files = sorted((tmp_path / folder).rglob("*.png"))
+        _zip(tmp_path / "a.zip", {f.relative_to(tmp_path / folder).as_posix(): f for f in files})
+        splits = ImageFolder(tmp_path / "a.zip", size=8).splits()
+        assert sum(map(len, splits.values())) == count
+
+
+@pytest.mark.parametrize(("classes", "message"), [
+    ({"train/a": 1, "val/a": 1, "test/b": 1}, r"a.zip has class a in train and val \(1 in all\)"),
+    ({"train/a": 1, "val/b": 1, "test/c": 1, "more/d": 1}, r"a.zip/more has images and is beside"),
+    ({"cat": 2}, r"a.zip has no image in class/image or split/class/image; sort"),
+    ({f"c{i}": 1 for i in range(2)}, r"the folder's 2 classes are too few"),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:images in no class")
+def test_what_is_wrong_with_an_archive_is_named(tmp_path, classes, message):
+    write_images(tmp_path / "images", classes)
+    files = sorted((tmp_path / "images").rglob("*.png"))
+    _zip(tmp_path / "a.zip", {f.relative_to(tmp_path / "images").as_posix(): f for f in files})
+    with pytest.raises(InputError, match=message):
+        ImageFolder(tmp_path / "a.zip", size=8).splits()
+
+
+def test_a_file_that_is_no_archive_is_no_folder(tmp_path):
+    (tmp_path / "a.h5").touch()
+    (tmp_path / "a.zip").write_bytes(b"half")
+    with pytest.raises(InputError, match=r"no folder .*a.h5; .* or a zip or tar file of that"):
+        ImageFolder(tmp_path / "a.h5", size=8).splits()
+    with pytest.raises(InputError, match=r"a.zip is truncated or damaged"):
+        ImageFolder(tmp_path / "a.zip", size=8).splits()

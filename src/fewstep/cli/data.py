@@ -29,7 +29,7 @@ _DESCRIPTIONS = {
     "glyphs": "drawn characters made by a program; needs no files",
     "omniglot": "handwritten characters; a folder, the two zips, or a download",
     "mini-imagenet": "100 ImageNet classes at 84x84; folders, tars, zips or CSV splits of yours",
-    "folder": "your own images: --root with class/image, split/class/image or labels.csv",
+    "folder": "your own images: --root with class/image, split/class/image or labels.csv, or a zip",
     "sinusoid": "regression; needs no files",
 }
 

@@ -61,6 +61,26 @@ def folders_in(folder: Path) -> list[Path]:
     )
 
 
+def is_archive(path: Path) -> bool:
+    """Tell by its suffixes whether a file is a zip or tar file, compressed or not; hidden are not.
+
+    >>> is_archive(Path("pets.tar.gz")), is_archive(Path("pets.ZIP")), is_archive(Path("pets.h5"))
+    (True, True, False)
+    """
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    found = ".tar" in suffixes or suffixes[-1:] in ([".tgz"], [".zip"])
+    return found and not path.name.startswith(".")
+
+
+def archive_images(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield name and content of every image of a zip or tar file.
+
+    Raises:
+        InputError: as in `zip_images` and `tar_images`.
+    """
+    return (zip_images if path.suffix.lower() == ".zip" else tar_images)(path)
+
+
 def zip_images(path: Path) -> Iterator[tuple[str, bytes]]:
     """Yield name and content of every image of a zip file.
 

@@ -1,4 +1,4 @@
-"""Any folder of images: `class/image`, `split/class/image`, or lists of labels."""
+"""Any folder or archive of images: `class/image`, `split/class/image`, or lists of labels."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
 from fewstep.core.errors import InputError, check_at_least, check_name
 from fewstep.data.archives import (
+    archive_images,
     contents,
     files_below,
     folders_in,
+    is_archive,
     is_image,
     reading,
     unread,
@@ -46,7 +48,8 @@ class ImageFolder(OnDisk):
     - `root/class/image`, whose classes are dealt out to train, val and test by a fixed draw;
     - `root/split/class/image` with the splits named train, val and test and no class in two;
     - `root/labels.csv`, or `train.csv`, `val.csv` and `test.csv` there, with the columns filename
-      and label, and the images at any depth.
+      and label, and the images at any depth;
+    - a zip or tar file of one of the first two, in a folder or not. It is read into the memory.
 
     Classes may differ in their number of images; deeper folders count towards the class they are
     in.
@@ -57,7 +60,7 @@ class ImageFolder(OnDisk):
     """
 
     root: Path | None = None
-    """The folder."""
+    """The folder, or a zip or tar file."""
     size: int = 84
     """Height and width that the images are brought to."""
     colour: Colour = "rgb"
@@ -81,18 +84,26 @@ class ImageFolder(OnDisk):
         if not (min(self.fractions) > 0 and abs(sum(self.fractions) - 1) <= 1e-6):
             raise InputError(f"fractions={self.fractions} must be positive and sum to 1")
         with reading(self.root):
-            if self.root is None or not self.root.is_dir():
+            if self.root is None or not (self.root.is_dir() or is_archive(self.root)):
                 given = self.root or "given"
-                raise InputError(f"there is no folder {given}; pass --root with class/image inside")
-            lists = _lists(self.root)
-            files = images_by_label(self.root, lists) if lists else _files(self.root)
-            _check_no_class_in_two(self.root, files)
-            state = stamp(chain(lists.values(), *files.values()), self.root)
+                raise InputError(
+                    f"there is no folder {given}; pass --root with class/image inside, or a zip or "
+                    "tar file of that"
+                )
+            if self.root.is_dir():
+                lists = _lists(self.root)
+                files = images_by_label(self.root, lists) if lists else _files(self.root)
+                _check_no_class_in_two(self.root, files)
+                state = stamp(chain(lists.values(), *files.values()), self.root)
+                read = partial(_of_folder, files, self.pixels)
+            else:
+                state = stamp([self.root], self.root.parent)
+                read = partial(_of_archive, self.root, self.pixels)
         store = load_or_prepare(
             f"folder-{self.root.resolve().name}-{self.size}",
             fingerprint(DECODING, self.root.resolve(), self.size, self.colour, state),
             self.image_shape,
-            partial(_read, files, self.pixels),
+            read,
         )
         return {s: store.select(c) for s, c in _deal(store.names, self.fractions).items()}
 
@@ -107,48 +118,62 @@ def _lists(root: Path) -> dict[str, Path]:
 
 
 def _files(root: Path) -> dict[str, list[Path]]:
-    """Return the images of every class, named `class`, or `split/class` of a folder that splits."""
+    """Return the images of every class of a folder, by the names of `_by_class`."""
+    names = [f.relative_to(root).as_posix() for f in files_below(root) if is_image(f.name)]
     folders = {p.name for p in root.iterdir() if p.is_dir()}
+    classes = _by_class(root, names, folders, unread(root, _HOLD_DATA))
+    above = [root / split for split in SPLITS] if set(SPLITS) <= folders else [root]
+    empty = [folder for each in above for folder in folders_in(each)]
+    warn_of_empty(c for c in empty if c.relative_to(root).as_posix() not in classes)
+    return {name: [root / each for each in of_class] for name, of_class in classes.items()}
+
+
+def _by_class(
+    root: Path, names: Iterable[str], folders: Set[str], remark: str = ""
+) -> dict[str, list[str]]:
+    """Return the images of every class, named `class`, or `split/class` where there are splits.
+
+    Args:
+        root: Where they are.
+        names: Their paths from there.
+        folders: The folders there.
+        remark: On what else is there, for an error.
+    """
     is_split = set(SPLITS) <= folders
     if not is_split:
         _check_no_splits(root, folders)
     depth = 2 if is_split else 1
-    files: dict[str, list[Path]] = defaultdict(list)
-    stray: list[Path] = []
-    for file in files_below(root):
-        parts = file.relative_to(root).parts
-        if not is_image(file.name):
-            continue
+    classes: dict[str, list[str]] = defaultdict(list)
+    stray: list[str] = []
+    for name in names:
+        parts = name.split("/")
         if is_split and len(parts) > 1 and parts[0] not in SPLITS:
             raise InputError(
                 f"{root / parts[0]} has images and is beside train, val and test; move it out of "
                 f"{root} or into one of them"
             )
         if len(parts) > depth:
-            files["/".join(parts[:depth])].append(file)
+            classes["/".join(parts[:depth])].append(name)
         else:
-            stray.append(file)
-    if not files:
+            stray.append(name)
+    if not classes:
         raise InputError(
-            f"{root} has no image in class/image or split/class/image"
-            f"{unread(root, _HOLD_DATA)}; sort the images into a folder for each class, or name "
-            "their classes in labels.csv, with the columns filename,label"
+            f"{root} has no image in class/image or split/class/image{remark}; sort the images "
+            "into a folder for each class, or name their classes in labels.csv, with the columns "
+            "filename,label"
         )
     for split in SPLITS if is_split else ():
-        if not any(name.startswith(f"{split}/") for name in files):
+        if not any(name.startswith(f"{split}/") for name in classes):
             raise InputError(
                 f"{root / split} holds no class/image; put a folder of images for each class there"
             )
-    above = [root / split for split in SPLITS] if is_split else [root]
-    classes = [folder for each in above for folder in folders_in(each)]
-    warn_of_empty(c for c in classes if c.relative_to(root).as_posix() not in files)
     if stray:
         warnings.warn(
-            f"images in no class are left out, {len(stray)} in all, such as {stray[0]}; move each "
-            "into the folder of its class",
+            f"images in no class are left out, {len(stray)} in all, such as {root / stray[0]}; "
+            "move each into the folder of its class",
             stacklevel=1,
         )
-    return files
+    return classes
 
 
 def _check_no_class_in_two(root: Path, names: Iterable[str]) -> None:
@@ -184,13 +209,37 @@ def _check_no_splits(root: Path, folders: Set[str]) -> None:
         )
 
 
-def _read(files: dict[str, list[Path]], pixels: Callable[[bytes, str], Pixels]) -> list[RawClass]:
+def _of_folder(
+    files: dict[str, list[Path]], pixels: Callable[[bytes, str], Pixels]
+) -> list[RawClass]:
+    """Return the classes of a folder, whose files are read one by one."""
+
     def image(file: Path) -> Pixels:
         return pixels(contents(file), str(file))
 
     return [
         RawClass(name, [partial(image, file) for file in of_class])
         for name, of_class in files.items()
+    ]
+
+
+def _of_archive(root: Path, pixels: Callable[[bytes, str], Pixels]) -> list[RawClass]:
+    """Return the classes of an archive; it may have them all in a folder."""
+    read = ((PurePosixPath(name).parts, content) for name, content in archive_images(root))
+    images = {
+        parts: content
+        for parts, content in sorted(read)  # as folders are
+        if not any(part.startswith(".") or part == "__MACOSX" for part in parts)
+    }
+    if len({parts[0] for parts in images}) == 1:
+        images = {parts[1:]: content for parts, content in images.items()}
+    folders = {parts[0] for parts in images if len(parts) > 1}
+    content_of = {"/".join(parts): content for parts, content in images.items()}
+    classes = _by_class(root, content_of, folders)
+    _check_no_class_in_two(root, classes)
+    return [
+        RawClass(name, [partial(pixels, content_of[n], f"{root}: {n}") for n in of_class])
+        for name, of_class in classes.items()
     ]
 
 

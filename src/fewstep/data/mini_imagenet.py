@@ -11,12 +11,12 @@ from pathlib import Path, PurePosixPath
 
 from fewstep.core.errors import InputError, check_at_least
 from fewstep.data.archives import (
+    archive_images,
     files_below,
     folder_images,
+    is_archive,
     reading,
-    tar_images,
     unread,
-    zip_images,
 )
 from fewstep.data.label_lists import read_labels
 from fewstep.data.on_disk import OnDisk
@@ -142,13 +142,9 @@ def _entries(root: Path) -> Iterator[tuple[Path, str, bytes]]:
     """Yield source, name and content of every image in the folder and in its tar and zip files."""
     for name, content in folder_images(root):
         yield root, name, content
-    for archive in sorted(p for p in root.iterdir() if p.is_file() and p.name[0] != "."):
-        if ".tar" in archive.suffixes or archive.suffix == ".tgz":
-            for name, content in tar_images(archive):
-                yield archive, name, content
-        elif archive.suffix == ".zip":
-            for name, content in zip_images(archive):
-                yield archive, name, content
+    for archive in sorted(p for p in root.iterdir() if p.is_file() and is_archive(p)):
+        for name, content in archive_images(archive):
+            yield archive, name, content
 
 
 def _labels(root: Path) -> dict[str, str]:
