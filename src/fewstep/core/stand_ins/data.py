@@ -25,7 +25,7 @@ def set_data(t: Tensor, values: Tensor) -> None:
     if (t.shape, t.dtype) != (values.shape, values.dtype):
         raise InputError(
             f"the module assigns {tuple(values.shape)} of {values.dtype} to the .data of "
-            f"{tuple(t.shape)} of {t.dtype}, which tasks cannot; make a new tensor"
+            f"{tuple(t.shape)} of {t.dtype}; make a new tensor, or one of that shape and type"
         )
     with torch.no_grad():
         t.detach().copy_(values)
